@@ -1,0 +1,1 @@
+//! Hypercall numbers, argument and error types, the same on both sides.

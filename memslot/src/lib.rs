@@ -1,0 +1,1 @@
+//! Guest memory slots, locking with deferred cache maintenance, memory-type policies.

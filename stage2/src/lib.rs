@@ -1,0 +1,1 @@
+//! Arm stage-2 and EPT page tables whose maintenance order is tested.

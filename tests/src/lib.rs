@@ -1,0 +1,1 @@
+//! Host-side tools and tests of Ravelin.
