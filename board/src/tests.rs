@@ -1,0 +1,392 @@
+//! Behaviour on trees made with vm-fdt, shaped like QEMU's and the Raspberry Pi's.
+
+use dtoolkit::fdt::Fdt;
+use dtoolkit::{Node, Property};
+use proptest::prelude::*;
+use std::string::{String, ToString};
+use std::vec::Vec;
+use std::{format, vec};
+use vm_fdt::{FdtReserveEntry, FdtWriter};
+
+use crate::*;
+
+/// A tree like QEMU `virt`'s: root with two cells each, PSCI, GICv3, PL011.
+fn virt(cpus: u64) -> Vec<u8> {
+    let mut fdt = FdtWriter::new().unwrap();
+    let root = fdt.begin_node("").unwrap();
+    fdt.property_u32("#address-cells", 2).unwrap();
+    fdt.property_u32("#size-cells", 2).unwrap();
+    fdt.property_string("model", "linux,dummy-virt").unwrap();
+    let node = fdt.begin_node("psci").unwrap();
+    fdt.property_string("method", "smc").unwrap();
+    fdt.property_string("compatible", "arm,psci-1.0").unwrap();
+    fdt.end_node(node).unwrap();
+    memory(&mut fdt, &[0x4000_0000, 0x2000_0000]);
+    let parent = fdt.begin_node("cpus").unwrap();
+    fdt.property_u32("#address-cells", 1).unwrap();
+    fdt.property_u32("#size-cells", 0).unwrap();
+    for cpu in 0..cpus {
+        let node = fdt.begin_node(&format!("cpu@{cpu}")).unwrap();
+        fdt.property_string("device_type", "cpu").unwrap();
+        fdt.property_u32("reg", u32::try_from(cpu).unwrap())
+            .unwrap();
+        fdt.property_string("enable-method", "psci").unwrap();
+        fdt.end_node(node).unwrap();
+    }
+    fdt.end_node(parent).unwrap();
+    let node = fdt.begin_node("intc@8000000").unwrap();
+    fdt.property_string("compatible", "arm,gic-v3").unwrap();
+    fdt.property_array_u64("reg", &[0x800_0000, 0x1_0000, 0x80a_0000, 0xf6_0000])
+        .unwrap();
+    fdt.end_node(node).unwrap();
+    let node = fdt.begin_node("pl011@9000000").unwrap();
+    fdt.property_string_list(
+        "compatible",
+        vec!["arm,pl011".into(), "arm,primecell".into()],
+    )
+    .unwrap();
+    fdt.property_array_u64("reg", &[0x900_0000, 0x1000])
+        .unwrap();
+    fdt.end_node(node).unwrap();
+    let node = fdt.begin_node("chosen").unwrap();
+    fdt.property_string("stdout-path", "/pl011@9000000")
+        .unwrap();
+    fdt.property_string("bootargs", "shim.run=all").unwrap();
+    fdt.property_string("ravelin,log-level", "debug").unwrap();
+    fdt.property_string("ravelin,self-test", "null").unwrap();
+    fdt.property_u32("linux,initrd-start", 0x4800_0000).unwrap();
+    fdt.property_u64("linux,initrd-end", 0x4800_1234).unwrap();
+    fdt.end_node(node).unwrap();
+    fdt.end_node(root).unwrap();
+    fdt.finish().unwrap()
+}
+
+fn memory(fdt: &mut FdtWriter, reg: &[u64]) {
+    let node = fdt.begin_node("memory@0").unwrap();
+    fdt.property_string("device_type", "memory").unwrap();
+    fdt.property_array_u64("reg", reg).unwrap();
+    fdt.end_node(node).unwrap();
+}
+
+/// A tree like the Raspberry Pi 4's: one size cell at the root, a soc bus with `ranges`, spin
+/// tables, mini UART as console, existing `/reserved-memory`.
+fn pi() -> Vec<u8> {
+    let reserved = FdtReserveEntry::new(0, 0x1000).unwrap();
+    let mut fdt = FdtWriter::new_with_mem_reserv(&[reserved]).unwrap();
+    let root = fdt.begin_node("").unwrap();
+    fdt.property_u32("#address-cells", 2).unwrap();
+    fdt.property_u32("#size-cells", 1).unwrap();
+    let node = fdt.begin_node("aliases").unwrap();
+    fdt.property_string("serial1", "/soc/serial@7e215040")
+        .unwrap();
+    fdt.end_node(node).unwrap();
+    let node = fdt.begin_node("chosen").unwrap();
+    fdt.property_string("stdout-path", "serial1:115200n8")
+        .unwrap();
+    fdt.end_node(node).unwrap();
+    let node = fdt.begin_node("memory@0").unwrap();
+    fdt.property_string("device_type", "memory").unwrap();
+    fdt.property_array_u32("reg", &[0, 0, 0x3b40_0000, 0, 0x4000_0000, 0xbc00_0000])
+        .unwrap();
+    fdt.end_node(node).unwrap();
+    let node = fdt.begin_node("reserved-memory").unwrap();
+    fdt.property_u32("#address-cells", 2).unwrap();
+    fdt.property_u32("#size-cells", 1).unwrap();
+    fdt.property_null("ranges").unwrap();
+    let child = fdt.begin_node("secret@3000000").unwrap();
+    fdt.property_array_u32("reg", &[0, 0x300_0000, 0x1800])
+        .unwrap();
+    fdt.property_null("no-map").unwrap();
+    fdt.end_node(child).unwrap();
+    fdt.end_node(node).unwrap();
+    let parent = fdt.begin_node("cpus").unwrap();
+    fdt.property_u32("#address-cells", 1).unwrap();
+    fdt.property_u32("#size-cells", 0).unwrap();
+    for cpu in 0..4u32 {
+        let node = fdt.begin_node(&format!("cpu@{cpu}")).unwrap();
+        fdt.property_string("device_type", "cpu").unwrap();
+        fdt.property_u32("reg", cpu).unwrap();
+        fdt.property_string("enable-method", "spin-table").unwrap();
+        fdt.property_u64("cpu-release-addr", 0xd8 + 8 * u64::from(cpu))
+            .unwrap();
+        fdt.end_node(node).unwrap();
+    }
+    let node = fdt.begin_node("l2-cache0").unwrap();
+    fdt.end_node(node).unwrap();
+    fdt.end_node(parent).unwrap();
+    let soc = fdt.begin_node("soc").unwrap();
+    fdt.property_u32("#address-cells", 1).unwrap();
+    fdt.property_u32("#size-cells", 1).unwrap();
+    fdt.property_array_u32(
+        "ranges",
+        &[
+            0x7e00_0000,
+            0,
+            0xfe00_0000,
+            0x180_0000,
+            0x4000_0000,
+            0,
+            0xff80_0000,
+            0x80_0000,
+        ],
+    )
+    .unwrap();
+    for (name, compatible, reg) in [
+        ("serial@7e201000", "arm,pl011", vec![0x7e20_1000, 0x200]),
+        (
+            "serial@7e215040",
+            "brcm,bcm2835-aux-uart",
+            vec![0x7e21_5040, 0x40],
+        ),
+        (
+            "watchdog@7e100000",
+            "brcm,bcm2711-pm",
+            vec![0x7e10_0000, 0x114],
+        ),
+        (
+            "interrupt-controller@40041000",
+            "arm,gic-400",
+            vec![
+                0x4004_1000,
+                0x1000,
+                0x4004_2000,
+                0x2000,
+                0x4004_4000,
+                0x2000,
+                0x4004_6000,
+                0x2000,
+            ],
+        ),
+    ] {
+        let node = fdt.begin_node(name).unwrap();
+        fdt.property_string("compatible", compatible).unwrap();
+        fdt.property_array_u32("reg", &reg).unwrap();
+        fdt.end_node(node).unwrap();
+    }
+    fdt.end_node(soc).unwrap();
+    fdt.end_node(root).unwrap();
+    fdt.finish().unwrap()
+}
+
+fn range(start: u64, end: u64) -> AddrRange {
+    AddrRange::new(start, end).unwrap()
+}
+
+fn read(blob: &[u8]) -> Board<'_> {
+    Board::read(&Tree::new(blob).unwrap()).unwrap()
+}
+
+fn patched(blob: &[u8], cpus: &[u64]) -> Vec<u8> {
+    let el2 = range(0x5fe0_0000, 0x6000_0000);
+    let mut buffer = vec![0xa5; blob.len() + 8192];
+    let tree = Tree::new(blob).unwrap();
+    let length = patch_for_host(tree.fdt(), &mut buffer, &HostTree { el2, cpus }).unwrap();
+    buffer.truncate(length);
+    buffer
+}
+
+fn prop<'a>(blob: &'a [u8], path: &str, name: &str) -> Option<&'a [u8]> {
+    let node = Fdt::new(blob).unwrap().find_node(path)?;
+    let value = node.property(name)?.value().as_ptr();
+    let length = node.property(name)?.value().len();
+    let at = value.addr() - blob.as_ptr().addr();
+    Some(&blob[at..at + length])
+}
+
+#[test]
+fn virt_board_is_read() {
+    let blob = virt(2);
+    let board = read(&blob);
+    assert_eq!(board.model, "linux,dummy-virt");
+    assert_eq!(board.memory.as_slice(), [range(0x4000_0000, 0x6000_0000)]);
+    assert_eq!(board.psci, Some(PsciConduit::Smc));
+    let console = Console {
+        kind: UartKind::Pl011,
+        base: 0x900_0000,
+    };
+    assert_eq!(board.console, Some(console));
+    assert_eq!(
+        board.cpus[1],
+        Cpu {
+            mpidr: 1,
+            start: StartMethod::Psci
+        }
+    );
+    let gicd = range(0x800_0000, 0x801_0000);
+    let gicr = range(0x80a_0000, 0x900_0000);
+    assert_eq!(board.gic, Some(Gic::V3 { gicd, gicr }));
+    assert_eq!(board.chosen.bootargs, "shim.run=all");
+    assert_eq!(board.chosen.log_level, Some("debug"));
+    assert_eq!(board.chosen.self_test, Some(SelfTest::Null));
+}
+
+#[test]
+fn initrd_is_reserved_by_whole_pages() {
+    let blob = virt(1);
+    let board = read(&blob);
+    assert_eq!(board.chosen.initrd, Some(range(0x4800_0000, 0x4800_1234)));
+    assert_eq!(board.reserved.as_slice(), [range(0x4800_0000, 0x4800_2000)]);
+}
+
+#[test]
+fn bus_addresses_are_translated_through_ranges() {
+    let blob = pi();
+    let board = read(&blob);
+    let console = Console {
+        kind: UartKind::Mini,
+        base: 0xfe21_5040,
+    };
+    assert_eq!(board.console, Some(console));
+    assert_eq!(board.power, Some(Power::BcmPm(0xfe10_0000)));
+    let Some(Gic::V2 { gicd, gich, .. }) = board.gic else {
+        panic!("no GICv2");
+    };
+    assert_eq!(gicd.start(), 0xff84_1000);
+    assert_eq!(gich, Some(range(0xff84_4000, 0xff84_6000)));
+}
+
+#[test]
+fn pi_memory_and_reservations_are_read() {
+    let blob = pi();
+    let board = read(&blob);
+    assert_eq!(
+        board.memory.as_slice(),
+        [range(0, 0x3b40_0000), range(0x4000_0000, 0xfc00_0000)]
+    );
+    assert_eq!(
+        board.reserved.as_slice(),
+        [range(0, 0x1000), range(0x300_0000, 0x300_2000)]
+    );
+    assert_eq!(board.no_map.as_slice(), [range(0x300_0000, 0x300_2000)]);
+    assert_eq!(board.cpus[3].start, StartMethod::SpinTable(0xf0));
+    assert_eq!(board.psci, None);
+}
+
+#[test]
+fn atag_list_zero_and_bad_sizes_are_told_apart() {
+    let atag = check_header(0x100, [5, 0, 0, 0, 1, 0, 0x41, 0x54]);
+    let found = 0x0500_0000;
+    assert_eq!(
+        atag,
+        Err(BoardError::NotADeviceTree {
+            address: 0x100,
+            found
+        })
+    );
+    let huge = check_header(0, [0xd0, 0x0d, 0xfe, 0xed, 0x7f, 0, 0, 0]);
+    assert_eq!(huge, Err(BoardError::BadSize(0x7f00_0000)));
+    let tiny = check_header(0, [0xd0, 0x0d, 0xfe, 0xed, 0, 0, 0, 39]);
+    assert_eq!(tiny, Err(BoardError::BadSize(39)));
+    let good = check_header(0, [0xd0, 0x0d, 0xfe, 0xed, 0, 0x10, 0, 0]);
+    assert_eq!(good, Ok(0x10_0000));
+}
+
+#[test]
+fn a_tree_without_memory_or_cpus_is_refused() {
+    let mut fdt = FdtWriter::new().unwrap();
+    let root = fdt.begin_node("").unwrap();
+    fdt.end_node(root).unwrap();
+    let blob = fdt.finish().unwrap();
+    let board = Board::read(&Tree::new(&blob).unwrap());
+    assert_eq!(board.unwrap_err(), BoardError::NoMemory);
+    let blob = virt(0);
+    let board = Board::read(&Tree::new(&blob).unwrap());
+    assert_eq!(board.unwrap_err(), BoardError::NoCpus);
+}
+
+#[test]
+fn patched_virt_tree_reserves_el2_and_routes_psci_through_hvc() {
+    let tree = patched(&virt(3), &[0, 2]);
+    assert_eq!(prop(&tree, "/psci", "method"), Some(&b"hvc\0"[..]));
+    let reg = [0x5fe0_0000u64.to_be_bytes(), 0x20_0000u64.to_be_bytes()].concat();
+    let node = "/reserved-memory/ravelin@5fe00000";
+    assert_eq!(prop(&tree, node, "reg"), Some(&reg[..]));
+    assert_eq!(prop(&tree, node, "no-map"), Some(&[][..]));
+    assert_eq!(
+        prop(&tree, "/reserved-memory", "#size-cells"),
+        Some(&[0, 0, 0, 2][..])
+    );
+    assert_eq!(prop(&tree, "/cpus/cpu@1", "status"), Some(&b"fail\0"[..]));
+    assert_eq!(prop(&tree, "/cpus/cpu@2", "status"), Some(&b"okay\0"[..]));
+}
+
+#[test]
+fn patched_pi_tree_gets_a_psci_node_and_loses_spin_tables() {
+    let tree = patched(&pi(), &[0, 1, 2, 3]);
+    assert_eq!(prop(&tree, "/psci", "method"), Some(&b"hvc\0"[..]));
+    assert_eq!(
+        prop(&tree, "/cpus/cpu@3", "enable-method"),
+        Some(&b"psci\0"[..])
+    );
+    assert_eq!(prop(&tree, "/cpus/cpu@3", "cpu-release-addr"), None);
+    let reg = [
+        &[0, 0, 0, 0][..],
+        &0x5fe0_0000u32.to_be_bytes(),
+        &0x20_0000u32.to_be_bytes(),
+    ];
+    let node = "/reserved-memory/ravelin@5fe00000";
+    assert_eq!(prop(&tree, node, "reg"), Some(&reg.concat()[..]));
+    assert!(prop(&tree, "/reserved-memory/secret@3000000", "no-map").is_some());
+}
+
+#[test]
+fn a_patched_tree_describes_the_same_board_less_el2() {
+    for blob in [virt(4), pi()] {
+        let before = read(&blob);
+        let tree = patched(&blob, &[0, 1, 2, 3]);
+        let after = read(&tree);
+        assert_eq!(before.memory.as_slice(), after.memory.as_slice());
+        assert_eq!(before.gic, after.gic);
+        assert_eq!(before.console, after.console);
+        assert_eq!(before.cpus.len(), after.cpus.len());
+        assert_eq!(after.psci, Some(PsciConduit::Hvc));
+        let el2 = range(0x5fe0_0000, 0x6000_0000);
+        assert!(after.no_map.as_slice().contains(&el2));
+    }
+}
+
+#[test]
+fn a_buffer_that_is_too_small_is_refused() {
+    let blob = virt(1);
+    let tree = Tree::new(&blob).unwrap();
+    let el2 = range(0x5fe0_0000, 0x6000_0000);
+    for size in [0, 1, 100, blob.len(), blob.len() + 64] {
+        let mut buffer = vec![0; size];
+        let host = HostTree { el2, cpus: &[0] };
+        assert!(
+            patch_for_host(tree.fdt(), &mut buffer, &host).is_err(),
+            "{size}"
+        );
+    }
+}
+
+#[test]
+fn add_child_without_its_parent_changes_nothing() {
+    let mut blob = virt(1);
+    blob.resize(blob.len() + 64, 0);
+    let before = blob.clone();
+    assert_eq!(
+        add_child(&mut blob, "/nowhere", "x"),
+        Err(EditError::NoNode("to add a child to"))
+    );
+    assert_eq!(blob, before);
+}
+
+proptest! {
+    /// Truncated or flipped trees give an error or a board, never a panic.
+    #[test]
+    fn corrupt_trees_never_panic(flips in prop::collection::vec((0usize..1500, any::<u8>()), 0..6),
+                                 cut in 0usize..1500) {
+        let mut blob = pi();
+        for (at, value) in flips {
+            if let Some(byte) = blob.get_mut(at) {
+                *byte = value;
+            }
+        }
+        blob.truncate(blob.len().saturating_sub(cut / 3));
+        if let Ok(tree) = Tree::new(&blob) {
+            let board: Result<String, _> = Board::read(&tree).map(|b| b.model.to_string());
+            drop(board);
+        }
+    }
+}
