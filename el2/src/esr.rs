@@ -1,0 +1,204 @@
+//! Decoding of exception syndromes.
+//!
+//! Source: Arm ARM (DDI 0487) D24.2.40 ESR_ELx, and its ISS encodings.
+
+/// Access that caused an abort.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Access {
+    /// Data read, or a cache maintenance or translation instruction.
+    Read,
+    /// Data write.
+    Write,
+    /// Instruction fetch.
+    Fetch,
+}
+
+/// Kind of an abort, from the fault status code.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum FaultKind {
+    /// No translation (DFSC 0b0001LL, or 0b101011 for level -1).
+    Translation,
+    /// The access flag is clear (0b0010LL).
+    AccessFlag,
+    /// The permissions refuse it (0b0011LL).
+    Permission,
+    /// The address is larger than the tables allow (0b0000LL, 0b101001).
+    AddressSize,
+    /// Anything else: external aborts, alignment, atomics on a type that has none, TLB conflicts.
+    Other(u8),
+}
+
+/// An abort from a lower exception level that was taken at EL2.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Abort {
+    /// What was attempted.
+    pub access: Access,
+    /// Why it failed.
+    pub kind: FaultKind,
+    /// The access was a stage-1 table walk (S1PTW): then HPFAR holds the table's address.
+    pub on_s1_walk: bool,
+    /// FAR_EL2 does not hold the virtual address (FnV).
+    pub far_invalid: bool,
+}
+
+/// Why EL2 was entered from a lower exception level.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Cause {
+    /// HVC from AArch64 with this immediate. ELR already points behind it.
+    Hvc(u16),
+    /// SMC from AArch64 with this immediate, trapped by HCR_EL2.TSC. ELR points at it.
+    Smc(u16),
+    /// WFI or WFE.
+    WaitFor,
+    /// MSR, MRS or a system instruction in AArch64; the ISS names it.
+    SystemRegister(u32),
+    /// Data or instruction abort.
+    Abort(Abort),
+    /// Everything else, with its exception class.
+    Other(u8),
+}
+
+/// Decodes ESR_EL2 of an exception from a lower level. Never fails: what is unknown is `Other`.
+#[must_use]
+pub fn decode(esr: u64) -> Cause {
+    let class = field(esr, 26, 6);
+    match class {
+        0x01 => Cause::WaitFor,
+        0x16 => Cause::Hvc(immediate(esr)),
+        0x17 => Cause::Smc(immediate(esr)),
+        0x18 => Cause::SystemRegister(bits32(esr, 25)),
+        0x20 => Cause::Abort(abort(esr, Access::Fetch)),
+        0x24 => Cause::Abort(abort(esr, data_access(esr))),
+        other => Cause::Other(other),
+    }
+}
+
+/// WnR (bit 6) says write; cache maintenance (CM, bit 8) sets it too but only needs to read.
+fn data_access(esr: u64) -> Access {
+    let (write, maintenance) = (esr & (1 << 6) != 0, esr & (1 << 8) != 0);
+    if write && !maintenance {
+        Access::Write
+    } else {
+        Access::Read
+    }
+}
+
+fn abort(esr: u64, access: Access) -> Abort {
+    Abort {
+        access,
+        kind: fault_kind(field(esr, 0, 6)),
+        on_s1_walk: esr & (1 << 7) != 0,
+        far_invalid: esr & (1 << 10) != 0,
+    }
+}
+
+fn fault_kind(status: u8) -> FaultKind {
+    match status {
+        0b00_0000..=0b00_0011 | 0b10_1001 => FaultKind::AddressSize,
+        0b00_0100..=0b00_0111 | 0b10_1011 => FaultKind::Translation,
+        0b00_1000..=0b00_1011 => FaultKind::AccessFlag,
+        0b00_1100..=0b00_1111 => FaultKind::Permission,
+        other => FaultKind::Other(other),
+    }
+}
+
+/// The IPA of a stage-2 abort: HPFAR_EL2.FIPA (bits 43:4 are IPA bits 51:12) with the page offset
+/// of FAR_EL2 (Arm ARM D24.2.61). On a stage-1 walk the offset is not that of the access: 0.
+#[must_use]
+pub fn fault_ipa(abort: &Abort, hpfar: u64, far: u64) -> u64 {
+    let page = (hpfar >> 4 & 0xff_ffff_ffff) << 12;
+    if abort.on_s1_walk || abort.far_invalid {
+        page
+    } else {
+        page | (far & 0xfff)
+    }
+}
+
+fn immediate(esr: u64) -> u16 {
+    let [low, high, ..] = esr.to_le_bytes();
+    u16::from_le_bytes([low, high])
+}
+
+fn bits32(esr: u64, count: u32) -> u32 {
+    let [a, b, c, d, ..] = esr.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d]) & ((1 << count) - 1)
+}
+
+/// Up to eight bits of a register.
+const fn field(value: u64, shift: u32, width: u32) -> u8 {
+    (value >> shift).to_le_bytes()[0] & (((1u16 << width) - 1).to_le_bytes()[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn hvc_and_smc_keep_their_immediates() {
+        assert_eq!(decode(0x5a00_0000), Cause::Hvc(0));
+        assert_eq!(decode(0x5a00_4f5e), Cause::Hvc(0x4f5e));
+        assert_eq!(decode(0x5e00_0001), Cause::Smc(1));
+    }
+
+    #[test]
+    fn data_abort_write_translation_level_2() {
+        // EC 0x24, IL, WnR, DFSC 0b000110.
+        let expected = Abort {
+            access: Access::Write,
+            kind: FaultKind::Translation,
+            on_s1_walk: false,
+            far_invalid: false,
+        };
+        assert_eq!(decode(0x9200_0046), Cause::Abort(expected));
+    }
+
+    #[test]
+    fn cache_maintenance_counts_as_a_read() {
+        // EC 0x24, IL, CM and WnR, DFSC 0b000111.
+        let Cause::Abort(abort) = decode(0x9200_0147) else {
+            panic!("not an abort");
+        };
+        assert_eq!(abort.access, Access::Read);
+    }
+
+    #[test]
+    fn instruction_abort_permission_on_a_table_walk() {
+        // EC 0x20, IL, S1PTW, IFSC 0b001111.
+        let Cause::Abort(abort) = decode(0x8200_008f) else {
+            panic!("not an abort");
+        };
+        assert_eq!(abort.access, Access::Fetch);
+        assert_eq!(abort.kind, FaultKind::Permission);
+        assert!(abort.on_s1_walk);
+    }
+
+    #[test]
+    fn external_abort_is_no_stage_2_fault() {
+        let Cause::Abort(abort) = decode(0x9200_0010) else {
+            panic!("not an abort");
+        };
+        assert_eq!(abort.kind, FaultKind::Other(0x10));
+    }
+
+    #[test]
+    fn ipa_takes_the_offset_from_far_except_on_a_walk() {
+        let mut abort = Abort {
+            access: Access::Read,
+            kind: FaultKind::Translation,
+            on_s1_walk: false,
+            far_invalid: false,
+        };
+        assert_eq!(fault_ipa(&abort, 0x0400_0010, 0xffff_1abc), 0x4000_01abc);
+        abort.on_s1_walk = true;
+        assert_eq!(fault_ipa(&abort, 0x0400_0010, 0xffff_1abc), 0x4000_01000);
+    }
+
+    proptest! {
+        #[test]
+        fn any_syndrome_decodes(esr: u64) {
+            let _: Cause = decode(esr);
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! What a core can do, read once into a plain struct.
+//!
+//! Source: Arm ARM (DDI 0487) D24.2, ID_AA64*_EL1. Two settings can be tested in one host run.
+
+/// Raw identification registers.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct IdRegisters {
+    /// MIDR_EL1.
+    pub midr: u64,
+    /// ID_AA64PFR0_EL1.
+    pub pfr0: u64,
+    /// ID_AA64PFR1_EL1.
+    pub pfr1: u64,
+    /// ID_AA64DFR0_EL1.
+    pub dfr0: u64,
+    /// ID_AA64ISAR0_EL1.
+    pub isar0: u64,
+    /// ID_AA64MMFR0_EL1.
+    pub mmfr0: u64,
+    /// ID_AA64MMFR1_EL1.
+    pub mmfr1: u64,
+    /// ID_AA64MMFR2_EL1.
+    pub mmfr2: u64,
+    /// ID_AA64MMFR3_EL1.
+    pub mmfr3: u64,
+    /// CTR_EL0.
+    pub ctr: u64,
+}
+
+/// Decoded features.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Features {
+    /// Size of a physical address in bits: 32 to 52 (56 is treated as 52).
+    pub pa_bits: u8,
+    /// 4 KiB granule at stage 2.
+    pub granule_4k: bool,
+    /// 16-bit VMIDs instead of 8-bit ones.
+    pub vmid16: bool,
+    /// FEAT_S2FWB.
+    pub fwb: bool,
+    /// FEAT_VHE.
+    pub vhe: bool,
+    /// FEAT_XNX.
+    pub xnx: bool,
+    /// Hardware sets the access flag (FEAT_HAFDBS).
+    pub haf: bool,
+    /// FEAT_PAN.
+    pub pan: bool,
+    /// FEAT_MTE2: tag checks and PSTATE.TCO.
+    pub mte: bool,
+    /// TLBI by range (FEAT_TLBIRANGE).
+    pub tlbi_range: bool,
+    /// Level hints in TLBI (FEAT_TTL).
+    pub ttl: bool,
+    /// FEAT_SVE.
+    pub sve: bool,
+    /// FEAT_SME.
+    pub sme: bool,
+    /// FEAT_HCX: HCRX_EL2.
+    pub hcx: bool,
+    /// FEAT_FGT: fine-grained traps.
+    pub fgt: bool,
+    /// FEAT_FGT2.
+    pub fgt2: bool,
+    /// FEAT_TCR2.
+    pub tcr2: bool,
+    /// FEAT_SCTLR2.
+    pub sctlr2: bool,
+    /// FEAT_MPAM: memory partitioning, whose EL2 traps must be opened.
+    pub mpam: bool,
+    /// FEAT_LOR: limited ordering regions.
+    pub lor: bool,
+    /// FEAT_ECV: enhanced counter virtualization.
+    pub ecv: bool,
+    /// Statistical profiling.
+    pub spe: bool,
+    /// Trace buffer.
+    pub trbe: bool,
+    /// A PMUv3 is there.
+    pub pmu: bool,
+    /// System-register interface of GICv3 or later.
+    pub gic_sysregs: bool,
+    /// Data cache cleaning to PoU is not needed for instruction fetches.
+    pub idc: bool,
+    /// Instruction cache invalidation is not needed.
+    pub dic: bool,
+    /// Smallest data cache line in bytes.
+    pub dcache_line: u32,
+    /// Smallest instruction cache line in bytes.
+    pub icache_line: u32,
+}
+
+impl Features {
+    /// Decodes the registers.
+    #[must_use]
+    pub fn decode(id: &IdRegisters) -> Self {
+        Self {
+            pa_bits: pa_bits(field(id.mmfr0, 0)),
+            granule_4k: granule_4k(field(id.mmfr0, 40), field(id.mmfr0, 28)),
+            vmid16: field(id.mmfr1, 4) == 2,
+            fwb: field(id.mmfr2, 40) != 0,
+            vhe: field(id.mmfr1, 8) != 0,
+            xnx: field(id.mmfr1, 28) != 0,
+            haf: field(id.mmfr1, 0) != 0,
+            pan: field(id.mmfr1, 20) != 0,
+            mte: field(id.pfr1, 8) >= 2,
+            tlbi_range: field(id.isar0, 56) >= 2,
+            ttl: field(id.mmfr2, 48) != 0,
+            sve: field(id.pfr0, 32) != 0,
+            sme: field(id.pfr1, 24) != 0,
+            hcx: field(id.mmfr1, 40) != 0,
+            fgt: field(id.mmfr0, 56) != 0,
+            fgt2: field(id.mmfr0, 56) >= 2,
+            tcr2: field(id.mmfr3, 0) != 0,
+            sctlr2: field(id.mmfr3, 4) != 0,
+            mpam: field(id.pfr0, 40) != 0,
+            lor: field(id.mmfr1, 16) != 0,
+            ecv: field(id.mmfr0, 60) != 0,
+            spe: field(id.dfr0, 32) != 0,
+            trbe: field(id.dfr0, 44) != 0,
+            pmu: !matches!(field(id.dfr0, 8), 0 | 0xf),
+            gic_sysregs: field(id.pfr0, 24) != 0,
+            idc: id.ctr & (1 << 28) != 0,
+            dic: id.ctr & (1 << 29) != 0,
+            dcache_line: line_size(id.ctr, 16),
+            icache_line: line_size(id.ctr, 0),
+        }
+    }
+}
+
+const fn field(register: u64, shift: u32) -> u8 {
+    (register >> shift).to_le_bytes()[0] & 0xf
+}
+
+/// ID_AA64MMFR0_EL1.PARange; reserved values are taken as the largest that 4 KiB tables without
+/// LPA2 can use, which is what the caller caps to anyway.
+const fn pa_bits(range: u8) -> u8 {
+    match range {
+        0 => 32,
+        1 => 36,
+        2 => 40,
+        3 => 42,
+        4 => 44,
+        5 => 48,
+        _ => 52,
+    }
+}
+
+/// TGRAN4_2 (0: as TGRAN4, 1: no, 2 and 3: yes), TGRAN4 (0 and 1: yes, 0xf: no).
+const fn granule_4k(stage2: u8, stage1: u8) -> bool {
+    match stage2 {
+        0 => stage1 != 0xf,
+        1 => false,
+        _ => true,
+    }
+}
+
+/// CTR_EL0.DminLine or IminLine: log2 of the number of 4-byte words.
+const fn line_size(ctr: u64, shift: u32) -> u32 {
+    4 << field(ctr, shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Cortex-A72 and QEMU `max`, as measured (spec/arm.md 5.5).
+    const A72: IdRegisters = IdRegisters {
+        midr: 0x410f_d083,
+        pfr0: 0x0000_2222,
+        pfr1: 0,
+        dfr0: 0x1030_5106,
+        isar0: 0x0001_1120,
+        mmfr0: 0x1124,
+        mmfr1: 0,
+        mmfr2: 0,
+        mmfr3: 0,
+        ctr: 0x8444_c004,
+    };
+
+    #[test]
+    fn cortex_a72_is_a_plain_v8_0_core() {
+        let features = Features::decode(&A72);
+        assert_eq!(features.pa_bits, 44);
+        assert!(features.granule_4k && features.pmu);
+        assert!(!features.fwb && !features.xnx && !features.vhe && !features.vmid16);
+        assert!(!features.pan && !features.hcx && !features.fgt && !features.idc);
+        assert_eq!((features.dcache_line, features.icache_line), (64, 64));
+    }
+
+    #[test]
+    fn a_feature_rich_core_has_them_all() {
+        let max = IdRegisters {
+            mmfr0: 0x2100_0323_1020_1126,
+            mmfr1: 0x0110_1120_1031_2122,
+            mmfr2: 0x1221_0111_1201_1011,
+            ctr: 0xb444_c004,
+            isar0: 2 << 56,
+            pfr0: 1 << 24 | 1 << 32 | 1 << 40,
+            pfr1: 3 << 8 | 1 << 24,
+            ..A72
+        };
+        let features = Features::decode(&max);
+        assert_eq!(features.pa_bits, 52);
+        assert!(features.fwb && features.xnx && features.vhe && features.vmid16);
+        assert!(features.pan && features.hcx && features.fgt && !features.fgt2 && features.tlbi_range);
+        assert!(features.idc && features.dic && features.ttl && features.haf);
+        assert!(features.sve && features.sme && features.mte && features.gic_sysregs);
+    }
+
+    #[test]
+    fn granule_field_of_stage_2_wins() {
+        assert!(granule_4k(0, 0));
+        assert!(!granule_4k(0, 0xf));
+        assert!(!granule_4k(1, 0));
+        assert!(granule_4k(2, 0xf));
+    }
+}

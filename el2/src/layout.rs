@@ -1,0 +1,131 @@
+//! How EL2's memory is divided. One contiguous range holds all of it:
+//!
+//! ```text
+//! base                                                                        base + size
+//! │ image (text, rodata, relro, data, bss) │ CPU 0 │ CPU 1 │ .. │ page states │ frame pool │
+//!                                             │
+//!        ┌────────────────────────────────────┘
+//!        │ guard │ stack 16 KiB │ guard │ emergency stack 4 KiB │ CPU data 4 KiB │
+//! ```
+//!
+//! Guards are pages that are never mapped: an overflow of a stack faults on the first byte below.
+
+use board::{AddrRange, PAGE_SIZE};
+
+/// Bytes of a CPU's stack.
+pub const STACK: u64 = 4 * PAGE_SIZE;
+/// Bytes of a CPU's block: guard, stack, guard, emergency stack, data.
+pub const CPU_BLOCK: u64 = PAGE_SIZE + STACK + 3 * PAGE_SIZE;
+/// Bytes of page state per page of RAM.
+pub const STATE_PER_PAGE: u64 = 4;
+/// Alignment of EL2's memory: a 64 KiB host kernel must be able to leave it out exactly.
+pub const ALIGN: u64 = 0x1_0000;
+/// Table pages for EL2's own map and for the host's stage 2, beyond one per GiB of RAM.
+const POOL_PAGES: u64 = 96;
+
+/// Offsets from EL2's base, in bytes; each part ends where the next one starts.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Layout {
+    /// First CPU's block.
+    pub cpus: u64,
+    /// Page states.
+    pub states: u64,
+    /// Frame pool.
+    pub pool: u64,
+    /// End.
+    pub size: u64,
+}
+
+/// Where the parts of one CPU's block are.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct CpuBlock {
+    /// Its stack; the page below is a guard.
+    pub stack: AddrRange,
+    /// Its emergency stack, for exceptions taken at EL2 itself; the page below is a guard.
+    pub emergency: AddrRange,
+    /// Its data.
+    pub data: AddrRange,
+}
+
+impl Layout {
+    /// The layout for an image of `image` bytes, `cpus` CPUs and `ram` bytes of RAM.
+    ///
+    /// `None` if the sizes overflow.
+    #[must_use]
+    pub fn new(image: u64, cpus: u64, ram: u64) -> Option<Self> {
+        let gib = ram.div_ceil(1 << 30);
+        let start = image.checked_next_multiple_of(PAGE_SIZE)?;
+        let states = start.checked_add(cpus.checked_mul(CPU_BLOCK)?)?;
+        let states_size = ram.div_ceil(PAGE_SIZE).checked_mul(STATE_PER_PAGE)?;
+        let pool = states
+            .checked_add(states_size)?
+            .checked_next_multiple_of(PAGE_SIZE)?;
+        let pages = POOL_PAGES.checked_add(gib)?;
+        let size = pool
+            .checked_add(pages.checked_mul(PAGE_SIZE)?)?
+            .checked_next_multiple_of(ALIGN)?;
+        Some(Self {
+            cpus: start,
+            states,
+            pool,
+            size,
+        })
+    }
+
+    /// The block of CPU `index` for EL2's memory at `base`; `None` beyond the last CPU.
+    #[must_use]
+    pub fn cpu(&self, base: u64, index: u64) -> Option<CpuBlock> {
+        let start = index.checked_mul(CPU_BLOCK)?.checked_add(self.cpus)?;
+        if start.checked_add(CPU_BLOCK)? > self.states {
+            return None;
+        }
+        let stack = AddrRange::with_size(base.checked_add(start + PAGE_SIZE)?, STACK)?;
+        let emergency = AddrRange::with_size(stack.end().checked_add(PAGE_SIZE)?, PAGE_SIZE)?;
+        let data = AddrRange::with_size(emergency.end(), PAGE_SIZE)?;
+        Some(CpuBlock {
+            stack,
+            emergency,
+            data,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_follow_each_other_page_aligned() {
+        let layout = Layout::new(0x2_a123, 4, 1 << 30).unwrap();
+        assert_eq!(layout.cpus, 0x2_b000);
+        assert_eq!(layout.states, 0x2_b000 + 4 * 0x8000);
+        assert_eq!(layout.pool, layout.states + (1 << 20));
+        assert_eq!(layout.size % ALIGN, 0);
+    }
+
+    #[test]
+    fn resident_memory_stays_under_2_mib_and_a_500th_of_ram() {
+        for gib in [1u64, 2, 8, 64] {
+            let layout = Layout::new(0x4_0000, 8, gib << 30).unwrap();
+            assert!(layout.size < (2 << 20) + (gib << 30) / 500, "{gib} GiB");
+        }
+    }
+
+    #[test]
+    fn stacks_have_a_hole_below_and_lie_inside_their_block() {
+        let layout = Layout::new(0x1000, 2, 1 << 30).unwrap();
+        let first = layout.cpu(0x8000_0000, 0).unwrap();
+        let second = layout.cpu(0x8000_0000, 1).unwrap();
+        assert_eq!(first.stack.start(), 0x8000_2000);
+        assert_eq!(first.stack.end() + PAGE_SIZE, first.emergency.start());
+        assert_eq!(first.data.end() + PAGE_SIZE, second.stack.start());
+        assert_eq!(second.data.end(), 0x8000_0000 + layout.states);
+        assert_eq!(layout.cpu(0x8000_0000, 2), None);
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        assert_eq!(Layout::new(u64::MAX, 1, 1), None);
+        assert_eq!(Layout::new(1, u64::MAX / 2, 1), None);
+    }
+}

@@ -1,0 +1,20 @@
+//! The EL2 hypervisor's logic that needs no register: decoding, decisions and state.
+//!
+//! Everything here compiles for a developer's machine and is tested there. The binary
+//! (`main.rs`) wraps it in `arch/`, the only place that names an Arm register.
+#![no_std]
+#![forbid(unsafe_code)]
+
+#[cfg(test)]
+extern crate std;
+
+pub mod counters;
+pub mod esr;
+pub mod features;
+pub mod hvc;
+pub mod inject;
+pub mod layout;
+pub mod page_state;
+pub mod psci;
+pub mod smc;
+mod sync;
