@@ -1,0 +1,70 @@
+# Ravelin's front door. `make` lists what there is; every target sets up what it needs.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup build run test test-host test-virt test-raspi4b test-boards bench bench-boot image doc lint clean
+
+# Settings of `make run` and `make image`; RUST_ROUTE is for every target.
+BOARD ?= virt
+HOST ?= shim
+SMP ?= 4
+CPU ?= cortex-a76
+GIC ?= 3
+MEM ?= 1G
+LOG ?= info
+RUST_ROUTE ?= auto
+FILTER ?=
+export RUST_ROUTE
+
+RAVELIN := scripts/ravelin.sh
+
+help: ## this list
+	@echo 'Ravelin: a pKVM-style hypervisor for arm64. Two commands: make run, make test.'
+	@echo
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@echo
+	@echo 'Settings: make run BOARD=virt|raspi4b HOST=shim|linux SMP=1..8 CPU=cortex-a72|cortex-a76|neoverse-v1|neoverse-n2|max'
+	@echo '          GIC=2|3 MEM=1G LOG=off|error|warn|info|debug|trace; make test-virt FILTER=word; RUST_ROUTE=rustup|debian'
+
+setup: ## install and fetch what is missing (quick when nothing is)
+	@scripts/setup.sh
+
+build: setup ## the EL2 image with the host inside: build/ravelin.img
+	@scripts/build.sh
+
+run: build ## boot on the emulator: our own host, or HOST=linux for a shell
+	@$(RAVELIN) run --board $(BOARD) --host $(HOST) --smp $(SMP) --cpu $(CPU) --gic $(GIC) --memory $(MEM) --log $(LOG)
+
+test: test-host test-emulator ## everything: the host's tests, then the emulators'
+
+test-host: setup ## tests that need no machine: unit, property, loom, miri
+	@scripts/test-host.sh
+
+.PHONY: test-emulator
+test-emulator: build
+	@$(RAVELIN) test all --filter '$(FILTER)'
+
+test-virt: build ## boot every combination of CPU and GIC on QEMU's virt
+	@$(RAVELIN) test virt --filter '$(FILTER)'
+
+test-raspi4b: build ## boot QEMU's raspi4b with Debian's Pi 4 device tree
+	@$(RAVELIN) test raspi4b --filter '$(FILTER)'
+
+test-boards: setup ## what EL2 reads in the real Pi 4 and Pi 5 device trees
+	@scripts/test-boards.sh
+
+bench: bench-boot ## every benchmark
+
+bench-boot: build ## instructions from reset to Linux's userland, bare and under the hypervisor
+	@$(RAVELIN) bench-boot
+
+image: build ## the SD card's folder: make image BOARD=rpi4|rpi5
+	@$(RAVELIN) sdcard --board $(BOARD)
+
+doc: setup ## the crates' documentation, in target/doc
+	@. scripts/lib.sh && load_env && "$$CARGO" doc --workspace --no-deps
+
+lint: setup ## formatting, clippy and documentation with warnings denied
+	@scripts/lint.sh
+
+clean: ## remove what was built; downloads stay (rm -rf build removes them, too)
+	@rm -rf target build/logs build/work build/sdcard-* build/*.img build/*.elf

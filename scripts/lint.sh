@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Formatting, clippy and documentation with warnings denied, on the host and on each bare-metal target.
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+load_env
+BARE_TARGET=aarch64-unknown-none-softfloat
+
+step() { printf '\n== lint: %s\n' "$1"; }
+have cargo-clippy && have cargo-fmt || die "clippy and rustfmt come with rustup, or as Debian's rust-clippy and rustfmt"
+step "fmt"
+"$CARGO" fmt --all --check
+step "clippy (host)"
+"$CARGO" clippy --workspace --all-targets --quiet -- -D warnings
+for crate in el2 host-shim; do
+    [ -d "$crate" ] || continue
+    step "clippy ($crate, $BARE_TARGET)"
+    scripts/cargo-bare.sh clippy --quiet -p "ravelin-$crate" --target "$BARE_TARGET" -- -D warnings
+done
+step "doc"
+RUSTDOCFLAGS="-D warnings" "$CARGO" doc --workspace --no-deps --quiet

@@ -1,0 +1,38 @@
+//! Where things are in the source tree, and reading and writing files with errors that name them.
+
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+
+/// Root of the source tree: the parent of this crate's folder.
+#[must_use]
+pub fn root() -> PathBuf {
+    let mut path = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    path.pop();
+    path
+}
+
+/// `build/NAME` in the source tree: everything that is made and not committed.
+#[must_use]
+pub fn build(name: &str) -> PathBuf {
+    root().join("build").join(name)
+}
+
+/// Reads a whole file.
+///
+/// # Errors
+/// The file cannot be read; the message names it and `hint` says what to do about it.
+pub fn read(path: &Path, hint: &str) -> Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| format!("cannot read {}: {hint}", path.display()))
+}
+
+/// Writes a whole file, making its folder if need be.
+///
+/// # Errors
+/// The folder or the file cannot be written.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    }
+    std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
+}
