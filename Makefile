@@ -29,6 +29,7 @@ setup: ## install and fetch what is missing (quick when nothing is)
 	@scripts/setup.sh
 
 build: setup ## the EL2 image with the host inside: build/ravelin.img
+	@scripts/build-guests.sh
 	@scripts/build.sh
 
 run: build ## boot on the emulator: our own host, or HOST=linux for a shell

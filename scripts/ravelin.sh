@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the project's tool (tests/src/bin/ravelin.rs) with the Rust that set-up chose: scripts/ravelin.sh --help
+# Runs the project's tool (tests/src/bin/ravelin/main.rs) with the Rust that set-up chose: scripts/ravelin.sh --help
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 load_env

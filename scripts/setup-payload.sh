@@ -38,8 +38,11 @@ say "fetching $kernel and busybox-static for arm64"
 rm -rf "${OUT:?}"/*
 (cd "$OUT" && apt-get download -q "$kernel" busybox-static/"$release")
 for deb in "$OUT"/*.deb; do dpkg-deb -x "$deb" "$OUT/root"; rm "$deb"; done
-rm -rf "$OUT"/root/{,usr/}lib/modules
 load_env
 say "unpacking the kernel (builds the project's tool first, about a minute)"
 scripts/ravelin.sh kernel-image "$OUT"/root/boot/vmlinuz-* "$OUT/Image"
+mkdir -p "$OUT/dtb"
+mv "$OUT"/root/usr/lib/linux-image-*/broadcom "$OUT/dtb/"
+mv "$OUT/root/bin/busybox" "$OUT/busybox"
+rm -rf "$OUT/root"
 echo "${kernel#linux-image-}" > "$OUT/version"

@@ -1,13 +1,24 @@
 //! Host-side tools and tests of Ravelin: what `make` calls whenever something must be parsed or decided.
 //!
 //! * Files: [`image`] (ELF to flat image), [`kernel_image`] (Debian's kernel to a raw Image), [`initramfs`],
-//!   [`fit`], [`device_tree`], [`sdcard`].
+//!   [`fit`], [`device_tree`], [`launcher`].
 //! * Emulator: [`machine`] describes one, [`process`] runs it under a time limit and keeps its console,
-//!   [`scenario`] says what must come out, [`runner`] runs many and reports.
+//!   [`verdict`] says what must come out, [`runner`] runs many and reports.
 //! * [`suite`] lists the scenarios, [`bench_boot`] measures the boot, [`symbolise`] reads backtraces.
 
+pub mod device_tree;
+pub mod emulate;
 pub mod files;
+pub mod fit;
 pub mod image;
 pub mod initramfs;
+pub mod interactive;
 pub mod kernel_image;
+pub mod launcher;
+pub mod machine;
+pub mod payload;
+pub mod process;
+pub mod runner;
+pub mod suite;
 pub mod symbolise;
+pub mod verdict;

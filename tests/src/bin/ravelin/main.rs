@@ -1,9 +1,11 @@
 //! `ravelin`: the project's one command line, called by `make`. `--help` lists what it does.
 
-use anyhow::Result;
+mod commands;
+
 use clap::{Parser, Subcommand};
-use ravelin_tests::{files, image, kernel_image, symbolise::Symboliser};
-use std::io::{BufRead, Write};
+use ravelin_tests::device_tree::Damage;
+use ravelin_tests::suite::Suite;
+use ravelin_tests::{emulate, interactive};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -33,42 +35,36 @@ enum Command {
     /// Copy standard input to standard output, adding function and line to each frame of a backtrace
     Symbolise {
         /// ELF file that the running image was made from
-        #[arg(long, default_value_os_t = files::build("ravelin.elf"))]
+        #[arg(long, default_value_os_t = emulate::ravelin_elf())]
         elf: PathBuf,
     },
+    /// Write the initramfs of the Linux host
+    Initramfs {
+        /// Archive to write
+        out: PathBuf,
+    },
+    /// Write the FIT with Linux as host
+    Fit {
+        /// FIT to write
+        out: PathBuf,
+        /// Linux's command line (default: that of /chosen when it boots)
+        #[arg(long)]
+        arguments: Option<String>,
+    },
+    /// Edit a device tree, or damage it on purpose
+    Dtb(commands::DtbSettings),
+    /// Boot one machine with the terminal as its console
+    Run(interactive::Settings),
+    /// Run a suite of scenarios on emulated machines
+    Test(commands::TestSettings),
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse().command) {
+    match commands::run(Cli::parse().command) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("ravelin: error: {error:#}");
             ExitCode::FAILURE
         }
     }
-}
-
-fn run(command: Command) -> Result<ExitCode> {
-    match command {
-        Command::Image { elf, out } => {
-            let image = image::flatten(&files::read(&elf, "build it first")?)?;
-            files::write(&out, &image)?;
-            println!("{}: {} KiB", out.display(), image.len().div_ceil(1024));
-        }
-        Command::KernelImage { kernel, out } => {
-            let image = kernel_image::unpack(&files::read(&kernel, "run `make setup` first")?)?;
-            files::write(&out, &image)?;
-            println!("{}: {} KiB", out.display(), image.len().div_ceil(1024));
-        }
-        Command::Symbolise { elf } => symbolise(&Symboliser::open(&elf)?)?,
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn symbolise(symboliser: &Symboliser) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    for line in std::io::stdin().lock().lines() {
-        writeln!(out, "{}", symboliser.annotate(&line?))?;
-    }
-    Ok(())
 }

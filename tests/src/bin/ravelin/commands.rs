@@ -1,0 +1,143 @@
+//! What each subcommand does, in terms of the library.
+
+use super::{Command, Damage, Suite};
+use anyhow::{Context, Result};
+use clap::Args;
+use ravelin_tests::payload::{self, Payloads};
+use ravelin_tests::runner::{self, Options};
+use ravelin_tests::symbolise::Symboliser;
+use ravelin_tests::{device_tree, files, fit, image, interactive, kernel_image, suite};
+use std::io::{BufRead, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// What to do to a device tree.
+#[derive(Args)]
+pub(super) struct DtbSettings {
+    /// Flattened tree to read
+    input: PathBuf,
+    /// Flattened tree to write
+    out: PathBuf,
+    /// Set a string property of /chosen: name=value
+    #[arg(long, value_name = "NAME=VALUE")]
+    chosen: Vec<String>,
+    /// Then damage it
+    #[arg(long, value_enum)]
+    damage: Option<Damage>,
+}
+
+/// Which scenarios, and how.
+#[derive(Args)]
+pub(super) struct TestSettings {
+    /// Which set
+    #[arg(value_enum)]
+    suite: Suite,
+    /// Only scenarios whose name contains this
+    #[arg(long, default_value = "")]
+    filter: String,
+    /// List the names, run nothing
+    #[arg(long)]
+    list: bool,
+    /// Machines at a time
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// Factor on all time limits, for a slow computer
+    #[arg(long, default_value_t = 1)]
+    patience: u32,
+}
+
+pub(super) fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Image { elf, out } => report(
+            &out,
+            &image::flatten(&files::read(&elf, "build it first")?)?,
+        )?,
+        Command::KernelImage { kernel, out } => {
+            report(
+                &out,
+                &kernel_image::unpack(&files::read(&kernel, "run `make setup` first")?)?,
+            )?;
+        }
+        Command::Symbolise { elf } => symbolise(&Symboliser::open(&elf)?)?,
+        Command::Initramfs { out } => report(&out, &std::fs::read(payload::prepare()?.initramfs)?)?,
+        Command::Fit { out, arguments } => write_fit(&out, arguments.as_deref())?,
+        Command::Dtb(settings) => edit_tree(&settings)?,
+        Command::Run(settings) => return interactive::run(&settings),
+        Command::Test(settings) => return test(&settings),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a file and says how large it is.
+fn report(out: &Path, bytes: &[u8]) -> Result<()> {
+    files::write(out, bytes)?;
+    println!("{}: {} KiB", out.display(), bytes.len().div_ceil(1024));
+    Ok(())
+}
+
+fn symbolise(symboliser: &Symboliser) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    for line in std::io::stdin().lock().lines() {
+        writeln!(out, "{}", symboliser.annotate(&line?))?;
+    }
+    Ok(())
+}
+
+fn write_fit(out: &Path, arguments: Option<&str>) -> Result<()> {
+    let Payloads {
+        linux, initramfs, ..
+    } = payload::prepare()?;
+    let (kernel, ramdisk) = (std::fs::read(linux)?, std::fs::read(initramfs)?);
+    report(
+        out,
+        &fit::host_linux(&fit::HostLinux {
+            kernel: &kernel,
+            ramdisk: &ramdisk,
+            arguments,
+        })?,
+    )
+}
+
+fn edit_tree(settings: &DtbSettings) -> Result<()> {
+    let mut tree = device_tree::parse(&files::read(&settings.input, "name a .dtb file")?)?;
+    for setting in &settings.chosen {
+        let (name, value) = setting
+            .split_once('=')
+            .with_context(|| format!("'{setting}' is not NAME=VALUE"))?;
+        device_tree::set_chosen(&mut tree, name, value)?;
+    }
+    let bytes = tree.to_dtb();
+    match settings.damage {
+        Some(damage) => report(&settings.out, &device_tree::damage(&bytes, damage)?),
+        None => report(&settings.out, &bytes),
+    }
+}
+
+fn test(settings: &TestSettings) -> Result<ExitCode> {
+    if settings.list {
+        let nothing = Payloads {
+            linux: PathBuf::new(),
+            initramfs: PathBuf::new(),
+            fit: PathBuf::new(),
+        };
+        let all = suite::list(settings.suite, &Arc::new(nothing));
+        all.iter()
+            .filter(|s| s.name.contains(&settings.filter))
+            .for_each(|s| println!("{}", s.name));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let options = Options {
+        jobs: settings.jobs,
+        filter: settings.filter.clone(),
+        patience: settings.patience,
+        logs: files::build("logs"),
+    };
+    let scenarios = suite::scenarios(settings.suite)?;
+    let report = runner::run_all(&scenarios, &options)?;
+    Ok(if report.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

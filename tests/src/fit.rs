@@ -1,0 +1,134 @@
+//! Builds a FIT (flattened image tree): the one file in which payloads reach the host.
+//!
+//! Format: the Flat Image Tree specification, version 1.0: a device tree with the data of each image in `/images`
+//! and the sets that belong together in `/configurations`. Two properties of a configuration are ours:
+//! `ravelin,role` ("host") and `bootargs`.
+
+use crate::device_tree::{node, set};
+use anyhow::Result;
+use dtoolkit::model::{DeviceTree, DeviceTreeNode, DeviceTreeProperty};
+use sha2::{Digest, Sha256};
+
+/// A Linux that boots as the host.
+#[derive(Debug, Clone, Copy)]
+pub struct HostLinux<'a> {
+    /// Raw arm64 Image.
+    pub kernel: &'a [u8],
+    /// Initramfs.
+    pub ramdisk: &'a [u8],
+    /// Command line; `None`: that of `/chosen`.
+    pub arguments: Option<&'a str>,
+}
+
+/// The FIT with one configuration, `linux`, whose role is "host".
+///
+/// # Errors
+/// The data does not fit into the format.
+pub fn host_linux(linux: &HostLinux<'_>) -> Result<Vec<u8>> {
+    let mut tree = DeviceTree::new();
+    set(&mut tree.root, "description", "Linux as Ravelin's host")?;
+    // Zero, not now: the same inputs give the same file.
+    tree.root
+        .add_property(DeviceTreeProperty::new_unchecked("timestamp", 0u32));
+    tree.root
+        .add_property(DeviceTreeProperty::new_unchecked("#address-cells", 1u32));
+    let mut images = node("images")?;
+    images.add_child(image("kernel", "Linux", "kernel", linux.kernel)?);
+    images.add_child(image("ramdisk", "initramfs", "ramdisk", linux.ramdisk)?);
+    tree.root.add_child(images);
+    tree.root.add_child(configurations(linux.arguments)?);
+    Ok(tree.to_dtb())
+}
+
+fn configurations(arguments: Option<&str>) -> Result<DeviceTreeNode> {
+    let mut linux = node("linux")?;
+    set(&mut linux, "description", "Linux as host")?;
+    set(&mut linux, "kernel", "kernel")?;
+    set(&mut linux, "ramdisk", "ramdisk")?;
+    set(&mut linux, "ravelin,role", "host")?;
+    if let Some(arguments) = arguments {
+        set(&mut linux, "bootargs", arguments)?;
+    }
+    let mut configurations = node("configurations")?;
+    set(&mut configurations, "default", "linux")?;
+    configurations.add_child(linux);
+    Ok(configurations)
+}
+
+/// One image with its SHA-256. No load address: whoever loads it chooses.
+fn image(name: &str, description: &str, kind: &str, data: &[u8]) -> Result<DeviceTreeNode> {
+    let mut hash = node("hash-1")?;
+    hash.add_property(DeviceTreeProperty::new_unchecked(
+        "value",
+        Sha256::digest(data).as_slice(),
+    ));
+    set(&mut hash, "algo", "sha256")?;
+    let mut image = node(name)?;
+    set(&mut image, "description", description)?;
+    image.add_property(DeviceTreeProperty::new_unchecked("data", data));
+    set(&mut image, "type", kind)?;
+    set(&mut image, "arch", "arm64")?;
+    set(&mut image, "os", "linux")?;
+    set(&mut image, "compression", "none")?;
+    image.add_child(hash);
+    Ok(image)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dtoolkit::{Node, Property, fdt::Fdt};
+
+    fn sample(arguments: Option<&str>) -> Vec<u8> {
+        host_linux(&HostLinux {
+            kernel: b"abc",
+            ramdisk: b"12345",
+            arguments,
+        })
+        .unwrap()
+    }
+
+    fn value(fit: &[u8], path: &str, name: &str) -> Option<Vec<u8>> {
+        let fdt = Fdt::new(fit).unwrap();
+        let node = fdt.find_node(path).unwrap();
+        node.property(name).map(|p| p.value().to_vec())
+    }
+
+    #[test]
+    fn data_comes_back_and_the_hash_is_that_of_the_standard() {
+        let fit = sample(None);
+        assert_eq!(value(&fit, "/images/kernel", "data").unwrap(), b"abc");
+        assert_eq!(value(&fit, "/images/ramdisk", "data").unwrap(), b"12345");
+        // FIPS 180-4's example: SHA-256 of "abc".
+        let hash = value(&fit, "/images/kernel/hash-1", "value").unwrap();
+        assert_eq!(hash[..8], [0xba, 0x78, 0x16, 0xbf, 0x8f, 0x01, 0xcf, 0xea]);
+        assert_eq!(hash.len(), 32);
+    }
+
+    #[test]
+    fn default_configuration_is_the_host_and_names_its_images() {
+        let fit = sample(Some("console=ttyAMA0"));
+        assert_eq!(
+            value(&fit, "/configurations", "default").unwrap(),
+            b"linux\0"
+        );
+        let property = |name| value(&fit, "/configurations/linux", name).unwrap();
+        assert_eq!(property("kernel"), b"kernel\0");
+        assert_eq!(property("ramdisk"), b"ramdisk\0");
+        assert_eq!(property("ravelin,role"), b"host\0");
+        assert_eq!(property("bootargs"), b"console=ttyAMA0\0");
+    }
+
+    #[test]
+    fn without_arguments_there_is_no_bootargs() {
+        assert_eq!(
+            value(&sample(None), "/configurations/linux", "bootargs"),
+            None
+        );
+    }
+
+    #[test]
+    fn same_input_gives_the_same_file() {
+        assert_eq!(sample(None), sample(None));
+    }
+}

@@ -1,0 +1,188 @@
+//! `make run`: one machine with the terminal as its console.
+
+use crate::emulate::{self, LINUX_ARGUMENTS};
+use crate::machine::{Board, Clock, Entry, Gic, Machine, QEMU, Software};
+use crate::payload::{self, Payloads};
+use crate::{device_tree, files, process};
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use std::process::{Command, ExitCode};
+
+/// What runs at EL1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Host {
+    /// Our own host, which is linked into the image.
+    Shim,
+    /// Linux, to a shell.
+    Linux,
+    /// The same Linux without the hypervisor, to compare.
+    Bare,
+}
+
+/// The settings of `make run`.
+#[derive(Debug, Clone, Args)]
+pub struct Settings {
+    /// Emulated board
+    #[arg(long, value_enum, default_value = "virt")]
+    board: Board,
+    /// What runs at EL1
+    #[arg(long, value_enum, default_value = "shim")]
+    host: Host,
+    /// CPUs, 1 to 8 (raspi4b: always 4)
+    #[arg(long, default_value_t = 4)]
+    smp: u32,
+    /// CPU model, as QEMU calls it (raspi4b: always cortex-a72)
+    #[arg(long, default_value = "cortex-a76")]
+    cpu: String,
+    /// Version of the interrupt controller (raspi4b: always 2)
+    #[arg(long, value_enum, default_value = "3")]
+    gic: Gic,
+    /// RAM, such as 512M or 2G (raspi4b: always 2G)
+    #[arg(long, default_value = "1G")]
+    memory: String,
+    /// What EL2 says: off, error, warn, info, debug, trace
+    #[arg(long, default_value = "info")]
+    log: String,
+    /// Arguments for our own host, or more of them for Linux
+    #[arg(long, default_value = "")]
+    arguments: String,
+}
+
+/// Boots it and waits for its end.
+///
+/// # Errors
+/// A setting is out of range, something has not been built, or QEMU cannot be started.
+pub fn run(settings: &Settings) -> Result<ExitCode> {
+    let machine = machine(settings)?;
+    let software = software(settings, &machine)?;
+    // The terminal is console and QEMU's monitor in one: Ctrl-A x ends, Ctrl-A c switches.
+    let args = machine
+        .args(&software)
+        .join("\u{0}")
+        .replace("stdio", "mon:stdio")
+        .replace("-monitor\u{0}none\u{0}", "");
+    let args: Vec<_> = args.split('\u{0}').map(str::to_owned).collect();
+    println!("$ {QEMU} {}", process::quote(&args));
+    println!("(leave with Ctrl-A x)\n");
+    let status = Command::new(QEMU)
+        .args(&args)
+        .status()
+        .context("cannot start QEMU: run `make setup`")?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn machine(settings: &Settings) -> Result<Machine> {
+    if settings.board == Board::Raspi4b {
+        return Ok(Machine::raspi4b());
+    }
+    ensure!(
+        (1..=8).contains(&settings.smp),
+        "SMP={} is out of range: 1 to 8",
+        settings.smp
+    );
+    Ok(Machine {
+        board: Board::Virt,
+        cpu: settings.cpu.clone(),
+        gic: settings.gic,
+        cpus: settings.smp,
+        memory_mib: mebibytes(&settings.memory)?,
+        entry: if settings.host == Host::Bare {
+            Entry::El1
+        } else {
+            Entry::El2
+        },
+        clock: Clock::Real,
+    })
+}
+
+fn mebibytes(text: &str) -> Result<u32> {
+    let (digits, factor) = match text.strip_suffix(['G', 'g']) {
+        Some(digits) => (digits, 1024),
+        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
+    };
+    let number: u32 = digits
+        .parse()
+        .with_context(|| format!("MEM={text}: use for example 512M or 2G"))?;
+    match number.checked_mul(factor) {
+        Some(mebibytes @ 128..=1_048_576) => Ok(mebibytes),
+        _ => bail!("MEM={text} is out of range: 128M to 1024G"),
+    }
+}
+
+fn software(settings: &Settings, machine: &Machine) -> Result<Software> {
+    let linux = format!("{LINUX_ARGUMENTS} {}", settings.arguments);
+    let software = match settings.host {
+        Host::Shim => Software {
+            kernel: emulate::ravelin_image(),
+            arguments: settings.arguments.clone(),
+            ..Software::default()
+        },
+        Host::Linux => {
+            let Payloads { fit, .. } = payload::prepare()?;
+            Software {
+                kernel: emulate::ravelin_image(),
+                initrd: Some(fit),
+                arguments: linux,
+                dtb: None,
+            }
+        }
+        Host::Bare => {
+            let Payloads {
+                linux: kernel,
+                initramfs,
+                ..
+            } = payload::prepare()?;
+            return Ok(Software {
+                kernel,
+                initrd: Some(initramfs),
+                arguments: linux,
+                dtb: None,
+            });
+        }
+    };
+    ensure!(
+        software.kernel.exists(),
+        "{} is missing: run `make build`",
+        software.kernel.display()
+    );
+    with_log_level(software, machine, &settings.log)
+}
+
+/// The level is a property of `/chosen`; "info" is EL2's own default and needs no tree of ours.
+fn with_log_level(mut software: Software, machine: &Machine, level: &str) -> Result<Software> {
+    ensure!(
+        ["off", "error", "warn", "info", "debug", "trace"].contains(&level),
+        "LOG={level}: use off, error, warn, info, debug or trace"
+    );
+    if level != "info" {
+        let mut tree = device_tree::parse(&machine.device_tree(&files::build("work/board.dtb"))?)?;
+        device_tree::set_chosen(&mut tree, "ravelin,log-level", level)?;
+        let path = files::build("work/run.dtb");
+        files::write(&path, &tree.to_dtb())?;
+        software.dtb = Some(path);
+    }
+    Ok(software)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_sizes_are_read_in_both_units() {
+        assert_eq!(mebibytes("1G").unwrap(), 1024);
+        assert_eq!(mebibytes("512M").unwrap(), 512);
+        assert_eq!(mebibytes("512").unwrap(), 512);
+    }
+
+    #[test]
+    fn nonsense_and_extremes_are_refused() {
+        for text in ["", "G", "1T", "-1G", "64M", "4294967295G", "2000000"] {
+            assert!(mebibytes(text).is_err(), "{text}");
+        }
+    }
+}

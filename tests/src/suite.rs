@@ -1,0 +1,99 @@
+//! Which scenarios there are.
+
+mod bad_input;
+mod linux;
+mod raspi4b;
+mod shim;
+mod virt;
+
+use crate::emulate;
+use crate::payload::{self, Payloads};
+use crate::runner::Scenario;
+use anyhow::{Result, ensure};
+use clap::ValueEnum;
+use std::sync::Arc;
+
+/// A set of scenarios with a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Suite {
+    /// Everything that an emulator can run.
+    All,
+    /// QEMU's `virt`: every CPU and interrupt controller.
+    Virt,
+    /// QEMU's `raspi4b` with Debian's Pi 4 device tree.
+    Raspi4b,
+}
+
+/// The suite's scenarios, longest first where that shortens the whole.
+///
+/// # Errors
+/// The image or the payloads have not been built.
+pub fn scenarios(suite: Suite) -> Result<Vec<Scenario>> {
+    let image = emulate::ravelin_image();
+    ensure!(
+        image.exists(),
+        "{} is missing: run `make build`",
+        image.display()
+    );
+    let payloads = Arc::new(payload::prepare()?);
+    Ok(list(suite, &payloads))
+}
+
+/// The same without looking whether anything is built: for listing.
+#[must_use]
+pub fn list(suite: Suite, payloads: &Arc<Payloads>) -> Vec<Scenario> {
+    let mut all = Vec::new();
+    if suite != Suite::Raspi4b {
+        all.extend(virt::scenarios(payloads));
+    }
+    if suite != Suite::Virt {
+        all.extend(raspi4b::scenarios(payloads));
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn names_are_unique_and_begin_with_the_board() {
+        let payloads = Arc::new(Payloads {
+            linux: "l".into(),
+            initramfs: "i".into(),
+            fit: "f".into(),
+        });
+        let all = list(Suite::All, &payloads);
+        let names: HashSet<_> = all.iter().map(|s| s.name.as_str()).collect();
+        assert_eq!(names.len(), all.len());
+        assert!(
+            names
+                .iter()
+                .all(|name| name.starts_with("virt/") || name.starts_with("raspi4b/"))
+        );
+    }
+
+    #[test]
+    fn every_cpu_and_gic_boots_both_hosts() {
+        let payloads = Arc::new(Payloads {
+            linux: "l".into(),
+            initramfs: "i".into(),
+            fit: "f".into(),
+        });
+        let names: HashSet<_> = list(Suite::Virt, &payloads)
+            .into_iter()
+            .map(|s| s.name)
+            .collect();
+        for cpu in crate::machine::CPUS {
+            for gic in ["gicv2", "gicv3"] {
+                for host in ["shim", "linux"] {
+                    assert!(
+                        names.contains(&format!("virt/{host}/{cpu}/{gic}/smp4")),
+                        "{host} {cpu} {gic}"
+                    );
+                }
+            }
+        }
+    }
+}

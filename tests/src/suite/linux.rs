@@ -1,0 +1,113 @@
+//! Linux as host: its own checks, the comparison with the bare machine, reset and shell.
+
+use super::shim::name;
+use crate::emulate::Boot;
+use crate::machine::Machine;
+use crate::payload::Payloads;
+use crate::process::{End, Reply, Transcript};
+use crate::runner::Scenario;
+use crate::verdict;
+use anyhow::{Context as _, Result, ensure};
+use std::sync::Arc;
+
+/// Checks that do not depend on the number of CPUs: CPUs online, kernel log, EL2's memory (3 and 8 accesses).
+const FIXED_CHECKS: u32 = 13;
+/// Facts that the hypervisor must not change.
+const SAME_FACTS: [&str; 8] = [
+    "features",
+    "cores",
+    "online",
+    "devices",
+    "amba",
+    "pci",
+    "interrupts",
+    "clock",
+];
+/// How far the difference in Linux's memory may be from the size of EL2's range, in KiB: Linux's own page
+/// descriptors for that range, and rounding to its freeing units.
+const MEMORY_SLACK_KIB: u64 = 1024;
+
+/// Linux checks itself; what it sees is what a bare boot of the same machine sees, less EL2's memory.
+pub(super) fn selfcheck(machine: Machine, payloads: &Arc<Payloads>) -> Scenario {
+    let payloads = Arc::clone(payloads);
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "linux"), move |context| {
+        let bare = Boot::linux_bare(&machine, &payloads, "facts").run(context, "bare")?;
+        verdict::closes(&bare, 1).context("bare, without the hypervisor")?;
+        let host = Boot::linux_host(&machine, &payloads, "selfcheck").run(context, "host")?;
+        verdict::closes(&host, expected_checks(machine.cpus))?;
+        compare(&bare, &host)
+    })
+    .for_cpus(cpus)
+}
+
+/// One tick check for each CPU, and two for each of the three rounds of hotplug where there is more than one.
+fn expected_checks(cpus: u32) -> u32 {
+    FIXED_CHECKS + cpus + if cpus > 1 { 6 } else { 0 }
+}
+
+fn compare(bare: &Transcript, host: &Transcript) -> Result<()> {
+    let (bare, host) = (verdict::facts(bare), verdict::facts(host));
+    for fact in SAME_FACTS {
+        let (a, b) = (bare.get(fact).context(fact)?, host.get(fact).context(fact)?);
+        ensure!(
+            a == b,
+            "{fact} differ: bare '{a}', under the hypervisor '{b}'"
+        );
+    }
+    let number = |facts: &std::collections::BTreeMap<&str, &str>,
+                  name: &'static str|
+     -> Result<u64> { facts.get(name).context(name)?.parse().context(name) };
+    let (with, without) = (number(&host, "memory-kib")?, number(&bare, "memory-kib")?);
+    let el2 = number(&host, "el2-kib")?;
+    let lost = without
+        .checked_sub(with)
+        .context("the host has more memory than the bare machine")?;
+    ensure!(
+        lost.abs_diff(el2) <= MEMORY_SLACK_KIB,
+        "Linux lost {lost} KiB, EL2 keeps {el2} KiB"
+    );
+    Ok(())
+}
+
+/// PSCI SYSTEM_RESET: a power-off would leave the machine paused, and time out.
+pub(super) fn reset(machine: Machine, payloads: &Arc<Payloads>) -> Scenario {
+    let payloads = Arc::clone(payloads);
+    Scenario::new(name(&machine, "linux-reset"), move |context| {
+        let mut boot = Boot::linux_host(&machine, &payloads, "reboot");
+        boot.extra = &["-action", "reboot=shutdown,shutdown=pause"];
+        let transcript = boot.run(context, "console")?;
+        verdict::no_alarm(&transcript)?;
+        verdict::line_with(&transcript, "resetting")?;
+        ensure!(
+            transcript.end == End::Exited(Some(0)),
+            "the machine was not reset: {:?}",
+            transcript.end
+        );
+        Ok(())
+    })
+}
+
+/// What a person gets from `make run HOST=linux`: a shell, whose `poweroff` ends the machine.
+pub(super) fn shell(machine: Machine, payloads: &Arc<Payloads>) -> Scenario {
+    let payloads = Arc::clone(payloads);
+    Scenario::new(name(&machine, "linux-shell"), move |context| {
+        let mut boot = Boot::linux_host(&machine, &payloads, "");
+        let type_after = |cue: &str, send: &str| Reply {
+            cue: cue.into(),
+            send: send.into(),
+        };
+        boot.replies = vec![
+            type_after("/ # ", "echo $((6 * 7)) CPUs $(nproc)\n"),
+            type_after("/ # ", "poweroff\n"),
+        ];
+        let transcript = boot.run(context, "console")?;
+        verdict::no_alarm(&transcript)?;
+        let answer = format!("42 CPUs {}", machine.cpus);
+        ensure!(
+            transcript.lines.iter().any(|line| line.trim() == answer),
+            "the shell did not answer '{answer}'"
+        );
+        verdict::ended_well(&transcript)
+    })
+}

@@ -1,0 +1,26 @@
+//! QEMU's `raspi4b` with Debian's real Pi 4 device tree: spin table, no SMC, true addresses.
+
+use super::{bad_input, linux, shim};
+use crate::device_tree::Damage;
+use crate::machine::Machine;
+use crate::payload::Payloads;
+use crate::runner::Scenario;
+use std::sync::Arc;
+
+pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
+    let machine = Machine::raspi4b;
+    let damaged = |damage, reasons| bad_input::damaged(machine(), damage, reasons);
+    vec![
+        linux::selfcheck(machine(), payloads),
+        shim::all(machine()),
+        shim::report(machine()),
+        shim::self_test(machine(), "panic"),
+        bad_input::no_tree(machine(), 0),
+        // What this machine hands over without a device tree: an ATAG list at 0x100.
+        bad_input::no_tree(machine(), 0x100),
+        damaged(Damage::Truncated, &["device tree"]),
+        damaged(Damage::NoMemory, &["memory"]),
+        damaged(Damage::NoEnableMethod, &["enable-method"]),
+        bad_input::phantom_cpu(machine()),
+    ]
+}

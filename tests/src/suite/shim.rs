@@ -1,0 +1,128 @@
+//! Our own host: its scenarios, its report, and EL2's panics on purpose.
+
+use crate::emulate::{self, Boot};
+use crate::machine::{Board, Gic, Machine};
+use crate::runner::{Context, Scenario};
+use crate::symbolise::{Symboliser, frame_offset};
+use crate::verdict;
+use anyhow::{Result, ensure};
+
+/// Checks that `shim.run=all` makes at least.
+const SCENARIO_CHECKS: u32 = 10;
+/// Checks that the mere report makes at least.
+const REPORT_CHECKS: u32 = 1;
+/// Frames of a panic's backtrace that must have a function's name.
+const NAMED_FRAMES: usize = 3;
+
+/// `BOARD/KIND/CPU/GIC/smpN`.
+pub(super) fn name(machine: &Machine, kind: &str) -> String {
+    let gic = match machine.gic {
+        Gic::V2 => "gicv2",
+        Gic::V3 => "gicv3",
+    };
+    match machine.board {
+        Board::Virt => format!("virt/{kind}/{}/{gic}/smp{}", machine.cpu, machine.cpus),
+        Board::Raspi4b => format!("raspi4b/{kind}"),
+    }
+}
+
+/// All scenarios of our host on this machine.
+pub(super) fn all(machine: Machine) -> Scenario {
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "shim"), move |context| {
+        let transcript = Boot::shim(&machine, "shim.run=all").run(context, "console")?;
+        boots(&transcript)?;
+        verdict::closes(&transcript, SCENARIO_CHECKS)
+    })
+    .for_cpus(cpus)
+}
+
+/// No arguments: the report alone.
+pub(super) fn report(machine: Machine) -> Scenario {
+    Scenario::new(name(&machine, "report"), move |context| {
+        let transcript = Boot::shim(&machine, "").run(context, "console")?;
+        boots(&transcript)?;
+        verdict::closes(&transcript, REPORT_CHECKS)
+    })
+}
+
+/// EL2 says how long its boot took and what it keeps.
+fn boots(transcript: &crate::process::Transcript) -> Result<()> {
+    verdict::line_with(transcript, "ravelin: boot: ")?;
+    verdict::line_with(transcript, "ravelin: memory: ")?;
+    Ok(())
+}
+
+/// EL2 panics on purpose: a complete block, a halt, and a backtrace that can be read.
+pub(super) fn self_test(machine: Machine, kind: &'static str) -> Scenario {
+    Scenario::new(
+        name(&machine, &format!("self-test-{kind}")),
+        move |context| {
+            let boot = Boot::shim(&machine, "").chosen(context, &[("ravelin,self-test", kind)])?;
+            let transcript = boot.run(context, "console")?;
+            let count = transcript
+                .lines
+                .iter()
+                .filter(|line| line.contains("ravelin: PANIC"))
+                .count();
+            ensure!(count == 1, "expected one panic, found {count}");
+            ensure!(
+                transcript.end == crate::process::End::Stopped,
+                "no line '{}' after the panic",
+                verdict::HALTED
+            );
+            ensure!(
+                transcript
+                    .lines
+                    .iter()
+                    .all(|line| verdict::closing_line(line).is_none()),
+                "the host ran on after the panic"
+            );
+            if kind != "panic" {
+                // An exception: the block has the syndrome and where it happened.
+                for register in ["ESR", "FAR", "ELR"] {
+                    verdict::line_with(&transcript, register)?;
+                }
+            }
+            let named = named_frames(&transcript.lines)?;
+            ensure!(
+                named >= NAMED_FRAMES,
+                "only {named} frames of the backtrace have a name"
+            );
+            Ok(())
+        },
+    )
+}
+
+fn named_frames(lines: &[String]) -> Result<usize> {
+    let symboliser = Symboliser::open(&emulate::ravelin_elf())?;
+    Ok(lines
+        .iter()
+        .filter_map(|line| frame_offset(line))
+        .filter(|&offset| symboliser.describe(offset).is_some())
+        .count())
+}
+
+/// The level set in `/chosen` changes how much EL2 says, and does not change what the host finds.
+pub(super) fn log_levels(machine: Machine) -> Scenario {
+    Scenario::new(name(&machine, "log-levels"), move |context| {
+        let said = |level: &str| lines_at(&machine, context, level);
+        let (off, info, trace) = (said("off")?, said("info")?, said("trace")?);
+        ensure!(
+            off < info && info < trace,
+            "lines by EL2: off {off}, info {info}, trace {trace}"
+        );
+        Ok(())
+    })
+}
+
+fn lines_at(machine: &Machine, context: &Context, level: &str) -> Result<usize> {
+    let boot = Boot::shim(machine, "").chosen(context, &[("ravelin,log-level", level)])?;
+    let transcript = boot.run(context, level)?;
+    verdict::closes(&transcript, REPORT_CHECKS)?;
+    Ok(transcript
+        .lines
+        .iter()
+        .filter(|line| line.starts_with("ravelin: "))
+        .count())
+}

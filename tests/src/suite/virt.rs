@@ -1,0 +1,61 @@
+//! QEMU's `virt`: every CPU with every interrupt controller.
+
+use super::{bad_input, linux, shim};
+use crate::device_tree::Damage;
+use crate::machine::{CPUS, Gic, Machine};
+use crate::payload::Payloads;
+use crate::runner::Scenario;
+use std::sync::Arc;
+
+/// Numbers of CPUs that Linux is booted with besides 4.
+const OTHER_CPU_COUNTS: [u32; 7] = [8, 7, 6, 5, 3, 2, 1];
+/// What EL2 can be told to do wrong.
+pub(super) const SELF_TESTS: [&str; 5] =
+    ["panic", "stack-overflow", "write-text", "exec-data", "null"];
+
+pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
+    let a76 = |gic, cpus| Machine::virt("cortex-a76", gic, cpus);
+    let mut all = Vec::new();
+    all.extend(OTHER_CPU_COUNTS.map(|cpus| linux::selfcheck(a76(Gic::V3, cpus), payloads)));
+    all.extend([8, 1].map(|cpus| linux::selfcheck(a76(Gic::V2, cpus), payloads)));
+    for cpu in CPUS {
+        for gic in [Gic::V2, Gic::V3] {
+            all.push(linux::selfcheck(Machine::virt(cpu, gic, 4), payloads));
+            all.push(shim::all(Machine::virt(cpu, gic, 4)));
+        }
+    }
+    for gic in [Gic::V2, Gic::V3] {
+        all.extend([8, 1].map(|cpus| shim::all(a76(gic, cpus))));
+    }
+    all.push(linux::reset(a76(Gic::V3, 2), payloads));
+    all.push(linux::shell(a76(Gic::V3, 2), payloads));
+    all.push(shim::report(a76(Gic::V3, 4)));
+    all.push(shim::log_levels(a76(Gic::V3, 2)));
+    all.extend(SELF_TESTS.map(|kind| shim::self_test(a76(Gic::V3, 2), kind)));
+    all.extend(bad_inputs(payloads));
+    all
+}
+
+fn bad_inputs(payloads: &Arc<Payloads>) -> Vec<Scenario> {
+    let machine = || Machine::virt("cortex-a72", Gic::V2, 2);
+    let damaged = |damage, reasons| bad_input::damaged(machine(), damage, reasons);
+    let mut all = vec![
+        bad_input::no_tree(machine(), 0),
+        bad_input::no_tree(machine(), 0x100),
+        damaged(Damage::Truncated, &["device tree"]),
+        damaged(Damage::BadMagic, &["device tree"]),
+        damaged(Damage::HugeSize, &["device tree"]),
+        damaged(Damage::Scrambled, &["device tree"]),
+        damaged(Damage::NoMemory, &["memory"]),
+        damaged(Damage::TinyMemory, &["memory"]),
+        damaged(Damage::NoPsci, &["PSCI", "psci"]),
+        damaged(Damage::NoEnableMethod, &["enable-method"]),
+        bad_input::phantom_cpu(machine()),
+        bad_input::entry_at_el1(&machine()),
+    ];
+    all.extend(
+        ["no-fit", "truncated", "header-only"]
+            .map(|kind| bad_input::bad_initrd(machine(), payloads, kind)),
+    );
+    all
+}
