@@ -1,0 +1,520 @@
+//! Arm stage-2 descriptors (Arm ARM D8.3, "Translation table descriptor formats").
+
+use super::{TableFormat, WordKind};
+use crate::addr::Pa;
+use crate::attr::{Age, Combine, Device, LeafAttrs, MemType, Perms, SwBits};
+use crate::error::{ConfigError, EncodeError};
+use crate::level::{Geometry, Level};
+
+/// Size of a page and of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Granule {
+    /// 4 KiB.
+    K4,
+    /// 16 KiB.
+    K16,
+    /// 64 KiB.
+    K64,
+}
+
+impl Granule {
+    /// log2 of the page size.
+    #[must_use]
+    pub const fn page_shift(self) -> u8 {
+        match self {
+            Self::K4 => 12,
+            Self::K16 => 14,
+            Self::K64 => 16,
+        }
+    }
+}
+
+/// Whether stage 2 can force write-back (FEAT_S2FWB with HCR_EL2.FWB set). It changes what the
+/// memory type field means, so it must say what the CPU was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ForceWriteBack {
+    /// HCR_EL2.FWB is 1.
+    On,
+    /// HCR_EL2.FWB is 0.
+    Off,
+}
+
+/// Whether execution can be split between EL1 and EL0 (FEAT_XNX).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Execute {
+    /// FEAT_XNX: each exception level on its own.
+    Split,
+    /// Both or none.
+    Joint,
+}
+
+/// Whether 4 and 16 KiB tables carry 52-bit addresses (FEAT_LPA2 with VTCR_EL2.DS set).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WideAddresses {
+    /// VTCR_EL2.DS is 1.
+    On,
+    /// VTCR_EL2.DS is 0.
+    Off,
+}
+
+/// Facts about the CPU and how its registers are set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ArmFeatures {
+    /// Forced write-back.
+    pub fwb: ForceWriteBack,
+    /// Split execute permission.
+    pub execute: Execute,
+    /// 52-bit addresses with 4 and 16 KiB pages.
+    pub wide: WideAddresses,
+}
+
+impl ArmFeatures {
+    /// Armv8.0, as the Cortex-A72: none of them.
+    pub const V8_0: Self = Self {
+        fwb: ForceWriteBack::Off,
+        execute: Execute::Joint,
+        wide: WideAddresses::Off,
+    };
+}
+
+/// What to build a table for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ArmConfig {
+    /// Page and table size.
+    pub granule: Granule,
+    /// Bits of the input address, 32 to 52 and at most `output_bits`.
+    pub input_bits: u8,
+    /// Bits of the output address: the machine's physical address size, 32 to 52.
+    pub output_bits: u8,
+    /// The CPU's features.
+    pub features: ArmFeatures,
+    /// Where the walk starts; nothing picks the finest level that a root of at most 16
+    /// concatenated tables allows, which is the shortest walk.
+    pub start: Option<Level>,
+}
+
+/// The Arm stage-2 format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ArmStage2 {
+    geometry: Geometry,
+    granule: Granule,
+    output_bits: u8,
+    address: AddressField,
+    features: ArmFeatures,
+}
+
+/// Where the bits of an output address above 47 go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum AddressField {
+    /// There are none.
+    Narrow,
+    /// 4 and 16 KiB with 52-bit addresses: 51:50 in bits 9:8.
+    Lpa2,
+    /// 64 KiB with 52-bit addresses: 51:48 in bits 15:12.
+    Lpa,
+}
+
+const VALID: u64 = 1;
+/// Bit 1: a table below level 3, a page at level 3; clear for blocks.
+const TABLE_OR_PAGE: u64 = 1 << 1;
+const MEM_ATTR_SHIFT: u32 = 2;
+const S2AP_READ: u64 = 1 << 6;
+const S2AP_WRITE: u64 = 1 << 7;
+const INNER_SHAREABLE: u64 = 0b11 << 8;
+const ACCESS_FLAG: u64 = 1 << 10;
+/// XN\[0\] and XN\[1\] (Arm ARM D8.4, stage 2 execute-never).
+const XN_LOW: u64 = 1 << 53;
+const XN_HIGH: u64 = 1 << 54;
+const SW_SHIFT: u32 = 55;
+
+/// Output address bits 47:12 in place.
+const ADDRESS_47: u64 = ((1 << 48) - 1) & !0xfff;
+/// Output address bits 49:12 in place.
+const ADDRESS_49: u64 = ((1 << 50) - 1) & !0xfff;
+
+/// Stage-2 MemAttr (Arm ARM D8.6): what it says without and with forced write-back.
+mod mem_attr {
+    pub(super) const DEVICE_NGNRNE: u64 = 0b0000;
+    pub(super) const DEVICE_NGNRE: u64 = 0b0001;
+    pub(super) const DEVICE_NGRE: u64 = 0b0010;
+    pub(super) const DEVICE_GRE: u64 = 0b0011;
+    pub(super) const NORMAL_NC: u64 = 0b0101;
+    pub(super) const NORMAL_WT: u64 = 0b1010;
+    pub(super) const NORMAL_WB: u64 = 0b1111;
+    pub(super) const FWB_FORCE_WB: u64 = 0b0110;
+    pub(super) const FWB_AS_STAGE_1: u64 = 0b0111;
+}
+
+impl ArmStage2 {
+    /// Checks a configuration.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with what contradicts the architecture.
+    pub fn new(config: &ArmConfig) -> Result<Self, ConfigError> {
+        let ArmConfig {
+            granule,
+            input_bits,
+            output_bits,
+            features,
+            start,
+        } = *config;
+        let wide = features.wide == WideAddresses::On && granule != Granule::K64;
+        let widest = if wide || granule == Granule::K64 {
+            52
+        } else {
+            48
+        };
+        if !(32..=widest).contains(&output_bits) {
+            return Err(ConfigError::OutputBits(output_bits));
+        }
+        if !(32..=widest).contains(&input_bits) {
+            return Err(ConfigError::InputBits(input_bits));
+        }
+        if input_bits > output_bits {
+            let (input, output) = (input_bits, output_bits);
+            return Err(ConfigError::InputBeyondOutput { input, output });
+        }
+        let start = start.unwrap_or_else(|| shortest_walk(granule, input_bits));
+        let geometry = shape(granule, wide, input_bits, start)?;
+        let address = match granule {
+            Granule::K64 if output_bits > 48 => AddressField::Lpa,
+            Granule::K4 | Granule::K16 if wide => AddressField::Lpa2,
+            _ => AddressField::Narrow,
+        };
+        Ok(Self {
+            geometry,
+            granule,
+            output_bits,
+            address,
+            features,
+        })
+    }
+
+    /// VTCR_EL2.T0SZ: 64 minus the input bits.
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "at most 52 input bits")]
+    pub const fn t0sz(&self) -> u8 {
+        64 - self.geometry.input_bits() as u8
+    }
+
+    /// VTCR_EL2.SL0, two bits (Arm ARM D24.2, VTCR_EL2).
+    #[must_use]
+    pub const fn sl0(&self) -> u8 {
+        let start = self.geometry.start_level().number();
+        match (self.granule, start) {
+            (Granule::K4, 0) => 2,
+            (Granule::K4, 1) => 1,
+            (Granule::K4, -1 | 2) => 0,
+            (Granule::K4, _) | (Granule::K16, 0) => 3,
+            (_, 1) => 2,
+            (_, 2) => 1,
+            _ => 0,
+        }
+    }
+
+    /// VTCR_EL2.SL2: 1 only for a walk that starts at level −1.
+    #[must_use]
+    pub const fn sl2(&self) -> u8 {
+        (self.geometry.start_level().number() < 0) as u8
+    }
+
+    /// VTCR_EL2.TG0: 0 for 4 KiB, 1 for 64 KiB, 2 for 16 KiB.
+    #[must_use]
+    pub const fn tg0(&self) -> u8 {
+        match self.granule {
+            Granule::K4 => 0,
+            Granule::K64 => 1,
+            Granule::K16 => 2,
+        }
+    }
+
+    /// VTCR_EL2.DS: 1 with 52-bit addresses in 4 or 16 KiB tables.
+    #[must_use]
+    pub fn ds(&self) -> u8 {
+        u8::from(self.address == AddressField::Lpa2)
+    }
+
+    /// VTCR_EL2.PS for the output size: the next size the architecture knows.
+    #[must_use]
+    pub const fn ps(&self) -> u8 {
+        match self.output_bits {
+            0..=32 => 0,
+            33..=36 => 1,
+            37..=40 => 2,
+            41..=42 => 3,
+            43..=44 => 4,
+            45..=48 => 5,
+            _ => 6,
+        }
+    }
+
+    /// Whether leaves can force write-back.
+    #[must_use]
+    pub fn forces_write_back(&self) -> bool {
+        self.features.fwb == ForceWriteBack::On
+    }
+
+    /// The granule.
+    #[must_use]
+    pub const fn granule(&self) -> Granule {
+        self.granule
+    }
+
+    #[inline]
+    fn address_field(&self, pa: Pa) -> u64 {
+        let pa = pa.get();
+        match self.address {
+            AddressField::Narrow => pa & ADDRESS_47,
+            AddressField::Lpa2 => pa & ADDRESS_49 | (pa >> 50 & 0b11) << 8,
+            AddressField::Lpa => pa & ADDRESS_47 & !0xffff | (pa >> 48 & 0xf) << 12,
+        }
+    }
+
+    fn mem_attr(&self, attrs: &LeafAttrs) -> Result<u64, EncodeError> {
+        use Combine::{ForceStage2, HonourGuest};
+        let fwb = self.forces_write_back();
+        Ok(match (attrs.mem, attrs.combine) {
+            (MemType::WriteBack, HonourGuest) if fwb => mem_attr::FWB_AS_STAGE_1,
+            (MemType::WriteBack, HonourGuest) => mem_attr::NORMAL_WB,
+            (MemType::WriteBack, ForceStage2) if fwb => mem_attr::FWB_FORCE_WB,
+            (MemType::WriteThrough, HonourGuest) if !fwb => mem_attr::NORMAL_WT,
+            (MemType::NonCacheable, HonourGuest) => mem_attr::NORMAL_NC,
+            (MemType::Device(device), HonourGuest) => match device {
+                Device::NGnRnE => mem_attr::DEVICE_NGNRNE,
+                Device::NGnRE => mem_attr::DEVICE_NGNRE,
+                Device::NGRE => mem_attr::DEVICE_NGRE,
+                Device::GRE => mem_attr::DEVICE_GRE,
+            },
+            (mem @ (MemType::WriteProtected | MemType::Uncached), _) => {
+                return Err(EncodeError::UnsupportedType(mem));
+            }
+            (mem @ MemType::WriteThrough, _) if fwb => {
+                return Err(EncodeError::UnsupportedType(mem));
+            }
+            (mem, combine) => return Err(EncodeError::CannotCombine(mem, combine)),
+        })
+    }
+
+    /// XN\[1:0\]: 00 all, 01 EL0 only, 10 nobody, 11 EL1 only; without FEAT_XNX only bit 54
+    /// counts, so a split request is refused instead of widened.
+    fn execute_never(&self, perms: Perms) -> Result<u64, EncodeError> {
+        let execute = perms.intersection(Perms::EXEC);
+        if execute == Perms::EXEC {
+            Ok(0)
+        } else if execute.is_empty() {
+            Ok(XN_HIGH)
+        } else if self.features.execute == Execute::Joint {
+            Err(EncodeError::UnsupportedPerms(perms))
+        } else if execute == Perms::EXEC_USER {
+            Ok(XN_LOW)
+        } else {
+            Ok(XN_HIGH | XN_LOW)
+        }
+    }
+
+    fn decode_perms(&self, raw: u64) -> Perms {
+        let mut perms = Perms::empty();
+        perms.set(Perms::READ, raw & S2AP_READ != 0);
+        perms.set(Perms::WRITE, raw & S2AP_WRITE != 0);
+        let low = raw & XN_LOW != 0 && self.features.execute == Execute::Split;
+        perms |= match (raw & XN_HIGH != 0, low) {
+            (false, false) => Perms::EXEC,
+            (false, true) => Perms::EXEC_USER,
+            (true, false) => Perms::empty(),
+            (true, true) => Perms::EXEC_KERNEL,
+        };
+        perms
+    }
+
+    /// Reserved values read as the strictest type (Arm ARM: they behave as some device type).
+    fn decode_mem(&self, raw: u64) -> (MemType, Combine) {
+        let fwb = self.forces_write_back();
+        let mem = match raw >> MEM_ATTR_SHIFT & 0xf {
+            mem_attr::FWB_FORCE_WB if fwb => return (MemType::WriteBack, Combine::ForceStage2),
+            mem_attr::FWB_AS_STAGE_1 if fwb => MemType::WriteBack,
+            mem_attr::NORMAL_WB if !fwb => MemType::WriteBack,
+            mem_attr::NORMAL_WT if !fwb => MemType::WriteThrough,
+            mem_attr::NORMAL_NC => MemType::NonCacheable,
+            mem_attr::DEVICE_NGNRE => MemType::Device(Device::NGnRE),
+            mem_attr::DEVICE_NGRE => MemType::Device(Device::NGRE),
+            mem_attr::DEVICE_GRE => MemType::Device(Device::GRE),
+            _ => MemType::Device(Device::NGnRnE),
+        };
+        (mem, Combine::HonourGuest)
+    }
+}
+
+/// Levels = ceil((input − 4 − page shift) / index bits), at least two: sixteen concatenated root
+/// tables save four bits.
+fn shortest_walk(granule: Granule, input_bits: u8) -> Level {
+    let index_bits = granule.page_shift() - 3;
+    let levels = (input_bits - 4 - granule.page_shift())
+        .div_ceil(index_bits)
+        .max(2);
+    match levels {
+        2 => Level::L2,
+        3 => Level::L1,
+        4 => Level::L0,
+        _ => Level::MINUS_1,
+    }
+}
+
+/// Start levels exist only where VTCR_EL2 can say them: −1 with 4 KiB and 52-bit addresses, 0
+/// with 16 KiB only with them, never with 64 KiB; and a level −1 root is never concatenated.
+fn shape(
+    granule: Granule,
+    wide: bool,
+    input_bits: u8,
+    start: Level,
+) -> Result<Geometry, ConfigError> {
+    let exists = match granule {
+        Granule::K4 => start.number() >= 0 || wide,
+        Granule::K16 => start.number() >= 1 || (wide && start.number() == 0),
+        Granule::K64 => start.number() >= 1,
+    };
+    let shift = granule.page_shift();
+    Geometry::new(shift, shift - 3, input_bits, start)
+        .filter(|_| exists)
+        .ok_or(ConfigError::StartLevel(start))
+}
+
+// SAFETY: bit 0 alone makes a descriptor valid and every valid word we write has it, so a word
+// with bits 2:0 clear is invalid; a page-aligned address below 2^output_bits survives
+// `address_field` and `output`, as the three layouts of `AddressField` are bijective on it.
+#[expect(unsafe_code, reason = "the trait's promises are kept, see above")]
+unsafe impl TableFormat for ArmStage2 {
+    #[inline]
+    fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    #[inline]
+    fn output_bits(&self) -> u32 {
+        u32::from(self.output_bits)
+    }
+
+    /// Blocks: 4 KiB pages at levels 1 and 2 (0 with LPA2), 16 KiB at 2 (1 with LPA2), 64 KiB at
+    /// 2 (1 with 52-bit output).
+    #[inline]
+    fn supports_leaf(&self, level: Level) -> bool {
+        let coarsest = match (self.granule, self.address) {
+            (Granule::K4, AddressField::Lpa2) => 0,
+            (Granule::K4, _) | (Granule::K16, AddressField::Lpa2) => 1,
+            (Granule::K64, AddressField::Lpa) => 1,
+            _ => 2,
+        };
+        level.number() >= coarsest
+    }
+
+    #[inline]
+    fn encode_attrs(&self, attrs: &LeafAttrs) -> Result<u64, EncodeError> {
+        if attrs.perms.may_execute() {
+            match attrs.mem {
+                MemType::Device(device) => return Err(EncodeError::ExecutableDevice(device)),
+                MemType::NonCacheable => return Err(EncodeError::ExecutableNonCacheable),
+                _ => {}
+            }
+        }
+        let mut raw = VALID | self.mem_attr(attrs)? << MEM_ATTR_SHIFT;
+        raw |= self.execute_never(attrs.perms)?;
+        raw |= u64::from(attrs.sw.get()) << SW_SHIFT;
+        if attrs.perms.contains(Perms::READ) {
+            raw |= S2AP_READ;
+        }
+        if attrs.perms.contains(Perms::WRITE) {
+            raw |= S2AP_WRITE;
+        }
+        if attrs.age == Age::Young {
+            raw |= ACCESS_FLAG;
+        }
+        // With LPA2 shareability comes from VTCR_EL2 and these bits are address (D8.3).
+        let device = matches!(attrs.mem, MemType::Device(_));
+        if self.address != AddressField::Lpa2 && !device {
+            raw |= INNER_SHAREABLE;
+        }
+        Ok(raw)
+    }
+
+    #[inline]
+    fn leaf_word(&self, attrs: u64, pa: Pa, level: Level) -> u64 {
+        let page = if level.is_page() { TABLE_OR_PAGE } else { 0 };
+        attrs | page | self.address_field(pa)
+    }
+
+    #[inline]
+    fn attrs_word(&self, raw: u64, level: Level) -> u64 {
+        let page = if level.is_page() { TABLE_OR_PAGE } else { 0 };
+        raw & !page & !self.address_field(Pa::new(u64::MAX))
+    }
+
+    #[inline]
+    fn table_word(&self, table: Pa) -> u64 {
+        VALID | TABLE_OR_PAGE | self.address_field(table)
+    }
+
+    /// A level-3 word with bit 1 clear is reserved and treated as invalid by hardware (D8.3);
+    /// we never write one.
+    #[inline]
+    fn kind(&self, raw: u64, level: Level) -> WordKind {
+        if raw & VALID == 0 || (level.is_page() && raw & TABLE_OR_PAGE == 0) {
+            WordKind::Invalid
+        } else if raw & TABLE_OR_PAGE != 0 && !level.is_page() {
+            WordKind::Table
+        } else {
+            WordKind::Leaf
+        }
+    }
+
+    #[inline]
+    fn output(&self, raw: u64, _level: Level) -> Pa {
+        Pa::new(match self.address {
+            AddressField::Narrow => raw & ADDRESS_47 & !(self.geometry.page_size() - 1),
+            AddressField::Lpa2 => {
+                raw & ADDRESS_49 & !(self.geometry.page_size() - 1) | (raw >> 8 & 0b11) << 50
+            }
+            AddressField::Lpa => raw & ADDRESS_47 & !0xffff | (raw >> 12 & 0xf) << 48,
+        })
+    }
+
+    fn decode_attrs(&self, raw: u64) -> LeafAttrs {
+        let (mem, combine) = self.decode_mem(raw);
+        LeafAttrs {
+            perms: self.decode_perms(raw),
+            mem,
+            combine,
+            sw: SwBits::from_field(raw >> SW_SHIFT),
+            age: if raw & ACCESS_FLAG != 0 {
+                Age::Young
+            } else {
+                Age::Old
+            },
+        }
+    }
+
+    #[inline]
+    fn address_chunk(&self) -> u64 {
+        match self.address {
+            AddressField::Narrow | AddressField::Lpa => 1 << 48,
+            AddressField::Lpa2 => 1 << 50,
+        }
+    }
+
+    #[inline]
+    fn without_write(&self, raw: u64) -> u64 {
+        raw & !S2AP_WRITE
+    }
+
+    #[inline]
+    fn with_age(&self, raw: u64, age: Age) -> Result<u64, EncodeError> {
+        Ok(match age {
+            Age::Young => raw | ACCESS_FLAG,
+            Age::Old => raw & !ACCESS_FLAG,
+        })
+    }
+
+    /// The access flag, where VTCR_EL2.HA is set; losing an update of it costs a fault.
+    #[inline]
+    fn hardware_bits(&self) -> u64 {
+        0
+    }
+}

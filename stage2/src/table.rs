@@ -1,0 +1,103 @@
+//! One table in memory. The only module that dereferences a pointer.
+#![expect(
+    unsafe_code,
+    reason = "entries are reached through the platform's pointer"
+)]
+
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+
+use crate::addr::Pa;
+use crate::platform::{EntryRef, TableMemory};
+use crate::sync::{AtomicEntry, Ordering};
+
+/// A table, or a whole concatenated root: a power of two of entries.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Table<'a> {
+    base: NonNull<AtomicEntry>,
+    /// Entries minus one.
+    mask: usize,
+    pa: Pa,
+    memory: PhantomData<&'a AtomicEntry>,
+}
+
+impl<'a> Table<'a> {
+    /// The table at `pa`: an address that `memory` handed out for at least `entries` entries, a
+    /// power of two, and that was not given back. The core keeps this by taking addresses only
+    /// from the allocator, from its root and from table words it wrote, and by freeing a table
+    /// only under exclusive access after unlinking it.
+    #[inline]
+    pub(crate) fn at<M: TableMemory>(memory: &'a M, pa: Pa, entries: usize) -> Self {
+        debug_assert!(entries.is_power_of_two());
+        Self {
+            base: memory.table_ptr(pa),
+            mask: entries - 1,
+            pa,
+            memory: PhantomData,
+        }
+    }
+
+    #[inline]
+    pub(crate) const fn entries(&self) -> usize {
+        self.mask + 1
+    }
+
+    #[inline]
+    fn word(&self, index: usize) -> &'a AtomicEntry {
+        debug_assert!(index <= self.mask);
+        // SAFETY: `base` points to all entries of the table (promise of `TableMemory` for an
+        // address it handed out, kept by the callers of `at`), and masking stays below them.
+        let word = unsafe { self.base.add(index & self.mask) };
+        // SAFETY: as above; entries are only ever accessed atomically, so a shared reference
+        // is all that exists, and the memory stays valid while the table is not given back.
+        unsafe { word.as_ref() }
+    }
+
+    /// The entry, for a store that the platform makes.
+    #[inline]
+    pub(crate) fn entry(&self, index: usize) -> EntryRef<'a> {
+        EntryRef {
+            table: self.pa,
+            index,
+            word: self.word(index),
+        }
+    }
+
+    /// Reads an entry; what a table it points to held when it was linked is seen, too.
+    #[inline]
+    pub(crate) fn load(&self, index: usize) -> u64 {
+        self.word(index).load(Ordering::Acquire)
+    }
+
+    /// Writes an entry of a table that nothing reaches yet.
+    #[inline]
+    pub(crate) fn init(&self, index: usize, raw: u64) {
+        self.word(index).store(raw, Ordering::Relaxed);
+    }
+
+    /// Writes `count` entries from `first` of a table that nothing reaches yet: `raw`,
+    /// `raw + step`, and so on.
+    #[inline]
+    pub(crate) fn init_run(&self, first: usize, count: usize, mut raw: u64, step: u64) {
+        for index in first..first + count {
+            self.init(index, raw);
+            raw = raw.wrapping_add(step);
+        }
+    }
+
+    /// How many of the `limit` entries from `first` are zero up to the first that is not.
+    #[inline]
+    pub(crate) fn zero_run(&self, first: usize, limit: usize) -> usize {
+        (0..limit)
+            .take_while(|offset| self.load(first + offset) == 0)
+            .count()
+    }
+
+    /// Whether all entries outside `first..end` are zero. Looks behind the range first: what
+    /// remains of a table is mostly there.
+    pub(crate) fn is_zero_outside(&self, first: usize, end: usize) -> bool {
+        (end..self.entries())
+            .chain(0..first)
+            .all(|index| self.load(index) == 0)
+    }
+}

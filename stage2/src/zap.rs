@@ -1,0 +1,252 @@
+//! Zapping: leaves go, tables stay, the next access faults and computes its leaf anew.
+//!
+//! A zap may run beside faults and other zaps. It breaks each leaf by compare-and-swap, with its
+//! own *claim* in the word it leaves behind; invalidates once; cleans caches; and then empties
+//! the words that bear its claim. A fault that meets a broken word retries, so nothing is
+//! installed before the invalidation is complete. A zap that meets another's broken word covers
+//! it with its own invalidation and cleaning, so that nothing of its range is left when it
+//! returns, but leaves the word to its owner, who may not have got that far.
+
+use crate::addr::{IpaRange, PaRange};
+use crate::bbm::Flush;
+use crate::entry::{Claim, SoftWord};
+use crate::error::MapError;
+use crate::format::{TableFormat, WordKind};
+use crate::job::Span;
+use crate::level::Level;
+use crate::platform::Platform;
+use crate::space::Stage2;
+use crate::sync::{Ordering, relax};
+use crate::table::Table;
+
+/// Running state of one zap.
+struct Zap {
+    claim: Claim,
+    flush: Flush,
+    second_pass: bool,
+}
+
+impl<F: TableFormat, P: Platform> Stage2<F, P> {
+    /// Removes every leaf that lies in the range, even in part; notes and tables stay. May run
+    /// beside faults: one that comes later finds the entry empty.
+    ///
+    /// # Errors
+    /// Only for a range that is not whole pages of the input.
+    pub fn zap(&self, range: IpaRange) -> Result<(), MapError> {
+        self.check_range(&range)?;
+        let claim = self.take_claim();
+        self.run_zap(range, claim);
+        self.claims
+            .fetch_and(!(1 << claim.slot()), Ordering::Release);
+        Ok(())
+    }
+
+    /// [`Stage2::zap`] with nobody beside it: plain stores, and one pass where no leaf owes
+    /// cache maintenance.
+    ///
+    /// # Errors
+    /// As [`Stage2::zap`].
+    pub fn zap_exclusive(&mut self, range: IpaRange) -> Result<(), MapError> {
+        self.check_range(&range)?;
+        self.run_zap(range, Claim::EXCLUSIVE);
+        Ok(())
+    }
+
+    /// [`Stage2::zap_exclusive`] of everything.
+    pub fn zap_all(&mut self) {
+        self.run_zap(
+            IpaRange::from_bounds(0, self.geometry().input_end()),
+            Claim::EXCLUSIVE,
+        );
+    }
+
+    fn run_zap(&self, range: IpaRange, claim: Claim) {
+        let span = Span {
+            start: range.start().get(),
+            end: range.end().get(),
+        };
+        let (root, level) = (self.root_table(), self.geometry().start_level());
+        let mut zap = Zap {
+            claim,
+            flush: Flush::NOTHING,
+            second_pass: false,
+        };
+        self.zap_break(&root, level, span, &mut zap);
+        self.invalidate(&zap.flush);
+        if zap.second_pass {
+            let mut dirty = None;
+            self.zap_clean(&root, level, span, &mut dirty);
+            self.clean_gathered(&mut dirty);
+            self.zap_empty(&root, level, span, claim);
+            self.platform.publish();
+        }
+    }
+
+    /// A claim that no other zap holds. There are more than a machine of this size has CPUs;
+    /// beyond them a zap waits for another to finish.
+    fn take_claim(&self) -> Claim {
+        loop {
+            let taken = self.claims.load(Ordering::Relaxed);
+            let slot = taken.trailing_ones();
+            if slot < Claim::SHARED {
+                let with = taken | 1 << slot;
+                let (won, lost) = (Ordering::Acquire, Ordering::Relaxed);
+                if self.claims.compare_exchange(taken, with, won, lost).is_ok() {
+                    return Claim::from_slot(slot);
+                }
+            } else {
+                relax();
+            }
+        }
+    }
+
+    /// Breaks the leaves of a span.
+    fn zap_break(&self, table: &Table<'_>, level: Level, span: Span, zap: &mut Zap) {
+        let size = self.geometry().slot_size(level);
+        let mut rest = Some(span);
+        while let Some(span) = rest {
+            let (part, behind) = span.split_first(size);
+            rest = behind;
+            let index = self.index(table, part.start, level);
+            let raw = table.load(index);
+            if raw == SoftWord::EMPTY {
+                continue;
+            }
+            match self.format.kind(raw, level) {
+                WordKind::Table => {
+                    self.zap_break(&self.child(raw, level), level.finer(), part, zap);
+                }
+                _ => self.zap_entry(table, index, level, part.start & !(size - 1), zap),
+            }
+        }
+    }
+
+    /// Breaks one leaf, whatever others do to it meanwhile.
+    fn zap_entry(&self, table: &Table<'_>, index: usize, level: Level, slot: u64, zap: &mut Zap) {
+        let size = self.geometry().slot_size(level);
+        let entry = table.entry(index);
+        loop {
+            let raw = table.load(index);
+            let word = match self.format.kind(raw, level) {
+                WordKind::Leaf => {
+                    let pa = self.format.output(raw, level);
+                    let owes_data = self.format.decode_attrs(raw).maintenance().data;
+                    SoftWord::BrokenLeaf {
+                        pa,
+                        owes_data,
+                        claim: zap.claim,
+                    }
+                }
+                // A fault may have linked a table where there was a note's or nothing's place
+                // only after the load above; what it installs came after this zap began.
+                WordKind::Table => return,
+                WordKind::Invalid => match SoftWord::decode(raw) {
+                    SoftWord::BrokenLeaf { .. } => {
+                        zap.flush.leaf(slot, size, level);
+                        zap.second_pass = true;
+                        return;
+                    }
+                    _ => return,
+                },
+            };
+            if self.break_claimed(entry, raw, word, zap) {
+                zap.flush.leaf(slot, size, level);
+                return;
+            }
+        }
+    }
+
+    /// Step 1: by store when exclusive, by compare-and-swap beside others. Says whether the
+    /// leaf was still the same.
+    fn break_claimed(
+        &self,
+        entry: crate::platform::EntryRef<'_>,
+        raw: u64,
+        word: SoftWord,
+        zap: &mut Zap,
+    ) -> bool {
+        if zap.claim != Claim::EXCLUSIVE {
+            zap.second_pass = true;
+            return self.platform.compare_exchange(entry, raw, word.encode());
+        }
+        let owes = matches!(
+            word,
+            SoftWord::BrokenLeaf {
+                owes_data: true,
+                ..
+            }
+        );
+        zap.second_pass |= owes;
+        self.platform
+            .store(entry, if owes { word.encode() } else { SoftWord::EMPTY });
+        true
+    }
+
+    /// Step 5 for every broken leaf of the span, whoever broke it.
+    fn zap_clean(
+        &self,
+        table: &Table<'_>,
+        level: Level,
+        span: Span,
+        dirty: &mut Option<(u64, u64)>,
+    ) {
+        let size = self.geometry().slot_size(level);
+        let mut rest = Some(span);
+        while let Some(span) = rest {
+            let (part, behind) = span.split_first(size);
+            rest = behind;
+            let raw = table.load(self.index(table, part.start, level));
+            if self.format.kind(raw, level) == WordKind::Table {
+                self.zap_clean(&self.child(raw, level), level.finer(), part, dirty);
+            } else if let SoftWord::BrokenLeaf {
+                pa,
+                owes_data: true,
+                ..
+            } = SoftWord::decode(raw)
+            {
+                self.gather_dirty(dirty, pa.get(), size);
+            }
+        }
+    }
+
+    /// Empties the words that bear our claim.
+    fn zap_empty(&self, table: &Table<'_>, level: Level, span: Span, claim: Claim) {
+        let size = self.geometry().slot_size(level);
+        let mut rest = Some(span);
+        while let Some(span) = rest {
+            let (part, behind) = span.split_first(size);
+            rest = behind;
+            let index = self.index(table, part.start, level);
+            let raw = table.load(index);
+            if self.format.kind(raw, level) == WordKind::Table {
+                self.zap_empty(&self.child(raw, level), level.finer(), part, claim);
+                continue;
+            }
+            match SoftWord::decode(raw) {
+                SoftWord::BrokenLeaf { claim: whose, .. } if whose == claim => {
+                    self.make(table.entry(index), SoftWord::EMPTY);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Adds memory to clean; neighbours are cleaned together.
+    #[track_caller]
+    fn gather_dirty(&self, dirty: &mut Option<(u64, u64)>, pa: u64, size: u64) {
+        match *dirty {
+            Some((start, end)) if end == pa => *dirty = Some((start, pa + size)),
+            _ => {
+                self.clean_gathered(dirty);
+                *dirty = Some((pa, pa + size));
+            }
+        }
+    }
+
+    #[track_caller]
+    fn clean_gathered(&self, dirty: &mut Option<(u64, u64)>) {
+        if let Some((start, end)) = dirty.take() {
+            self.clean_data(PaRange::from_bounds(start, end));
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! Faults under shared access.
+
+use stage2::{
+    Age, Annotation, FaultOutcome, FaultRequest, Ipa, LeafAttrs, Level, MapError, Pa, Perms,
+};
+
+use crate::kit::*;
+
+fn fault_at(ipa: u64, window: u64, size: u64) -> FaultRequest {
+    FaultRequest::new(
+        Ipa::new(ipa),
+        range(window, size),
+        Pa::new(window),
+        normal(),
+    )
+}
+
+#[test]
+fn a_fault_takes_the_largest_block_inside_the_window() {
+    let machine = machine(8);
+    let space = space(&machine);
+    let whole = fault_at(GIB + 5, 0, 4 * GIB);
+    assert_eq!(space.fault(&whole), Ok(FaultOutcome::Mapped(Level::L1)));
+    let short = fault_at(GIB - 1, 0, GIB - PAGE);
+    assert!(matches!(
+        space.fault(&short),
+        Err(MapError::OutsideWindow(_))
+    ));
+    let short = fault_at(GIB - PAGE - 1, 0, GIB - PAGE);
+    assert_eq!(space.fault(&short), Ok(FaultOutcome::Mapped(Level::PAGE)));
+    let block = fault_at(BLOCK, 0, GIB - PAGE);
+    assert_eq!(space.fault(&block), Ok(FaultOutcome::Mapped(Level::L2)));
+    let expected = [
+        (BLOCK, 2, BLOCK),
+        (GIB - 2 * PAGE, 3, GIB - 2 * PAGE),
+        (GIB, 1, GIB),
+    ];
+    assert_eq!(mapped(&machine), expected);
+    assert_clean(&machine);
+}
+
+#[test]
+fn a_second_fault_finds_the_leaf() {
+    let machine = machine(8);
+    let space = space(&machine);
+    let request = fault_at(PAGE + 1, 0, 2 * PAGE);
+    assert_eq!(space.fault(&request), Ok(FaultOutcome::Mapped(Level::PAGE)));
+    assert_eq!(space.fault(&request), Ok(FaultOutcome::AlreadyMapped));
+    assert_clean(&machine);
+}
+
+#[test]
+fn a_fault_adds_permissions_but_takes_none() {
+    let machine = machine(8);
+    let space = space(&machine);
+    let read = LeafAttrs::normal(Perms::READ);
+    let ask = |perms| FaultRequest {
+        attrs: LeafAttrs::normal(perms),
+        ..fault_at(0, 0, PAGE)
+    };
+    assert_eq!(
+        space.fault(&ask(read.perms)),
+        Ok(FaultOutcome::Mapped(Level::PAGE))
+    );
+    assert_eq!(space.fault(&ask(Perms::RWX)), Ok(FaultOutcome::Relaxed));
+    assert!(leaf_at(&machine, 0).write && leaf_at(&machine, 0).exec_kernel);
+    assert_eq!(
+        space.fault(&ask(Perms::READ)),
+        Ok(FaultOutcome::AlreadyMapped)
+    );
+    assert!(leaf_at(&machine, 0).write);
+    assert_clean(&machine);
+}
+
+#[test]
+fn a_fault_does_not_replace_other_memory_or_another_type() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, 0, PAGE, 0x5000);
+    assert!(matches!(
+        space.fault(&fault_at(0, 0, PAGE)),
+        Ok(FaultOutcome::Conflict(_))
+    ));
+    map(&mut space, PAGE, PAGE, PAGE);
+    let device = LeafAttrs::device(Perms::RW);
+    let other = FaultRequest {
+        attrs: device,
+        ..fault_at(PAGE, PAGE, PAGE)
+    };
+    assert!(matches!(space.fault(&other), Ok(FaultOutcome::Conflict(_))));
+    assert_eq!(mapped(&machine), [(0, 3, 0x5000), (PAGE, 3, PAGE)]);
+}
+
+#[test]
+fn a_fault_on_a_note_reports_it() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    let note = Annotation::try_new(5).unwrap();
+    space.annotate(range(0, BLOCK), note).unwrap();
+    assert_eq!(
+        space.fault(&fault_at(PAGE, 0, BLOCK)),
+        Ok(FaultOutcome::Annotated(note))
+    );
+}
+
+#[test]
+fn a_fault_without_memory_changes_nothing() {
+    for allowed in 0..2 {
+        let machine = machine(8);
+        let space = space(&machine);
+        machine.allow_allocations(Some(allowed));
+        let error = space.fault(&fault_at(0, 0, PAGE));
+        assert_eq!(error, Err(MapError::NoMemory { needed: 2 }));
+        assert_eq!(machine.tables_in_use(), 1);
+        machine.allow_allocations(Some(2));
+        assert!(space.fault(&fault_at(0, 0, PAGE)).is_ok());
+    }
+}
+
+#[test]
+fn a_fault_makes_an_old_leaf_young() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    let old = normal().with_age(Age::Old);
+    space
+        .map(&stage2::MapRequest {
+            attrs: old,
+            ..request(0, PAGE, 0)
+        })
+        .unwrap();
+    assert!(!leaf_at(&machine, 0).young);
+    assert_eq!(
+        space.fault(&fault_at(0, 0, PAGE)),
+        Ok(FaultOutcome::Relaxed)
+    );
+    assert!(leaf_at(&machine, 0).young);
+    assert_clean(&machine);
+}
+
+#[test]
+fn relax_adds_execution_with_instruction_cache_maintenance() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    let data = LeafAttrs::normal(Perms::RW);
+    space
+        .map(&stage2::MapRequest {
+            attrs: data,
+            ..request(0, PAGE, 0x9000)
+        })
+        .unwrap();
+    assert!(!machine.is_fetchable(0x9000, PAGE));
+    assert_eq!(
+        space.relax_perms(Ipa::new(7), Perms::EXEC),
+        Ok(FaultOutcome::Relaxed)
+    );
+    assert!(machine.is_fetchable(0x9000, PAGE));
+    assert!(leaf_at(&machine, 0).exec_user);
+    assert_eq!(
+        space.relax_perms(Ipa::new(7), Perms::EXEC),
+        Ok(FaultOutcome::AlreadyMapped)
+    );
+    let nowhere = Ipa::new(GIB);
+    assert_eq!(
+        space.relax_perms(nowhere, Perms::EXEC),
+        Err(MapError::NotMapped(nowhere))
+    );
+    assert_clean(&machine);
+}

@@ -1,0 +1,7 @@
+//! Behaviour of the page-table core on a machine that misbehaves as far as it may.
+
+mod fault;
+mod kit;
+mod map;
+mod unmap;
+mod zap;
