@@ -371,7 +371,14 @@ fn gic(path: &Path<'_>) -> Option<Gic> {
     None
 }
 
-/// The console: what `stdout-path` names, or else the first PL011 that is enabled.
+impl Tree<'_> {
+    /// The console: what `stdout-path` names, or else the first PL011 that is enabled.
+    #[must_use]
+    pub fn console(&self) -> Option<Console> {
+        console(self)
+    }
+}
+
 fn console(tree: &Tree<'_>) -> Option<Console> {
     let chosen = tree.fdt().find_node("/chosen");
     let named = chosen
@@ -405,5 +412,15 @@ fn self_test(name: &str) -> Option<SelfTest> {
         "exec-data" => Some(SelfTest::ExecData),
         "null" => Some(SelfTest::Null),
         _ => None,
+    }
+}
+
+impl Tree<'_> {
+    /// EL2's memory, as [`crate::patch_for_host`] reserved it.
+    #[must_use]
+    pub fn reserved_by_ravelin(&self) -> Option<AddrRange> {
+        let parent = self.fdt().find_node("/reserved-memory")?;
+        let node = parent.child("ravelin")?;
+        regs(&node).next()
     }
 }

@@ -76,6 +76,28 @@ impl AddrRange {
         self.start < other.end && other.start < self.end
     }
 
+    /// The parts of this range that are neither in `hole` nor in one of `holes` (sorted, apart).
+    pub fn without(self, holes: &[Self], hole: Self) -> impl Iterator<Item = Self> {
+        let mut from = self.start;
+        core::iter::from_fn(move || {
+            while from < self.end {
+                let next = holes
+                    .iter()
+                    .copied()
+                    .chain([hole])
+                    .filter(|h| h.end > from && h.start < self.end)
+                    .min_by_key(|h| h.start);
+                let (until, resume) = next.map_or((self.end, self.end), |h| (h.start, h.end));
+                let part = Self::new(from, until);
+                from = resume;
+                if part.is_some() {
+                    return part;
+                }
+            }
+            None
+        })
+    }
+
     /// The largest page-aligned range inside, if any.
     #[must_use]
     pub fn shrink_to_pages(self) -> Option<Self> {
@@ -202,6 +224,23 @@ mod tests {
         );
         assert_eq!(range(1, 0x1fff).shrink_to_pages(), None);
         assert_eq!(range(u64::MAX - 1, u64::MAX).shrink_to_pages(), None);
+    }
+
+    #[test]
+    fn without_leaves_the_parts_between_the_holes() {
+        let holes = [
+            range(0, 0x1000),
+            range(0x4000, 0x5000),
+            range(0x9000, 0xf000),
+        ];
+        let parts: Vec<_> = range(0, 0xa000)
+            .without(&holes, range(0x5000, 0x6000))
+            .collect();
+        assert_eq!(parts, [range(0x1000, 0x4000), range(0x6000, 0x9000)]);
+        let whole: Vec<_> = range(5, 6).without(&[], range(6, 7)).collect();
+        assert_eq!(whole, [range(5, 6)]);
+        let none: Vec<_> = range(5, 6).without(&[], range(0, 9)).collect();
+        assert_eq!(none, []);
     }
 
     #[test]

@@ -203,7 +203,9 @@ mod tests {
         let features = Features::decode(&max);
         assert_eq!(features.pa_bits, 52);
         assert!(features.fwb && features.xnx && features.vhe && features.vmid16);
-        assert!(features.pan && features.hcx && features.fgt && !features.fgt2 && features.tlbi_range);
+        assert!(
+            features.pan && features.hcx && features.fgt && !features.fgt2 && features.tlbi_range
+        );
         assert!(features.idc && features.dic && features.ttl && features.haf);
         assert!(features.sve && features.sme && features.mte && features.gic_sysregs);
     }

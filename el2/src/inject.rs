@@ -59,6 +59,16 @@ pub fn external_abort(from: &Interrupted, abort: &Abort, esr_el2: u64) -> Entry 
     }
 }
 
+/// An undefined-instruction exception at EL1: exception class 0, IL set.
+#[must_use]
+pub fn undefined(from: &Interrupted) -> Entry {
+    Entry {
+        pc: from.vbar.wrapping_add(vector_offset(from.spsr)),
+        spsr: handler_state(from),
+        esr: 1 << 25,
+    }
+}
+
 /// Offset of the synchronous vector for the interrupted state (Arm ARM D1.3.1, table of vectors).
 fn vector_offset(spsr: u64) -> u64 {
     if spsr & FROM_AARCH32 != 0 {
@@ -144,6 +154,13 @@ mod tests {
     fn flags_survive_and_interrupts_are_masked() {
         let entry = external_abort(&EL1, &ABORT, 0x9200_0046);
         assert_eq!(entry.spsr, 0x6000_03c5);
+    }
+
+    #[test]
+    fn undefined_has_class_0_and_the_same_vector() {
+        let entry = undefined(&EL1);
+        assert_eq!(entry.esr, 0x0200_0000);
+        assert_eq!(entry.pc, 0xffff_8000_0000_0a00);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! │ image (text, rodata, relro, data, bss) │ CPU 0 │ CPU 1 │ .. │ page states │ frame pool │
 //!                                             │
 //!        ┌────────────────────────────────────┘
-//!        │ guard │ stack 16 KiB │ guard │ emergency stack 4 KiB │ CPU data 4 KiB │
+//!        │ guard │ stack 16 KiB │ guard │ emergency stack 8 KiB │ CPU data 4 KiB │
 //! ```
 //!
 //! Guards are pages that are never mapped: an overflow of a stack faults on the first byte below.
@@ -15,7 +15,9 @@ use board::{AddrRange, PAGE_SIZE};
 /// Bytes of a CPU's stack.
 pub const STACK: u64 = 4 * PAGE_SIZE;
 /// Bytes of a CPU's block: guard, stack, guard, emergency stack, data.
-pub const CPU_BLOCK: u64 = PAGE_SIZE + STACK + 3 * PAGE_SIZE;
+pub const CPU_BLOCK: u64 = PAGE_SIZE + STACK + PAGE_SIZE + EMERGENCY + PAGE_SIZE;
+/// Bytes of a CPU's emergency stack: the panic report is formatted on it.
+pub const EMERGENCY: u64 = 2 * PAGE_SIZE;
 /// Bytes of page state per page of RAM.
 pub const STATE_PER_PAGE: u64 = 4;
 /// Alignment of EL2's memory: a 64 KiB host kernel must be able to leave it out exactly.
@@ -80,7 +82,7 @@ impl Layout {
             return None;
         }
         let stack = AddrRange::with_size(base.checked_add(start + PAGE_SIZE)?, STACK)?;
-        let emergency = AddrRange::with_size(stack.end().checked_add(PAGE_SIZE)?, PAGE_SIZE)?;
+        let emergency = AddrRange::with_size(stack.end().checked_add(PAGE_SIZE)?, EMERGENCY)?;
         let data = AddrRange::with_size(emergency.end(), PAGE_SIZE)?;
         Some(CpuBlock {
             stack,
@@ -88,6 +90,18 @@ impl Layout {
             data,
         })
     }
+}
+
+/// The size in memory that an arm64 Image states in its header, in bytes; `None` if this is none
+/// (Linux arm64 boot protocol: `image_size` at 16, magic at 56).
+#[must_use]
+pub fn image_size(image: &[u8]) -> Option<u64> {
+    let header = image.get(..64)?;
+    if header.get(56..60)? != b"ARM\x64" {
+        return None;
+    }
+    let size = header.get(16..24)?.try_into().ok()?;
+    Some(u64::from_le_bytes(size))
 }
 
 #[cfg(test)]
@@ -98,7 +112,7 @@ mod tests {
     fn parts_follow_each_other_page_aligned() {
         let layout = Layout::new(0x2_a123, 4, 1 << 30).unwrap();
         assert_eq!(layout.cpus, 0x2_b000);
-        assert_eq!(layout.states, 0x2_b000 + 4 * 0x8000);
+        assert_eq!(layout.states, 0x2_b000 + 4 * 0x9000);
         assert_eq!(layout.pool, layout.states + (1 << 20));
         assert_eq!(layout.size % ALIGN, 0);
     }
@@ -121,6 +135,16 @@ mod tests {
         assert_eq!(first.data.end() + PAGE_SIZE, second.stack.start());
         assert_eq!(second.data.end(), 0x8000_0000 + layout.states);
         assert_eq!(layout.cpu(0x8000_0000, 2), None);
+    }
+
+    #[test]
+    fn image_size_is_read_only_behind_the_magic() {
+        let mut image = [0; 64];
+        image[16..24].copy_from_slice(&0x12_3000u64.to_le_bytes());
+        assert_eq!(image_size(&image), None);
+        image[56..60].copy_from_slice(b"ARM\x64");
+        assert_eq!(image_size(&image), Some(0x12_3000));
+        assert_eq!(image_size(&image[..63]), None);
     }
 
     #[test]

@@ -1,0 +1,426 @@
+//! The host's stage 2: a lazy identity map of everything that is not somebody else's.
+//!
+//! Invariant: a page that has another owner has an annotation in the table and never a leaf; every
+//! other address may be mapped at any time, to itself. Losing a leaf is harmless (it faults in
+//! again), losing an annotation never happens.
+//!
+//! RAM is mapped read, write and execute; everything else read and write, never execute. The
+//! memory type is always "as stage 1 says": the host keeps the choice that it has on the bare
+//! machine. A leaf is the largest block that neither leaves the RAM range (or the gap between two)
+//! nor meets an annotation. See docs/host-stage2.md.
+
+use board::{AddrRange, MAX_MEMORY, RangeList};
+use spin::RwLock;
+use stage2::{
+    Annotation, ArmConfig, ArmFeatures, ArmStage2, ConfigError, Execute, FaultOutcome,
+    FaultRequest, ForceWriteBack, Granule, Ipa, IpaRange, LeafAttrs, MapError, Pa, Perms, Platform,
+    Stage2, WideAddresses,
+};
+use thiserror::Error;
+
+use crate::features::Features;
+
+/// The annotation of EL2's own pages.
+const EL2_OWNS: u64 = 1;
+
+/// Why there is no host stage 2.
+#[derive(Clone, Debug, Error, PartialEq)]
+pub enum HostMapError {
+    /// The core's address sizes are impossible.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The root or the first annotation failed.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// EL2's memory is not a range of pages.
+    #[error("EL2's memory {0:?} is not a range of pages")]
+    Range(AddrRange),
+}
+
+/// What became of a host's fault.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Answer {
+    /// Mapped, by us or by another core: the host goes on.
+    Mapped,
+    /// Mapped, after all device mappings were thrown away to get table pages back.
+    MappedAfterRecycling,
+    /// Somebody else's, or no address at all: the host gets an abort.
+    Refused,
+}
+
+/// The host's address space.
+pub struct HostMap<P: Platform> {
+    space: RwLock<Stage2<ArmStage2, P>>,
+    memory: RangeList<MAX_MEMORY>,
+    /// First address that the table can't map.
+    end: u64,
+}
+
+impl<P: Platform> core::fmt::Debug for HostMap<P> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("HostMap")
+            .field("end", &self.end)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The format of the host's tables: 4 KiB pages, addresses as the core has them but at most 48
+/// bits, no forced write-back (the host's own types count).
+///
+/// # Errors
+///
+/// [`ConfigError`] if the core's sizes contradict the architecture.
+pub fn format(features: &Features) -> Result<ArmStage2, ConfigError> {
+    let bits = features.pa_bits.min(48);
+    ArmStage2::new(&ArmConfig {
+        granule: Granule::K4,
+        input_bits: bits,
+        output_bits: bits,
+        features: ArmFeatures {
+            fwb: ForceWriteBack::Off,
+            execute: if features.xnx {
+                Execute::Split
+            } else {
+                Execute::Joint
+            },
+            wide: WideAddresses::Off,
+        },
+        start: None,
+    })
+}
+
+/// VTCR_EL2 for a format: walks inner and outer write-back, inner shareable; bit 31 is RES1
+/// (Arm ARM D24.2, VTCR_EL2). `vmid16` selects 16-bit VMIDs.
+#[must_use]
+pub fn vtcr(format: &ArmStage2, vmid16: bool) -> u64 {
+    let field = |value: u8, shift: u32| u64::from(value) << shift;
+    1 << 31
+        | field(u8::from(vmid16), 19)
+        | field(format.ps(), 16)
+        | field(format.tg0(), 14)
+        | 3 << 12
+        | 1 << 10
+        | 1 << 8
+        | field(format.sl0(), 6)
+        | field(format.t0sz(), 0)
+}
+
+impl<P: Platform> HostMap<P> {
+    /// An empty map in which `el2` belongs to EL2.
+    ///
+    /// # Errors
+    ///
+    /// [`HostMapError`].
+    pub fn new(
+        format: ArmStage2,
+        platform: P,
+        context: P::Context,
+        memory: RangeList<MAX_MEMORY>,
+        el2: AddrRange,
+    ) -> Result<Self, HostMapError> {
+        let mut space = Stage2::new(format, platform, context)?;
+        let range = ipa_range(el2).ok_or(HostMapError::Range(el2))?;
+        let note = Annotation::try_new(EL2_OWNS).ok_or(HostMapError::Range(el2))?;
+        space.annotate(range, note)?;
+        let end = space.geometry().input_end();
+        Ok(Self {
+            space: RwLock::new(space),
+            memory,
+            end,
+        })
+    }
+
+    /// The root table's address, for VTTBR_EL2.
+    #[must_use]
+    pub fn root(&self) -> u64 {
+        self.space.read().root().get()
+    }
+
+    /// Asks the machine underneath.
+    pub fn platform<R>(&self, ask: impl FnOnce(&P) -> R) -> R {
+        ask(self.space.read().platform())
+    }
+
+    /// Answers a translation fault at `address`.
+    #[must_use]
+    pub fn fault(&self, address: u64) -> Answer {
+        let Some((window, attrs)) = self.window(address) else {
+            return Answer::Refused;
+        };
+        let request = FaultRequest::new(
+            Ipa::new(address),
+            window,
+            Pa::new(window.start().get()),
+            attrs,
+        );
+        match self.try_fault(&request) {
+            Ok(answer) => answer,
+            Err(MapError::NoMemory { .. }) => self.recycle_and_fault(&request),
+            Err(_) => Answer::Refused,
+        }
+    }
+
+    fn try_fault(&self, request: &FaultRequest) -> Result<Answer, MapError> {
+        Ok(match self.space.read().fault(request)? {
+            FaultOutcome::Mapped(_)
+            | FaultOutcome::AlreadyMapped
+            | FaultOutcome::Relaxed
+            | FaultOutcome::Retry => Answer::Mapped,
+            FaultOutcome::Annotated(_) | FaultOutcome::Conflict(_) => Answer::Refused,
+        })
+    }
+
+    /// Throws away every device mapping, which gives their tables back, and tries again.
+    fn recycle_and_fault(&self, request: &FaultRequest) -> Answer {
+        {
+            let mut space = self.space.write();
+            for gap in self.gaps().filter_map(ipa_range) {
+                // Unmapping whole leaves takes no table, so this does not fail; if it did, the
+                // fault below would fail again and be refused.
+                let result = space.unmap(gap);
+                debug_assert_eq!(result, Ok(()));
+            }
+        }
+        match self.try_fault(request) {
+            Ok(Answer::Mapped) => Answer::MappedAfterRecycling,
+            Ok(answer) => answer,
+            Err(_) => Answer::Refused,
+        }
+    }
+
+    /// The addresses between the ranges of RAM.
+    fn gaps(&self) -> impl Iterator<Item = AddrRange> {
+        let ram = self.memory.as_slice();
+        let starts = core::iter::once(0).chain(ram.iter().map(|r| r.end()));
+        let ends = ram.iter().map(|r| r.start()).chain([self.end]);
+        starts
+            .zip(ends)
+            .filter_map(|(start, end)| AddrRange::new(start, end))
+    }
+
+    /// The range around `address` that is all RAM or all not, and what a leaf there says.
+    fn window(&self, address: u64) -> Option<(IpaRange, LeafAttrs)> {
+        if address >= self.end {
+            return None;
+        }
+        if let Some(ram) = self.memory.find(address) {
+            let inside = AddrRange::new(ram.start(), ram.end().min(self.end))?;
+            return Some((ipa_range(inside)?, LeafAttrs::normal(Perms::RWX)));
+        }
+        let gap = self.memory.gap_around(address)?;
+        let inside = AddrRange::new(gap.start(), gap.end().min(self.end))?;
+        Some((ipa_range(inside)?, LeafAttrs::normal(Perms::RW)))
+    }
+}
+
+fn ipa_range(range: AddrRange) -> Option<IpaRange> {
+    IpaRange::new(Ipa::new(range.start()), range.size()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use stage2::testing::{Arch, FakeMachine};
+    use std::vec::Vec;
+
+    use super::*;
+    use crate::features::IdRegisters;
+
+    const GIB: u64 = 1 << 30;
+    const MIB: u64 = 1 << 20;
+
+    fn range(start: u64, end: u64) -> AddrRange {
+        AddrRange::new(start, end).unwrap()
+    }
+
+    /// A core with a 40-bit physical address space and FEAT_XNX.
+    fn features() -> Features {
+        Features::decode(&IdRegisters {
+            mmfr0: 0x10_1122,
+            mmfr1: 0x1021_2122,
+            ..IdRegisters::default()
+        })
+    }
+
+    /// RAM from 1 GiB to 3 GiB and from 4 GiB to 4.5 GiB; EL2 in the last 1.8 MiB of the former.
+    fn el2() -> AddrRange {
+        range(3 * GIB - 0x1d_0000, 3 * GIB)
+    }
+
+    fn map(machine: &FakeMachine) -> HostMap<&FakeMachine> {
+        let mut memory = RangeList::new();
+        memory.insert(range(GIB, 3 * GIB), "ram").unwrap();
+        memory
+            .insert(range(4 * GIB, 4 * GIB + GIB / 2), "ram")
+            .unwrap();
+        let format = format(&features()).unwrap();
+        let map = HostMap::new(format, machine, Default::default(), memory, el2()).unwrap();
+        machine.attach(Pa::new(map.root()));
+        map
+    }
+
+    fn machine(tables: usize) -> FakeMachine {
+        FakeMachine::new(Arch::arm_4k(1, 40, false), tables)
+    }
+
+    /// Start and size of the leaf at `address`, read back by the independent walker.
+    fn leaf(machine: &FakeMachine, address: u64) -> Option<(u64, u64, stage2::testing::RawLeaf)> {
+        let arch = Arch::arm_4k(1, 40, false);
+        machine
+            .leaves()
+            .into_iter()
+            .find_map(|(start, level, leaf)| {
+                let size = 1u64 << arch.shift(level);
+                (start..start + size)
+                    .contains(&address)
+                    .then_some((start, size, leaf))
+            })
+    }
+
+    #[test]
+    fn ram_without_el2_in_its_gib_is_mapped_by_one_block() {
+        let machine = machine(32);
+        let map = map(&machine);
+        assert_eq!(map.fault(GIB + 0x1234_5678), Answer::Mapped);
+        let (start, size, raw) = leaf(&machine, GIB).unwrap();
+        assert_eq!((start, size), (GIB, GIB));
+        assert!(raw.pa == GIB && raw.read && raw.write && raw.exec_kernel && raw.exec_user);
+    }
+
+    #[test]
+    fn next_to_el2_the_largest_block_that_avoids_it_is_taken() {
+        let machine = machine(32);
+        let map = map(&machine);
+        assert_eq!(map.fault(2 * GIB + 5), Answer::Mapped);
+        assert_eq!(leaf(&machine, 2 * GIB).unwrap().1, 2 * MIB);
+        assert_eq!(map.fault(el2().start() - 1), Answer::Mapped);
+        let (start, size, _) = leaf(&machine, el2().start() - 1).unwrap();
+        assert_eq!((start, size), (el2().start() - 4096, 4096));
+    }
+
+    #[test]
+    fn el2_is_refused_on_every_page_and_stays_unmapped() {
+        let machine = machine(32);
+        let map = map(&machine);
+        for page in (el2().start()..el2().end()).step_by(4096) {
+            assert_eq!(map.fault(page), Answer::Refused);
+            assert_eq!(map.fault(page + 4095), Answer::Refused);
+            assert!(leaf(&machine, page).is_none());
+        }
+    }
+
+    #[test]
+    fn devices_are_never_executable_and_never_reach_into_ram() {
+        let machine = machine(32);
+        let map = map(&machine);
+        assert_eq!(map.fault(0x900_0000), Answer::Mapped);
+        let (start, size, raw) = leaf(&machine, 0x900_0000).unwrap();
+        assert_eq!((start, size), (0, GIB));
+        assert!(raw.read && raw.write && !raw.exec_kernel && !raw.exec_user);
+        assert_eq!(map.fault(4 * GIB + GIB / 2), Answer::Mapped);
+        assert_eq!(leaf(&machine, 4 * GIB + GIB / 2).unwrap().1, 2 * MIB);
+    }
+
+    #[test]
+    fn addresses_beyond_the_tables_are_refused() {
+        let machine = machine(32);
+        let map = map(&machine);
+        assert_eq!(map.fault((1 << 40) - 1), Answer::Mapped);
+        assert_eq!(map.fault(1 << 40), Answer::Refused);
+        assert_eq!(map.fault(u64::MAX), Answer::Refused);
+    }
+
+    /// A 48-bit space: every 512 GiB needs a table of its own. One is spare.
+    fn scarce() -> FakeMachine {
+        FakeMachine::new(Arch::arm_4k(0, 48, false), 5)
+    }
+
+    fn map_48(machine: &FakeMachine) -> HostMap<&FakeMachine> {
+        let features = Features::decode(&IdRegisters {
+            mmfr0: 0x10_1125,
+            mmfr1: 0x1021_2122,
+            ..IdRegisters::default()
+        });
+        let mut memory = RangeList::new();
+        memory.insert(range(GIB, 3 * GIB), "ram").unwrap();
+        let format = format(&features).unwrap();
+        let map = HostMap::new(format, machine, Default::default(), memory, el2()).unwrap();
+        machine.attach(Pa::new(map.root()));
+        map
+    }
+
+    #[test]
+    fn without_table_pages_device_mappings_are_recycled() {
+        let machine = scarce();
+        let map = map_48(&machine);
+        assert_eq!(map.fault(GIB), Answer::Mapped);
+        assert_eq!(map.fault(1 << 39), Answer::Mapped);
+        assert_eq!(map.fault(2 << 39), Answer::MappedAfterRecycling);
+        assert_eq!(map.fault(1 << 39), Answer::MappedAfterRecycling);
+        assert_eq!(machine.finish(), Vec::<std::string::String>::new());
+    }
+
+    #[test]
+    fn recycling_keeps_ram_mapped_and_el2_refused() {
+        let machine = scarce();
+        let map = map_48(&machine);
+        assert_eq!(map.fault(GIB), Answer::Mapped);
+        for window in 1..511u64 {
+            assert_ne!(map.fault(window << 39), Answer::Refused);
+        }
+        for page in (el2().start()..el2().end()).step_by(4096) {
+            assert_eq!(map.fault(page), Answer::Refused);
+        }
+        let arch = Arch::arm_4k(0, 48, false);
+        let ram = machine
+            .leaves()
+            .into_iter()
+            .find(|(start, ..)| *start == GIB);
+        assert_eq!(
+            ram.map(|(_, level, _)| 1u64 << arch.shift(level)),
+            Some(GIB)
+        );
+    }
+
+    #[test]
+    fn without_any_table_page_a_fault_is_refused_and_changes_nothing() {
+        let machine = FakeMachine::new(Arch::arm_4k(0, 48, false), 4);
+        let map = map_48(&machine);
+        let before = machine.snapshot();
+        assert_eq!(map.fault(1 << 39), Answer::Refused);
+        assert_eq!(machine.snapshot(), before);
+    }
+
+    #[test]
+    fn vtcr_for_40_bits_starts_at_level_1() {
+        // RES1 31, PS 2, SH0 3, ORGN0 1, IRGN0 1, SL0 1, T0SZ 24 (Arm ARM D24.2, VTCR_EL2).
+        let format = format(&features()).unwrap();
+        assert_eq!(vtcr(&format, false), 0x8002_3558);
+        assert_eq!(vtcr(&format, true), 0x800a_3558);
+    }
+
+    proptest! {
+        /// After any faults, every leaf is the identity, none touches EL2, only RAM executes.
+        #[test]
+        fn any_faults_keep_the_invariant(addresses in prop::collection::vec(0u64..6 * GIB, 1..40)) {
+            let machine = machine(40);
+            let map = map(&machine);
+            for address in addresses {
+                let refused = map.fault(address) == Answer::Refused;
+                prop_assert_eq!(refused, el2().contains(address));
+            }
+            let arch = Arch::arm_4k(1, 40, false);
+            for (start, level, raw) in machine.leaves() {
+                let size = 1u64 << arch.shift(level);
+                let leaf = range(start, start + size);
+                prop_assert!(raw.pa == start && !leaf.overlaps(el2()));
+                let ram = [range(GIB, 3 * GIB), range(4 * GIB, 4 * GIB + GIB / 2)];
+                let inside = ram.iter().any(|r| r.contains_range(leaf));
+                let outside = ram.iter().all(|r| !r.overlaps(leaf));
+                prop_assert!(inside || outside);
+                prop_assert_eq!(raw.exec_kernel, inside);
+            }
+            prop_assert_eq!(machine.finish(), Vec::<std::string::String>::new());
+        }
+    }
+}
