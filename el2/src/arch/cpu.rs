@@ -1,0 +1,214 @@
+//! The cores: their data, parking, starting the others, and going down to EL1.
+
+use core::arch::asm;
+use core::mem::offset_of;
+
+use aarch64_cpu::registers::{ELR_EL2, SPSR_EL2, TPIDR_EL2};
+use aarch64_cpu::registers::{Readable, Writeable};
+use board::MAX_CPUS;
+use el2::psci::{PowerSlot, StartOrder};
+
+use super::mmu::Settings;
+use super::{mem, regs};
+
+/// SPSR_EL2 for a core that starts at EL1: EL1h, D, A, I and F masked.
+const EL1H_MASKED: u64 = 0b00101 | 0xf << 6;
+
+/// A core's data, on a page of its own; TPIDR_EL2 points to it.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct CpuData {
+    stack_top: u64,
+    emergency_top: u64,
+    /// Number of the core, in the device tree's order.
+    pub(crate) index: u64,
+    /// Affinity fields of MPIDR_EL1.
+    pub(crate) mpidr: u64,
+    /// Its power state.
+    pub(crate) power: PowerSlot,
+}
+
+// entry.S and vectors.S use these.
+const _: () = assert!(offset_of!(CpuData, stack_top) == 0);
+const _: () = assert!(offset_of!(CpuData, emergency_top) == 8);
+const _: () = assert!(size_of::<CpuData>() <= board::PAGE_SIZE as usize);
+
+impl CpuData {
+    /// A core that has not come up: number and affinity `id`, in its block. Once per core, at boot.
+    pub(crate) fn create(block: &el2::layout::CpuBlock, id: (u64, u64)) -> &'static Self {
+        let address = block.data.start() as usize;
+        let pointer = core::ptr::with_exposed_provenance_mut::<Self>(address);
+        let data = Self {
+            stack_top: block.stack.end(),
+            emergency_top: block.emergency.end(),
+            index: id.0,
+            mpidr: id.1,
+            power: PowerSlot::new(),
+        };
+        // SAFETY: the block is EL2's, mapped, this core's alone; a page is large enough (asserted).
+        unsafe { pointer.write(data) };
+        // SAFETY: initialised just now; only shared references exist from here on.
+        unsafe { &*pointer }
+    }
+
+    /// Makes this core use the data.
+    pub(crate) fn adopt(&'static self) {
+        TPIDR_EL2.set(core::ptr::from_ref(self).expose_provenance() as u64);
+    }
+
+    /// Whether `address` lies on this core's stack or emergency stack.
+    pub(crate) fn on_a_stack(&self, address: u64) -> bool {
+        let stack = self.stack_top - el2::layout::STACK..self.stack_top;
+        let emergency = self.emergency_top - el2::layout::EMERGENCY..self.emergency_top;
+        stack.contains(&address) || emergency.contains(&address)
+    }
+
+    /// Whether `address` is in the guard page below the stack.
+    pub(crate) fn is_guard(&self, address: u64) -> bool {
+        let bottom = self.stack_top - el2::layout::STACK;
+        (bottom - board::PAGE_SIZE..bottom).contains(&address)
+    }
+}
+
+/// This core's data, or `None` before it has any.
+pub(crate) fn this_cpu() -> Option<&'static CpuData> {
+    if !regs::mmu_is_on() {
+        return None;
+    }
+    let pointer = core::ptr::with_exposed_provenance::<CpuData>(TPIDR_EL2.get() as usize);
+    // SAFETY: TPIDR_EL2 is 0 or was set by `adopt` (or entry.S) to data that lives for ever; the
+    // host can't write it.
+    unsafe { pointer.as_ref() }
+}
+
+unsafe extern "C" {
+    fn enter_el1(stack_top: u64, context: u64) -> !;
+    fn switch_stack(top: u64, to: extern "C" fn(*mut ()) -> !, argument: *mut ()) -> !;
+    fn jump_placed(entry: u64, tree: u64, ticks: u64, size: u64) -> !;
+}
+
+/// Leaves EL2's stack empty and enters the host on this core.
+pub(crate) fn enter_host(cpu: &CpuData, order: StartOrder) -> ! {
+    ELR_EL2.set(order.entry);
+    SPSR_EL2.set(EL1H_MASKED);
+    // SAFETY: nothing on the stack is needed again; the host runs behind its stage 2, and what it
+    // enters with are ELR, SPSR and x0 as set here.
+    unsafe { enter_el1(cpu.stack_top, order.context) }
+}
+
+/// Continues on this core's own stack in `to`, with `argument` from the stack that is left.
+pub(crate) fn continue_with<T>(
+    cpu: &'static CpuData,
+    to: fn(&'static CpuData, &mut T) -> !,
+    argument: &mut T,
+) -> ! {
+    struct Continuation<'a, T> {
+        cpu: &'static CpuData,
+        to: fn(&'static CpuData, &mut T) -> !,
+        argument: &'a mut T,
+    }
+    extern "C" fn run<T>(continuation: *mut ()) -> ! {
+        // SAFETY: `continue_with` passes a pointer to exactly this; its stack frame is never left.
+        let continuation = unsafe { &mut *continuation.cast::<Continuation<'_, T>>() };
+        (continuation.to)(continuation.cpu, continuation.argument)
+    }
+    let mut continuation = Continuation { cpu, to, argument };
+    let pointer = (&raw mut continuation).cast();
+    // SAFETY: this core's own stack is mapped and empty; the frame with the continuation is on the
+    // boot stack, which nobody uses again.
+    unsafe { switch_stack(cpu.stack_top, run::<T>, pointer) }
+}
+
+/// Enters the copy of the image at its entry for placed images.
+///
+/// # Safety
+///
+/// The copy is complete, at the point of coherency, and not stale in the instruction cache.
+pub(crate) unsafe fn enter_placed(entry: u64, tree: u64, ticks: u64, size: u64) -> ! {
+    // SAFETY: the caller's promise.
+    unsafe { jump_placed(entry, tree, ticks, size) }
+}
+
+/// What the entry code of secondary cores reads with their MMU off. The layout is entry.S's.
+#[repr(C)]
+struct SecondaryBoot {
+    settings: Settings,
+    table: u64,
+    count: u64,
+    cpus: [(u64, u64); MAX_CPUS],
+}
+
+const _: () = assert!(offset_of!(SecondaryBoot, table) == 32);
+const _: () = assert!(offset_of!(SecondaryBoot, count) == 40);
+
+#[unsafe(no_mangle)]
+static mut SECONDARY_BOOT: SecondaryBoot = SecondaryBoot {
+    settings: Settings {
+        ttbr0: 0,
+        tcr: 0,
+        mair: 0,
+        sctlr: 0,
+    },
+    table: 0,
+    count: 0,
+    cpus: [(0, 0); MAX_CPUS],
+};
+
+/// Publishes what secondary cores need, to the point of coherency.
+pub(crate) fn publish_secondary_boot(settings: Settings, cpus: &[&'static CpuData]) {
+    let boot = &raw mut SECONDARY_BOOT;
+    let mut table = [(0, 0); MAX_CPUS];
+    for (entry, cpu) in table.iter_mut().zip(cpus) {
+        *entry = (
+            cpu.mpidr,
+            core::ptr::from_ref(*cpu).expose_provenance() as u64,
+        );
+    }
+    let value = SecondaryBoot {
+        settings,
+        table: boot.expose_provenance() as u64 + offset_of!(SecondaryBoot, cpus) as u64,
+        count: cpus.len() as u64,
+        cpus: table,
+    };
+    // SAFETY: no other core runs EL2 code yet, so nobody reads or writes it now.
+    unsafe { boot.write(value) };
+    let size = size_of::<SecondaryBoot>() as u64;
+    if let Some(range) = board::AddrRange::with_size(boot.expose_provenance() as u64, size) {
+        mem::clean_invalidate_to_poc(range);
+    }
+}
+
+/// Wakes all cores that wait in [`wait_for_event`].
+pub(crate) fn send_event() {
+    // SAFETY: a barrier, so that the woken see what was stored before, and a hint.
+    unsafe { asm!("dsb ish", "sev", options(nostack, preserves_flags)) };
+}
+
+/// Waits for an event; may return without one.
+pub(crate) fn wait_for_event() {
+    // SAFETY: a hint.
+    unsafe { asm!("wfe", options(nostack, preserves_flags)) };
+}
+
+/// Waits until an interrupt is pending for this core, without taking it.
+///
+/// HCR_EL2.IMO and FMO are set meanwhile, so that physical interrupts target EL2, where PSTATE
+/// masks them: only then is it certain that they wake the core (Arm ARM D1.6.2).
+pub(crate) fn wait_for_interrupt() {
+    const IMO_FMO: u64 = 1 << 4 | 1 << 3;
+    let hcr = regs::mrs!("hcr_el2");
+    // SAFETY: routes interrupts to EL2, which masks them.
+    unsafe { regs::msr!("hcr_el2", hcr | IMO_FMO) };
+    // SAFETY: barriers and a hint.
+    unsafe { asm!("isb", "dsb sy", "wfi", options(nostack, preserves_flags)) };
+    // SAFETY: restores what was there.
+    unsafe { regs::msr!("hcr_el2", hcr) };
+}
+
+/// Stops this core for ever.
+pub(crate) fn halt() -> ! {
+    loop {
+        // SAFETY: masks everything and waits.
+        unsafe { asm!("msr daifset, #0xf", "wfi", options(nostack)) };
+    }
+}

@@ -1,0 +1,166 @@
+//! The registers of EL2 that decide what the host can do, and those of EL1 it starts with.
+//!
+//! The host keeps all of the machine: nothing is trapped but SMC (HCR_EL2.TSC) and what stage 2
+//! refuses. Registers whose reset value is unknown are all written. Source: Arm ARM D24.2.
+
+use el2::features::Features;
+
+use super::regs::{mrs, msr};
+
+/// HCR_EL2.VM: stage 2 on.
+const VM: u64 = 1;
+/// HCR_EL2.TSC: SMC from EL1 traps.
+const TSC: u64 = 1 << 19;
+/// HCR_EL2.RW: EL1 is AArch64.
+const RW: u64 = 1 << 31;
+/// HCR_EL2.APK and API: pointer authentication is not trapped.
+const POINTER_AUTH: u64 = 1 << 40 | 1 << 41;
+/// HCR_EL2.EnSCXT: SCXTNUM_EL1 is not trapped. RES0 without FEAT_CSV2_2.
+const SCXT: u64 = 1 << 53;
+/// HCR_EL2.ATA: allocation tags are not trapped.
+const ATA: u64 = 1 << 56;
+/// SCTLR_EL1 of a core that starts: RES1 bits, MMU and caches off.
+const SCTLR_EL1_START: u64 = 0x30d0_0800;
+
+/// The host's stage 2 for the registers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stage2Regs {
+    pub(crate) vtcr: u64,
+    pub(crate) vttbr: u64,
+}
+
+/// Makes a stage 2 the current one without putting it in force: TLB maintenance is for its VMID.
+pub(crate) fn select(stage2: Stage2Regs) {
+    // SAFETY: HCR_EL2.VM is clear on this core until `configure`, so nothing is translated by it.
+    unsafe {
+        msr!("vtcr_el2", stage2.vtcr);
+        msr!("vttbr_el2", stage2.vttbr);
+        core::arch::asm!("isb", options(nostack, preserves_flags));
+    }
+}
+
+/// Configures this core for the host, its stage 2 on.
+pub(crate) fn configure(features: &Features, stage2: Stage2Regs) {
+    traps(features);
+    identity_and_time(features);
+    fine_grained_traps(features);
+    start_state();
+    let tags = if features.mte { ATA } else { 0 };
+    // SAFETY: EL2 runs on its own stage 1; these only say how EL1 runs. The tables behind VTTBR
+    // are initialised and published (docs/host-stage2.md).
+    unsafe {
+        msr!("vtcr_el2", stage2.vtcr);
+        msr!("vttbr_el2", stage2.vttbr);
+        msr!("hcr_el2", RW | TSC | VM | POINTER_AUTH | SCXT | tags);
+        core::arch::asm!("isb", "tlbi vmalls12e1", "tlbi alle1", "dsb nsh", "isb");
+    }
+}
+
+/// CPTR, HSTR, MDCR and the vector length controls: nothing trapped.
+fn traps(features: &Features) {
+    // CPTR_EL2 without VHE: RES1 bits 13, 9, 7:0; TZ (8) and TSM (12) are RES1 where there is no
+    // SVE or SME.
+    let no_sve = if features.sve { 0 } else { 1 << 8 };
+    let no_sme = if features.sme { 0 } else { 1 << 12 };
+    // MDCR_EL2: HPMN gives the host all event counters; E2PB and E2TB give it the profiling and
+    // trace buffers, in its own translation regime.
+    let counters = if features.pmu {
+        mrs!("pmcr_el0") >> 11 & 0x1f
+    } else {
+        0
+    };
+    let profiling = if features.spe { 3 << 12 } else { 0 };
+    let trace = if features.trbe { 3 << 24 } else { 0 };
+    // SAFETY: these only untrap what the bare machine has.
+    unsafe {
+        msr!("cptr_el2", 0x22ff | no_sve | no_sme);
+        msr!("hstr_el2", 0);
+        msr!("mdcr_el2", counters | profiling | trace);
+        core::arch::asm!("isb");
+        if features.sve {
+            msr!("s3_4_c1_c2_0", 0x1ff); // ZCR_EL2: the longest vectors
+        }
+        if features.sme {
+            msr!("s3_4_c1_c2_6", 1 << 31 | 1 << 30 | 0xf); // SMCR_EL2: FA64, EZT0, longest
+        }
+        if features.mpam {
+            msr!("s3_4_c10_c4_0", 0); // MPAMHCR_EL2
+            msr!("s3_4_c10_c5_0", 0); // MPAM2_EL2: no traps
+        }
+        if features.lor {
+            msr!("s3_0_c10_c4_3", 0); // LORC_EL1: limited ordering off
+        }
+    }
+}
+
+/// What the host sees as its identity, its counters and its interrupt controller.
+fn identity_and_time(features: &Features) {
+    let (midr, mpidr) = (mrs!("midr_el1"), mrs!("mpidr_el1"));
+    // SAFETY: virtual identity equals the real one; counters untrapped, without offset.
+    unsafe {
+        msr!("vpidr_el2", midr);
+        msr!("vmpidr_el2", mpidr);
+        msr!("cnthctl_el2", 3); // EL1PCTEN, EL1PCEN
+        msr!("cntvoff_el2", 0);
+        if features.gic_sysregs {
+            msr!("s3_4_c12_c9_5", 0xf); // ICC_SRE_EL2: SRE, DFB, DIB, Enable
+            core::arch::asm!("isb");
+            msr!("s3_4_c12_c11_0", 0); // ICH_HCR_EL2: no virtual interface
+        }
+    }
+}
+
+/// HCRX_EL2 and the fine-grained traps: for fields with negative names ("n...", "En...") set means
+/// not trapped; where the feature behind a field is missing it is RES0 and ignores the write.
+fn fine_grained_traps(features: &Features) {
+    /// EnAS0, EnALS, EnASR, MSCEn, TCR2En, SCTLR2En, D128En, EnSNERR, EnSDERR, EnIDCP128, GCSEn,
+    /// EnFPM.
+    const HCRX: u64 = 0b111
+        | 1 << 11
+        | 1 << 14
+        | 1 << 15
+        | 1 << 17
+        | 1 << 18
+        | 1 << 20
+        | 1 << 21
+        | 1 << 22
+        | 1 << 23;
+    /// nACCDATA_EL1 (50) and nGCS_EL0 (52) up to nAMAIR2_EL1 (63).
+    const REGISTERS: u64 = 1 << 50 | 0xfff << 52;
+    /// HFGITR_EL2: nBRBINJ (55) up to nGCSEPP (59).
+    const INSTRUCTIONS: u64 = 0x1f << 55;
+    /// HDFGRTR_EL2, HDFGWTR_EL2: nBRBIDR (59) up to nPMSNEVFR_EL1 (62).
+    const DEBUG: u64 = 0xf << 59;
+    // SAFETY: these only untrap what the bare machine has.
+    unsafe {
+        if features.hcx {
+            msr!("s3_4_c1_c2_2", HCRX); // HCRX_EL2
+        }
+        if features.fgt {
+            msr!("s3_4_c1_c1_4", REGISTERS); // HFGRTR_EL2
+            msr!("s3_4_c1_c1_5", REGISTERS); // HFGWTR_EL2
+            msr!("s3_4_c1_c1_6", INSTRUCTIONS); // HFGITR_EL2
+            msr!("s3_4_c3_c1_4", DEBUG); // HDFGRTR_EL2
+            msr!("s3_4_c3_c1_5", DEBUG); // HDFGWTR_EL2
+        }
+        if features.fgt2 {
+            msr!("s3_4_c3_c1_2", u64::MAX); // HFGRTR2_EL2
+            msr!("s3_4_c3_c1_3", u64::MAX); // HFGWTR2_EL2
+            msr!("s3_4_c3_c1_7", u64::MAX); // HFGITR2_EL2
+            msr!("s3_4_c3_c1_0", u64::MAX); // HDFGRTR2_EL2
+            msr!("s3_4_c3_c1_1", u64::MAX); // HDFGWTR2_EL2
+        }
+    }
+}
+
+/// EL1 as a core finds it that has just been turned on (DEN 0022 6.4: MMU and caches off).
+fn start_state() {
+    // SAFETY: the host does not run on this core now.
+    unsafe {
+        msr!("sctlr_el1", SCTLR_EL1_START);
+        msr!("cpacr_el1", 0);
+        msr!("mdscr_el1", 0);
+        msr!("contextidr_el1", 0);
+        msr!("cntkctl_el1", 0);
+    }
+}

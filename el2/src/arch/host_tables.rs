@@ -1,0 +1,111 @@
+//! What the host's stage 2 needs of the machine: tables from EL2's pool, TLB invalidation, and
+//! deliberately no cache maintenance.
+//!
+//! None, because the host's mappings are the identity and its memory types are its own: a leaf
+//! that comes or goes changes neither the data's address nor how the host caches it. Pages that
+//! change their owner are maintained by whoever moves them.
+
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use stage2::{
+    AtomicEntry, CacheMaintenance, DetachedTable, IpaRange, Level, Pa, PaRange, TableMemory,
+    TlbInvalidate,
+};
+
+use super::frames::FramePool;
+use super::tlb;
+
+/// VMID of the host (design: 0; guests have their index in the VM table plus one).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HostVmid;
+
+/// The machine underneath the host's stage 2.
+#[derive(Debug)]
+pub(crate) struct HostTables {
+    pool: FramePool,
+    in_use: AtomicU64,
+}
+
+impl HostTables {
+    /// Tables from `pool`.
+    pub(crate) fn new(pool: FramePool) -> Self {
+        Self {
+            pool,
+            in_use: AtomicU64::new(0),
+        }
+    }
+
+    /// Pages that are tables now.
+    pub(crate) fn in_use(&self) -> u64 {
+        self.in_use.load(Ordering::Relaxed)
+    }
+
+    fn take(&self, size: u64) -> Option<Pa> {
+        let pa = self.pool.alloc(size)?;
+        self.in_use.fetch_add(size >> 12, Ordering::Relaxed);
+        Some(Pa::new(pa))
+    }
+
+    fn give(&self, table: &DetachedTable, size: u64) {
+        // SAFETY: the core detaches a table only when neither a walk, a TLB nor an importer can
+        // reach it, and each was handed out by `take` with this size.
+        unsafe { self.pool.free(table.pa().get(), size) };
+        self.in_use.fetch_sub(size >> 12, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: the pool hands out each page once, page-aligned (roots: aligned to their size), mapped
+// at its own address for as long as EL2 runs.
+unsafe impl TableMemory for HostTables {
+    fn alloc_table(&self) -> Option<Pa> {
+        self.take(board::PAGE_SIZE)
+    }
+
+    fn free_table(&self, table: DetachedTable) {
+        self.give(&table, board::PAGE_SIZE);
+    }
+
+    fn alloc_root(&self, size: u64) -> Option<Pa> {
+        self.take(size)
+    }
+
+    fn free_root(&self, root: DetachedTable, size: u64) {
+        self.give(&root, size);
+    }
+
+    fn table_ptr(&self, table: Pa) -> NonNull<AtomicEntry> {
+        let pointer = core::ptr::with_exposed_provenance_mut(table.get() as usize);
+        // SAFETY: a table is in EL2's memory, which does not start at address 0.
+        unsafe { NonNull::new_unchecked(pointer) }
+    }
+}
+
+impl TlbInvalidate for HostTables {
+    type Context = HostVmid;
+
+    fn invalidate_range(&self, _: HostVmid, range: IpaRange, _: Option<Level>) {
+        // One operation a page covers blocks, too: a block's entry matches any IPA in it. Beyond
+        // the core's limit (`caps`) it asks for everything instead.
+        let pages = range.len() >> 12;
+        if pages > self.caps().whole_beyond {
+            tlb::invalidate_vmid();
+        } else {
+            tlb::invalidate_ipa_pages(range.start().get(), pages);
+        }
+    }
+
+    fn invalidate_all(&self, _: HostVmid) {
+        tlb::invalidate_vmid();
+    }
+}
+
+impl CacheMaintenance for HostTables {
+    fn clean_invalidate_data(&self, _: PaRange) {}
+
+    fn invalidate_fetch(&self, _: PaRange) {}
+
+    fn publish(&self) {
+        tlb::publish();
+    }
+}

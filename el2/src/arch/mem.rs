@@ -1,0 +1,189 @@
+//! Raw memory by physical address, and cache maintenance by virtual address (the same numbers).
+
+use core::arch::asm;
+use core::slice;
+use core::sync::atomic::AtomicU32;
+
+use board::{AddrRange, PAGE_SIZE};
+
+unsafe extern "C" {
+    static __image_start: u8;
+    static __text_end: u8;
+    static __rodata_end: u8;
+    static __file_end: u8;
+    static __image_end: u8;
+    static __shim_start: u8;
+    static __shim_end: u8;
+    static secondary_entry: u8;
+    static placed: u8;
+}
+
+macro_rules! symbol {
+    ($name:ident) => {
+        (&raw const $name).addr() as u64
+    };
+}
+
+/// Addresses of the image's parts, where it runs now.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Image {
+    pub(crate) start: u64,
+    pub(crate) text_end: u64,
+    pub(crate) rodata_end: u64,
+    /// End of what is in the file; the rest is zero.
+    pub(crate) file_end: u64,
+    pub(crate) end: u64,
+    /// Where secondary cores enter.
+    pub(crate) secondary_entry: u64,
+    /// Where a placed image is entered.
+    pub(crate) placed: u64,
+}
+
+impl Image {
+    pub(crate) fn here() -> Self {
+        Self {
+            start: symbol!(__image_start),
+            text_end: symbol!(__text_end),
+            rodata_end: symbol!(__rodata_end),
+            file_end: symbol!(__file_end),
+            end: symbol!(__image_end),
+            secondary_entry: symbol!(secondary_entry),
+            placed: symbol!(placed),
+        }
+    }
+}
+
+/// The host shim that is linked into the image.
+pub(crate) fn shim() -> &'static [u8] {
+    let (start, end) = (&raw const __shim_start, &raw const __shim_end);
+    // SAFETY: the linker script puts the shim's read-only bytes between the two symbols.
+    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
+}
+
+/// The first eight bytes at `address`, which firmware says is a device tree. 0 gives zeros.
+pub(crate) fn header_at(address: u64) -> [u8; 8] {
+    if address == 0 || !address.is_multiple_of(8) {
+        return [0; 8];
+    }
+    let pointer = core::ptr::with_exposed_provenance::<[u8; 8]>(address as usize);
+    // SAFETY: aligned; at worst there is no memory, which is an abort that is reported, not
+    // undefined behaviour of the machine. No one writes there: only this core runs.
+    unsafe { pointer.read_volatile() }
+}
+
+/// The device tree that firmware left at `range`, which [`header_at`] showed to begin one.
+pub(crate) fn device_tree(range: AddrRange) -> &'static [u8] {
+    let pointer = core::ptr::with_exposed_provenance(range.start() as usize);
+    // SAFETY: initialised by firmware, 8-byte aligned, at most 2 MiB. Until the host runs nobody
+    // writes it: it is reserved before anything is placed. EL2 does not read it after that.
+    unsafe { slice::from_raw_parts(pointer, range.size() as usize) }
+}
+
+/// Memory of the host before the host runs.
+pub(crate) fn host_memory(range: AddrRange) -> &'static mut [u8] {
+    let pointer = core::ptr::with_exposed_provenance_mut(range.start() as usize);
+    // SAFETY: free RAM that boot has just chosen, mapped read-write; no one else runs. EL2 drops
+    // the reference before it enters the host.
+    unsafe { slice::from_raw_parts_mut(pointer, range.size() as usize) }
+}
+
+/// Zeroed page-state words for `ram` bytes of RAM at `address`, where the layout put them.
+pub(crate) fn page_state_words(address: u64, ram: u64) -> &'static [AtomicU32] {
+    let count = (ram / PAGE_SIZE) as usize;
+    // SAFETY: the layout has room for them in EL2's memory, page-aligned; called once, at boot.
+    unsafe { zeroed_at::<AtomicU32>(address, count) }
+}
+
+/// Copies the image's file part to EL2's memory-to-be, cache maintenance included.
+///
+/// The MMU is off: stores go past the cache. Lines that firmware left in it, dirty ones above all,
+/// must be gone before, and what was prefetched meanwhile must be gone after.
+pub(crate) fn place_image(file: AddrRange, to: AddrRange) {
+    clean_invalidate_to_poc(to);
+    let source = core::ptr::with_exposed_provenance::<u64>(file.start() as usize);
+    let target = core::ptr::with_exposed_provenance_mut::<u64>(to.start() as usize);
+    // SAFETY: both are RAM, page-aligned and apart: the target was chosen free of the image.
+    unsafe { core::ptr::copy_nonoverlapping(source, target, file.size().div_ceil(8) as usize) };
+    clean_invalidate_to_poc(to);
+    invalidate_icache();
+}
+
+/// Enters the copy that [`place_image`] made.
+pub(crate) fn enter_copy(entry: u64, tree: u64, ticks: u64, size: u64) -> ! {
+    // SAFETY: complete and clean, see `place_image`.
+    unsafe { super::cpu::enter_placed(entry, tree, ticks, size) }
+}
+
+/// A zeroed object at `address` that lives as long as EL2.
+///
+/// # Safety
+///
+/// `address` is aligned for `T`, in EL2's memory, mapped, and given out once only; all zeros are
+/// a valid `T`.
+pub(crate) unsafe fn zeroed_at<T>(address: u64, count: usize) -> &'static mut [T] {
+    let pointer = core::ptr::with_exposed_provenance_mut::<T>(address as usize);
+    // SAFETY: the caller's promise: in bounds, aligned, exclusively ours.
+    unsafe { pointer.write_bytes(0, count) };
+    // SAFETY: as above, and just initialised.
+    unsafe { slice::from_raw_parts_mut(pointer, count) }
+}
+
+/// Writes a spin-table word: 8-byte aligned RAM that only firmware's spinning core reads. The
+/// caller has checked both.
+pub(crate) fn release_core(word: u64, entry: u64) {
+    let pointer = core::ptr::with_exposed_provenance_mut::<u64>(word as usize);
+    // SAFETY: aligned, mapped as RAM, reserved by firmware for this purpose (checked by the caller).
+    unsafe { pointer.write_volatile(entry) };
+    if let Some(range) = AddrRange::with_size(word, 8) {
+        clean_invalidate_to_poc(range);
+    }
+}
+
+fn each_line(range: AddrRange, operate: impl Fn(u64)) {
+    let line = 4 << ((super::regs::mrs!("ctr_el0") >> 16) & 0xf);
+    let mut address = range.start() - range.start() % line;
+    while address < range.end() {
+        operate(address);
+        address += line;
+    }
+}
+
+/// Cleans and invalidates the data cache to the point of coherency, and waits for it
+/// (Arm ARM D7.5.9: DC CIVAC, completed by DSB).
+pub(crate) fn clean_invalidate_to_poc(range: AddrRange) {
+    each_line(range, |address| {
+        // SAFETY: cleaning and invalidating loses no data, whatever the address.
+        unsafe { asm!("dc civac, {}", in(reg) address, options(nostack, preserves_flags)) };
+    });
+    data_barrier();
+}
+
+/// Makes what was just written executable: the data is at the point of coherency already.
+pub(crate) fn invalidate_icache() {
+    // SAFETY: invalidating the instruction cache loses nothing.
+    unsafe {
+        asm!(
+            "ic ialluis",
+            "dsb ish",
+            "isb",
+            options(nostack, preserves_flags)
+        )
+    };
+}
+
+/// DSB SY.
+pub(crate) fn data_barrier() {
+    // SAFETY: a barrier.
+    unsafe { asm!("dsb sy", options(nostack, preserves_flags)) };
+}
+
+/// Zeroes a page of EL2's pool.
+///
+/// # Safety
+///
+/// `page` is a page-aligned page of EL2's memory that the caller alone uses.
+pub(crate) unsafe fn zero_page(page: u64) {
+    // SAFETY: the caller's promise.
+    let bytes: &mut [u64] = unsafe { zeroed_at(page, PAGE_SIZE as usize / 8) };
+    debug_assert!(bytes.iter().all(|word| *word == 0));
+}

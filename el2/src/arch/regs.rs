@@ -1,0 +1,120 @@
+//! System registers that EL2 reads or writes outside a context switch, as safe functions.
+
+use aarch64_cpu::registers::{
+    CNTFRQ_EL0, CNTPCT_EL0, CurrentEL, ELR_EL2, ESR_EL2, FAR_EL2, HPFAR_EL2, ID_AA64DFR0_EL1,
+    ID_AA64ISAR0_EL1, ID_AA64MMFR0_EL1, ID_AA64MMFR1_EL1, ID_AA64MMFR2_EL1, ID_AA64PFR0_EL1,
+    ID_AA64PFR1_EL1, MIDR_EL1, MPIDR_EL1, Readable, SCTLR_EL1, SCTLR_EL2, SPSR_EL2, VBAR_EL1,
+};
+use aarch64_cpu::registers::{ELR_EL1, ESR_EL1, FAR_EL1, SPSR_EL1, Writeable};
+use el2::features::IdRegisters;
+use el2::inject::{Entry, Interrupted};
+
+/// Reads a system register by name.
+macro_rules! mrs {
+    ($name:literal) => {{
+        let value: u64;
+        // SAFETY: reading this register has no side effect.
+        unsafe {
+            core::arch::asm!(concat!("mrs {}, ", $name), out(reg) value,
+                options(nomem, nostack, preserves_flags));
+        }
+        value
+    }};
+}
+/// Writes a system register by name. The caller says why that is sound.
+macro_rules! msr {
+    ($name:literal, $value:expr) => {{
+        let value: u64 = $value;
+        core::arch::asm!(concat!("msr ", $name, ", {}"), in(reg) value,
+            options(nostack, preserves_flags));
+    }};
+}
+pub(crate) use {mrs, msr};
+
+/// Affinity fields of MPIDR_EL1.
+pub(crate) fn mpidr() -> u64 {
+    MPIDR_EL1.get() & 0xff_00ff_ffff
+}
+
+/// Whether this core runs at EL2.
+pub(crate) fn at_el2() -> bool {
+    CurrentEL.get() == 2 << 2
+}
+
+/// The physical counter.
+pub(crate) fn ticks() -> u64 {
+    CNTPCT_EL0.get()
+}
+
+/// Counter ticks per second; never 0.
+pub(crate) fn ticks_per_second() -> u64 {
+    CNTFRQ_EL0.get().max(1)
+}
+
+/// Whether the MMU is on. Before that, exclusive accesses and with them locks must not be used.
+pub(crate) fn mmu_is_on() -> bool {
+    at_el2() && SCTLR_EL2.get() & 1 != 0
+}
+
+/// This core's identification registers.
+pub(crate) fn id_registers() -> IdRegisters {
+    IdRegisters {
+        midr: MIDR_EL1.get(),
+        pfr0: ID_AA64PFR0_EL1.get(),
+        pfr1: ID_AA64PFR1_EL1.get(),
+        dfr0: ID_AA64DFR0_EL1.get(),
+        isar0: ID_AA64ISAR0_EL1.get(),
+        mmfr0: ID_AA64MMFR0_EL1.get(),
+        mmfr1: ID_AA64MMFR1_EL1.get(),
+        mmfr2: ID_AA64MMFR2_EL1.get(),
+        mmfr3: mrs!("s3_0_c0_c7_3"), // ID_AA64MMFR3_EL1; reads as zero where it is not defined
+        ctr: mrs!("ctr_el0"),
+    }
+}
+
+/// The syndrome registers of the exception that was just taken.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Syndrome {
+    pub(crate) esr: u64,
+    pub(crate) far: u64,
+    pub(crate) hpfar: u64,
+    pub(crate) elr: u64,
+    pub(crate) spsr: u64,
+}
+
+/// Reads them; they hold until the next exception to EL2.
+pub(crate) fn syndrome() -> Syndrome {
+    Syndrome {
+        esr: ESR_EL2.get(),
+        far: FAR_EL2.get(),
+        hpfar: HPFAR_EL2.get(),
+        elr: ELR_EL2.get(),
+        spsr: SPSR_EL2.get(),
+    }
+}
+
+/// Steps the interrupted code over the instruction that trapped: all of A64's have four bytes.
+pub(crate) fn skip_instruction() {
+    ELR_EL2.set(ELR_EL2.get().wrapping_add(4));
+}
+
+/// What an injection into EL1 reads.
+pub(crate) fn interrupted(pan: bool, mte: bool) -> Interrupted {
+    Interrupted {
+        spsr: SPSR_EL2.get(),
+        vbar: VBAR_EL1.get(),
+        sctlr: SCTLR_EL1.get(),
+        pan,
+        mte,
+    }
+}
+
+/// Makes the host continue in its own exception handler.
+pub(crate) fn inject(entry: &Entry) {
+    ESR_EL1.set(entry.esr);
+    FAR_EL1.set(FAR_EL2.get());
+    ELR_EL1.set(ELR_EL2.get());
+    SPSR_EL1.set(SPSR_EL2.get());
+    ELR_EL2.set(entry.pc);
+    SPSR_EL2.set(entry.spsr);
+}

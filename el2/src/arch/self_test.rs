@@ -1,0 +1,43 @@
+//! Deliberate faults at EL2, asked for by `/chosen/ravelin,self-test`, to see the reports.
+
+use board::SelfTest;
+
+use super::mem::Image;
+
+/// Does what must not work. Returns only if it wrongly did.
+pub(crate) fn provoke(test: SelfTest) {
+    log::warn!("self-test: provoking {test:?}");
+    match test {
+        SelfTest::Panic => panic!("asked for by the device tree"),
+        SelfTest::StackOverflow => {
+            let depth = overflow(u64::MAX);
+            log::error!("self-test: the stack held {depth} frames");
+        }
+        SelfTest::WriteText => store(Image::here().start),
+        SelfTest::ExecData => jump(Image::here().rodata_end),
+        SelfTest::Null => store(0),
+    }
+    log::error!("self-test: {test:?} was not stopped");
+}
+
+#[inline(never)]
+#[expect(
+    unconditional_recursion,
+    reason = "the point is to run into the guard page"
+)]
+fn overflow(depth: u64) -> u64 {
+    let frame = core::hint::black_box([depth; 32]);
+    overflow(frame[3].wrapping_sub(1)).wrapping_add(frame[7])
+}
+
+#[inline(never)]
+fn store(address: u64) {
+    // SAFETY: the store faults, which is what is being shown; if it did not, EL2 reports a defect.
+    unsafe { core::arch::asm!("str xzr, [{}]", in(reg) address, options(nostack)) };
+}
+
+#[inline(never)]
+fn jump(address: u64) {
+    // SAFETY: the fetch faults, which is what is being shown.
+    unsafe { core::arch::asm!("blr {}", in(reg) address, clobber_abi("C")) };
+}

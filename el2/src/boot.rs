@@ -1,0 +1,382 @@
+//! From firmware to the host.
+//!
+//! 1. [`boot_primary`], where the boot loader put the image, MMU off: read the device tree, choose
+//!    EL2's memory (the highest free range), copy the image there, enter the copy.
+//! 2. `boot_primary` again, in the copy: build EL2's map, turn the MMU on, move to the real stack.
+//! 3. [`main`]: log, pools, page states, the other cores, the host's stage 2, the shim, the host's
+//!    device tree; then down to EL1. It never returns.
+//!
+//! Whatever is wrong ends in one line `ravelin: fatal: ...` on the console.
+
+use abi::Counter;
+use board::{
+    AddrRange, Board, BoardError, HostTree, MAX_CPUS, PAGE_SIZE, Placement, Power, Tree,
+    check_header, highest_free, patch_for_host,
+};
+use el2::counters::Counters;
+use el2::features::Features;
+use el2::layout::Layout;
+use el2::page_state::{Owner, PageStates};
+use el2::psci::StartOrder;
+use heapless::Vec;
+
+use crate::arch::cpu::{self, CpuData};
+use crate::arch::frames::FramePool;
+use crate::arch::mem::{self, Image};
+use crate::arch::mmu::{self, EarlyTables, Map};
+use crate::arch::{regs, self_test};
+use crate::console::{self, fatal};
+use crate::host::HostMemory;
+use crate::hypervisor::{self, Hypervisor, Machine};
+use crate::smp;
+
+/// Bytes that the host's device tree may grow by: EL2's and the shim's changes.
+const TREE_SLACK: u64 = 0x8000;
+/// Alignment of the shim: that of a Linux kernel.
+const SHIM_ALIGN: u64 = 2 << 20;
+
+/// What the two entries pass on.
+#[derive(Debug)]
+struct Boot {
+    tree: Tree<'static>,
+    board: Board<'static>,
+    tree_range: AddrRange,
+    features: Features,
+    layout: Layout,
+    /// EL2's memory; in the first entry where it is to be.
+    el2: AddrRange,
+    entered: u64,
+    settings: mmu::Settings,
+    pool: AddrRange,
+}
+
+/// Entry from entry.S. `size` is 0 where the boot loader put us, else the size of EL2's memory.
+#[unsafe(no_mangle)]
+extern "C" fn boot_primary(tree: u64, entered: u64, size: u64, current_el: u64) -> ! {
+    let image = Image::here();
+    let mut boot = match read_board(tree) {
+        Ok((parsed, board, range)) => prepare(parsed, board, range, entered, current_el, &image),
+        Err(error) => {
+            console::probe_last_resort();
+            fatal(format_args!("{error}"))
+        }
+    };
+    if size == 0 {
+        place(&boot, &image, tree)
+    }
+    boot.el2 = range_or_die(image.start, size);
+    let cpu = own_map(&mut boot, &image);
+    cpu::continue_with(cpu, main, &mut boot)
+}
+
+type Parsed = (Tree<'static>, Board<'static>, AddrRange);
+
+fn read_board(address: u64) -> Result<Parsed, BoardError> {
+    let size = check_header(address, mem::header_at(address))?;
+    let range = AddrRange::with_size(address, size as u64).ok_or(BoardError::BadSize(0))?;
+    let tree = Tree::new(mem::device_tree(range))?;
+    console::set(tree.console());
+    let mut board = Board::read(&tree)?;
+    board.reserve(range)?;
+    Ok((tree, board, range))
+}
+
+/// Checks the core and plans the layout.
+fn prepare(
+    tree: Tree<'static>,
+    board: Board<'static>,
+    tree_range: AddrRange,
+    entered: u64,
+    current_el: u64,
+    image: &Image,
+) -> Boot {
+    if current_el != 2 << 2 {
+        fatal(format_args!(
+            "entered at EL{}, but this is a hypervisor: enter at EL2 (QEMU: -machine virt,virtualization=on)",
+            current_el >> 2
+        ));
+    }
+    let features = Features::decode(&regs::id_registers());
+    if !features.granule_4k {
+        fatal(format_args!("this core has no 4 KiB granule at stage 2"));
+    }
+    let cpus = board.cpus.len() as u64;
+    let Some(layout) = Layout::new(image.end - image.start, cpus, board.memory.total()) else {
+        fatal(format_args!("the device tree's memory sizes overflow"));
+    };
+    Boot {
+        tree,
+        board,
+        tree_range,
+        features,
+        layout,
+        el2: tree_range,
+        entered,
+        settings: mmu::Settings {
+            ttbr0: 0,
+            tcr: 0,
+            mair: 0,
+            sctlr: 0,
+        },
+        pool: tree_range,
+    }
+}
+
+fn range_or_die(start: u64, size: u64) -> AddrRange {
+    match AddrRange::with_size(start, size) {
+        Some(range) => range,
+        None => fatal(format_args!(
+            "empty or wrapping range {start:#x} + {size:#x}"
+        )),
+    }
+}
+
+/// Copies the image to the highest free memory and enters it there.
+///
+/// The highest, so that the host keeps the low memory that its devices' DMA may be limited to.
+fn place(boot: &Boot, image: &Image, tree: u64) -> ! {
+    let mut board = boot.board.clone();
+    let here = range_or_die(image.start, image.end - image.start);
+    if let Err(error) = board.reserve(here) {
+        fatal(format_args!("{error}"));
+    }
+    let want = Placement {
+        size: boot.layout.size,
+        align: el2::layout::ALIGN,
+        limit: 1 << boot.features.pa_bits.min(48),
+    };
+    let Some(there) = highest_free(&board.memory, &board.reserved, want) else {
+        fatal(format_args!("{}", BoardError::NoRoom(want.size >> 10)));
+    };
+    let file = range_or_die(image.start, image.file_end - image.start);
+    mem::place_image(file, there);
+    let entry = there.start() + (image.placed - image.start);
+    mem::enter_copy(entry, tree, boot.entered, there.size())
+}
+
+/// Builds EL2's map in the start of the pool, turns the MMU on, and gives this core its data.
+fn own_map(boot: &mut Boot, image: &Image) -> &'static CpuData {
+    let base = boot.el2.start();
+    let pool = range_or_die(base + boot.layout.pool, boot.layout.size - boot.layout.pool);
+    let mut map = Map::new(EarlyTables::from_pool(pool));
+    if let Err(error) = map_all(&mut map, boot, image) {
+        fatal(format_args!("EL2's own map: {error}"));
+    }
+    boot.settings = map.settings(boot.features.pa_bits);
+    boot.pool = range_or_die(map.pages_left_from(), pool.end() - map.pages_left_from());
+    mmu::enable_first(&boot.settings);
+    let me = boot
+        .board
+        .cpus
+        .iter()
+        .position(|cpu| cpu.mpidr == regs::mpidr());
+    let Some(me) = me else {
+        fatal(format_args!(
+            "the boot core's mpidr {:#x} is not in the device tree",
+            regs::mpidr()
+        ));
+    };
+    let data = cpu_data(boot, me);
+    data.adopt();
+    data
+}
+
+fn map_all(map: &mut Map, boot: &Boot, image: &Image) -> Result<(), aarch64_paging::MapError> {
+    let range = |start, end| range_or_die(start, end - start);
+    for ram in boot.board.memory.as_slice() {
+        for part in ram.without(boot.board.no_map.as_slice(), boot.el2) {
+            map.map(part, mmu::DATA)?;
+        }
+    }
+    map.map(range(image.start, image.text_end), mmu::TEXT)?;
+    map.map(range(image.text_end, image.rodata_end), mmu::CONSTANTS)?;
+    map.map(range(image.rodata_end, image.end), mmu::DATA)?;
+    for index in 0..boot.board.cpus.len() {
+        let block = cpu_block(boot, index);
+        map.map(block.stack, mmu::DATA)?;
+        map.map(block.emergency, mmu::DATA)?;
+        map.map(block.data, mmu::DATA)?;
+    }
+    let rest = boot.el2.start() + boot.layout.states;
+    map.map(range(rest, boot.el2.end()), mmu::DATA)?;
+    let power = boot.board.power.map(|Power::BcmPm(base)| base);
+    let console = boot.board.console.map(|console| console.base);
+    for device in [power, console].into_iter().flatten() {
+        let page = device - device % PAGE_SIZE;
+        map.map(range(page, page + PAGE_SIZE), mmu::DEVICE)?;
+    }
+    Ok(())
+}
+
+fn cpu_block(boot: &Boot, index: usize) -> el2::layout::CpuBlock {
+    match boot.layout.cpu(boot.el2.start(), index as u64) {
+        Some(block) => block,
+        None => fatal(format_args!("no block for CPU {index}")),
+    }
+}
+
+fn cpu_data(boot: &Boot, index: usize) -> &'static CpuData {
+    let mpidr = boot.board.cpus.get(index).map_or(0, |cpu| cpu.mpidr);
+    CpuData::create(&cpu_block(boot, index), (index as u64, mpidr))
+}
+
+/// Everything that needs the MMU.
+fn main(cpu: &'static CpuData, boot: &mut Boot) -> ! {
+    console::start_log(boot.board.chosen.log_level);
+    announce(boot);
+    let cpus: Vec<&'static CpuData, MAX_CPUS> = (0..boot.board.cpus.len())
+        .map(|index| {
+            if index as u64 == cpu.index {
+                cpu
+            } else {
+                cpu_data(boot, index)
+            }
+        })
+        .collect();
+    cpu::publish_secondary_boot(boot.settings, &cpus);
+    smp::start_others(&boot.board, &cpus, Image::here().secondary_entry);
+    report_cpus(&cpus);
+    let hypervisor = assemble(boot, cpus);
+    if let Some(test) = boot.board.chosen.self_test {
+        self_test::provoke(test);
+    }
+    let order = load_host(boot, hypervisor);
+    report(boot, hypervisor);
+    smp::run_host(hypervisor, cpu, order)
+}
+
+fn announce(boot: &Boot) {
+    let board = &boot.board;
+    log::info!(
+        "Ravelin {} at EL2 on {}",
+        env!("CARGO_PKG_VERSION"),
+        board.model
+    );
+    log::info!(
+        "{} MiB of RAM in {} range(s), {} CPU(s), firmware {:?}, GIC {}",
+        board.memory.total() >> 20,
+        board.memory.as_slice().len(),
+        board.cpus.len(),
+        board.psci,
+        match board.gic {
+            Some(board::Gic::V2 { .. }) => "v2",
+            Some(board::Gic::V3 { .. }) => "v3",
+            None => "unknown",
+        }
+    );
+    let f = &boot.features;
+    log::info!(
+        "PA {} bits, VMID {} bits, stage-2 force-write-back {}, XNX {}, range TLBI {}, CTR.IDC {} DIC {}",
+        f.pa_bits,
+        if f.vmid16 { 16 } else { 8 },
+        f.fwb,
+        f.xnx,
+        f.tlbi_range,
+        f.idc,
+        f.dic
+    );
+    log::debug!("RAM {:?}", board.memory.as_slice());
+    log::debug!(
+        "reserved {:?}, no-map {:?}",
+        board.reserved.as_slice(),
+        board.no_map.as_slice()
+    );
+}
+
+fn report_cpus(cpus: &[&'static CpuData]) {
+    let up = cpus.iter().filter(|cpu| cpu.power.is_alive()).count();
+    log::info!("{up} of {} CPU(s) at EL2", cpus.len());
+}
+
+/// Builds the hypervisor and publishes it.
+fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hypervisor {
+    let words = mem::page_state_words(
+        boot.el2.start() + boot.layout.states,
+        boot.board.memory.total(),
+    );
+    let Some(pages) = PageStates::new(boot.board.memory.clone(), words) else {
+        fatal(format_args!("page states do not fit"));
+    };
+    if !pages.take_from_host(boot.el2, Owner::Hypervisor) {
+        fatal(format_args!("EL2's memory {:?} is not all RAM", boot.el2));
+    }
+    let pool = FramePool::of_el2(boot.pool);
+    let host = match HostMemory::new(&boot.features, pool, pages.memory(), boot.el2) {
+        Ok(host) => host,
+        Err(error) => fatal(format_args!("host stage 2: {error}")),
+    };
+    hypervisor::publish(Hypervisor {
+        machine: Machine {
+            psci: boot.board.psci,
+            power: boot.board.power,
+            entered: boot.entered,
+        },
+        features: boot.features,
+        counters: Counters::new(),
+        cpus,
+        pages,
+        host,
+    })
+}
+
+/// Copies the shim and the host's device tree into the host's memory.
+fn load_host(boot: &Boot, hypervisor: &Hypervisor) -> StartOrder {
+    let shim = mem::shim();
+    let shim_size = el2::layout::image_size(shim)
+        .unwrap_or(0)
+        .max(shim.len() as u64);
+    let shim_size = shim_size.next_multiple_of(PAGE_SIZE);
+    let tree_size = (boot.tree_range.size() + TREE_SLACK).next_multiple_of(PAGE_SIZE);
+    let mut taken = boot.board.reserved.clone();
+    if let Err(error) = taken.insert(boot.el2, "reserved ranges") {
+        fatal(format_args!("{error}"));
+    }
+    let want = Placement {
+        size: shim_size + tree_size,
+        align: SHIM_ALIGN,
+        limit: 1 << boot.features.pa_bits.min(48),
+    };
+    let Some(range) = highest_free(&boot.board.memory, &taken, want) else {
+        fatal(format_args!("{}", BoardError::NoRoom(want.size >> 10)));
+    };
+    let bytes = mem::host_memory(range);
+    let (shim_bytes, tree_bytes) = bytes.split_at_mut(shim_size as usize);
+    shim_bytes[..shim.len()].copy_from_slice(shim);
+    let alive = hypervisor.cpus.iter().filter(|cpu| cpu.power.is_alive());
+    let cpus: Vec<u64, MAX_CPUS> = alive.map(|cpu| cpu.mpidr).collect();
+    let host = HostTree {
+        el2: boot.el2,
+        cpus: &cpus,
+    };
+    if let Err(error) = patch_for_host(boot.tree.fdt(), tree_bytes, &host) {
+        fatal(format_args!("{error}"));
+    }
+    mem::clean_invalidate_to_poc(range);
+    mem::invalidate_icache();
+    log::debug!(
+        "host: shim at {:#x}, device tree at {:#x}",
+        range.start(),
+        range.start() + shim_size
+    );
+    StartOrder {
+        entry: range.start(),
+        context: range.start() + shim_size,
+    }
+}
+
+fn report(boot: &Boot, hypervisor: &Hypervisor) {
+    log::info!(
+        "memory: {} KiB resident at {:#x}..{:#x}, image {} KiB, {} table pages in use",
+        boot.el2.size() >> 10,
+        boot.el2.start(),
+        boot.el2.end(),
+        (Image::here().end - Image::here().start) >> 10,
+        hypervisor.host.tables_in_use()
+    );
+    debug_assert_eq!(hypervisor.counters.get(Counter::Hypercalls), 0);
+    let ticks = regs::ticks().saturating_sub(hypervisor.machine.entered);
+    log::info!(
+        "boot: {ticks} ticks from entry to host, at {} Hz",
+        regs::ticks_per_second()
+    );
+}

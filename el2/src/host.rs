@@ -1,0 +1,63 @@
+//! The host's stage 2 on this machine: the map of the library, over EL2's pool.
+
+use abi::Counter;
+use board::{AddrRange, MAX_MEMORY, RangeList};
+use el2::features::Features;
+use el2::host_map::{self, Answer, HostMap, HostMapError};
+
+use crate::arch::frames::FramePool;
+use crate::arch::host_regs::{self, Stage2Regs};
+use crate::arch::host_tables::{HostTables, HostVmid};
+use crate::hypervisor::Hypervisor;
+
+/// The host's address space and the register values that select it.
+#[derive(Debug)]
+pub(crate) struct HostMemory {
+    map: HostMap<HostTables>,
+    registers: Stage2Regs,
+}
+
+impl HostMemory {
+    /// Builds the map and makes it this core's current stage 2, not yet in force.
+    pub(crate) fn new(
+        features: &Features,
+        pool: FramePool,
+        memory: &RangeList<MAX_MEMORY>,
+        el2: AddrRange,
+    ) -> Result<Self, HostMapError> {
+        let format = host_map::format(features)?;
+        let vtcr = host_map::vtcr(&format, features.vmid16);
+        // Annotating invalidates by VMID: the host's must be the current one by then. VMID 0 with
+        // no table yet is enough, as nothing translates through it.
+        host_regs::select(Stage2Regs { vtcr, vttbr: 0 });
+        let map = HostMap::new(format, HostTables::new(pool), HostVmid, memory.clone(), el2)?;
+        let vttbr = map.root();
+        Ok(Self {
+            map,
+            registers: Stage2Regs { vtcr, vttbr },
+        })
+    }
+
+    /// VTCR_EL2 and VTTBR_EL2 for the host (VMID 0).
+    pub(crate) fn registers(&self) -> Stage2Regs {
+        self.registers
+    }
+
+    /// Answers a translation fault of the host; says whether it can go on.
+    pub(crate) fn fault(&self, hypervisor: &Hypervisor, ipa: u64) -> bool {
+        match self.map.fault(ipa) {
+            Answer::Mapped => true,
+            Answer::MappedAfterRecycling => {
+                hypervisor.counters.count(Counter::TablesRecycled);
+                log::debug!("host: device mappings recycled for IPA {ipa:#x}");
+                true
+            }
+            Answer::Refused => false,
+        }
+    }
+
+    /// Pages that are tables now.
+    pub(crate) fn tables_in_use(&self) -> u64 {
+        self.map.platform(HostTables::in_use)
+    }
+}

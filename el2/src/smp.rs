@@ -1,0 +1,110 @@
+//! Bringing up the other cores, and parking those that are off.
+
+use board::{Board, Cpu, PsciConduit, StartMethod};
+use el2::psci::StartOrder;
+
+use crate::arch::cpu::{self, CpuData};
+use crate::arch::{firmware, host_regs, mem, regs};
+use crate::hypervisor;
+
+const PSCI_CPU_ON: u64 = 0xc400_0003;
+
+/// Starts every core but this one, one after the other, and waits for each up to a second.
+/// A core that does not come up is named, and left out.
+pub(crate) fn start_others(board: &Board<'_>, cpus: &[&'static CpuData], entry: u64) {
+    let me = regs::mpidr();
+    for (node, data) in board.cpus.iter().zip(cpus) {
+        if data.mpidr == me {
+            data.power.start_on();
+        } else if let Err(reason) = start(board, node, entry) {
+            log::error!(
+                "CPU {} (mpidr {:#x}) can't be started: {reason}",
+                data.index,
+                data.mpidr
+            );
+        } else if !came_up(data) {
+            log::error!(
+                "CPU {} (mpidr {:#x}) did not come up within a second; going on without it",
+                data.index,
+                data.mpidr
+            );
+        }
+    }
+    if board.cpus_left_out > 0 {
+        log::error!(
+            "{} more CPUs than EL2 can hold are left off",
+            board.cpus_left_out
+        );
+    }
+}
+
+fn start(board: &Board<'_>, cpu: &Cpu, entry: u64) -> Result<(), &'static str> {
+    match cpu.start {
+        StartMethod::Psci if board.psci == Some(PsciConduit::Smc) => {
+            let answer = firmware::call(PSCI_CPU_ON, [cpu.mpidr, entry, 0, 0, 0, 0, 0]);
+            match answer[0].cast_signed() as i32 {
+                0 => Ok(()),
+                -2 => Err("firmware's CPU_ON says INVALID_PARAMETERS: no such CPU"),
+                -4 => Err("firmware's CPU_ON says ALREADY_ON"),
+                -6 => Err("firmware's CPU_ON says INTERNAL_FAILURE"),
+                _ => Err("firmware's CPU_ON failed"),
+            }
+        }
+        StartMethod::Psci => {
+            Err("it wants PSCI, but the device tree has no psci node with method smc")
+        }
+        StartMethod::SpinTable(word) => release(board, word, entry),
+        StartMethod::Unknown => Err("the device tree gives no enable-method for it"),
+    }
+}
+
+/// Writes a core's spin-table word (arm64 boot protocol: clean to the PoC, then SEV).
+fn release(board: &Board<'_>, word: u64, entry: u64) -> Result<(), &'static str> {
+    if !word.is_multiple_of(8) || board.memory.find(word).is_none() {
+        return Err("its cpu-release-addr is not an aligned address in RAM");
+    }
+    mem::release_core(word, entry);
+    cpu::send_event();
+    Ok(())
+}
+
+fn came_up(cpu: &CpuData) -> bool {
+    let deadline = regs::ticks().saturating_add(regs::ticks_per_second());
+    while regs::ticks() < deadline {
+        if cpu.power.is_alive() {
+            return true;
+        }
+        core::hint::spin_loop();
+    }
+    false
+}
+
+/// Where a secondary core arrives from entry.S, on its own stack with its MMU on.
+#[unsafe(no_mangle)]
+extern "C" fn boot_secondary() -> ! {
+    park()
+}
+
+/// Turns this core off: it waits at EL2 until someone turns it on, and then enters the host.
+pub(crate) fn park() -> ! {
+    let Some(cpu) = cpu::this_cpu() else {
+        cpu::halt();
+    };
+    cpu.power.park();
+    loop {
+        if let Some((hypervisor, order)) = hypervisor::get().zip(cpu.power.take_order()) {
+            run_host(hypervisor, cpu, order);
+        }
+        cpu::wait_for_event();
+    }
+}
+
+/// Enters the host on this core, from its beginning.
+pub(crate) fn run_host(
+    hypervisor: &'static hypervisor::Hypervisor,
+    cpu: &'static CpuData,
+    order: StartOrder,
+) -> ! {
+    host_regs::configure(&hypervisor.features, hypervisor.host.registers());
+    cpu::enter_host(cpu, order)
+}

@@ -1,0 +1,200 @@
+//! Exceptions from the host: hypercalls, firmware calls, stage-2 faults.
+//!
+//! Nothing that the host does here panics: what is unknown becomes an undefined-instruction
+//! exception or NOT_SUPPORTED in the host, and EL2 goes on.
+
+use abi::{Counter, SMCCC_NOT_SUPPORTED};
+use el2::esr::{self, Abort, Cause, FaultKind};
+use el2::psci::{self, PsciError, Request, StartOrder};
+use el2::smc::{self, Verdict};
+use el2::{hvc, inject};
+
+use crate::arch::exceptions::Regs;
+use crate::arch::regs::{self, Syndrome};
+use crate::arch::{cpu, firmware};
+use crate::hypervisor::{self, Hypervisor};
+use crate::{panic, power, smp};
+
+/// Vectors of synchronous exceptions from AArch64 and AArch32.
+const SYNC_64: u64 = 8;
+const SYNC_32: u64 = 12;
+
+/// Handles an exception from the host.
+pub(crate) fn from_lower(regs: &mut Regs, vector: u64) {
+    let Some(hypervisor) = hypervisor::get() else {
+        return;
+    };
+    if vector != SYNC_64 && vector != SYNC_32 {
+        // No interrupt is routed to EL2 while the host runs: nothing to do but go back.
+        log::error!(
+            "unexpected exception from the host: {}",
+            panic::vector_name(vector)
+        );
+        return;
+    }
+    let syndrome = regs::syndrome();
+    match esr::decode(syndrome.esr) {
+        Cause::Hvc(immediate) => call(hypervisor, regs, immediate, false),
+        Cause::Smc(immediate) => {
+            regs::skip_instruction();
+            hypervisor.counters.count(Counter::TrappedSmcs);
+            call(hypervisor, regs, immediate, true);
+        }
+        Cause::Abort(abort) => fault(hypervisor, &abort, &syndrome),
+        Cause::WaitFor => regs::skip_instruction(),
+        Cause::SystemRegister(_) | Cause::Other(_) => {
+            log::warn!(
+                "host: unexpected trap, ESR {:#x} at {:#x}",
+                syndrome.esr,
+                syndrome.elr
+            );
+            undefined(hypervisor);
+        }
+    }
+}
+
+/// Injects an undefined-instruction exception.
+fn undefined(hypervisor: &Hypervisor) {
+    let features = &hypervisor.features;
+    regs::inject(&inject::undefined(&regs::interrupted(
+        features.pan,
+        features.mte,
+    )));
+}
+
+/// A call by HVC or SMC. Only HVC reaches our own hypercalls.
+fn call(hypervisor: &'static Hypervisor, regs: &mut Regs, immediate: u16, by_smc: bool) {
+    if !by_smc {
+        hypervisor.counters.count(Counter::Hypercalls);
+    }
+    match smc::judge(immediate, regs.x[0]) {
+        Verdict::Psci => regs.x[0] = psci_call(hypervisor, regs),
+        Verdict::Version => regs.x[0] = smc::SMCCC_VERSION,
+        Verdict::ArchFeatures => match smc::arch_feature(regs.x[1]) {
+            Some(answer) => regs.x[0] = answer,
+            None => forward(hypervisor, regs),
+        },
+        Verdict::Forward => forward(hypervisor, regs),
+        Verdict::Refuse if by_smc => regs.x[0] = SMCCC_NOT_SUPPORTED,
+        Verdict::Refuse => {
+            let host = hvc::Host {
+                features: hypervisor.abi_features(),
+                counters: &hypervisor.counters,
+            };
+            let answer = hvc::answer(immediate, regs.x[0], regs.x[1], &host);
+            regs.x[..4].copy_from_slice(&answer);
+        }
+    }
+}
+
+/// Hands an allow-listed call to firmware, where there is one.
+fn forward(hypervisor: &Hypervisor, regs: &mut Regs) {
+    if !hypervisor.has_firmware() {
+        regs.x[0] = SMCCC_NOT_SUPPORTED;
+        return;
+    }
+    let [id, a, b, c, d, e, f, g, ..] = regs.x;
+    let answer = firmware::call(id, [a, b, c, d, e, f, g]);
+    regs.x[..4].copy_from_slice(&answer);
+}
+
+/// Serves PSCI; the result is the new `x0`.
+fn psci_call(hypervisor: &'static Hypervisor, regs: &Regs) -> u64 {
+    let [id, first, second, third, ..] = regs.x;
+    let Ok(id) = u32::try_from(id) else {
+        return SMCCC_NOT_SUPPORTED;
+    };
+    let result = match psci::decode(id, [first, second, third]) {
+        Request::Version => Ok(psci::VERSION),
+        Request::Features(id) => Ok(psci::features(id)),
+        Request::CpuSuspend {
+            powerdown,
+            entry,
+            context,
+        } => suspend(hypervisor, powerdown, StartOrder { entry, context }),
+        Request::CpuOff => turn_off(hypervisor),
+        Request::CpuOn {
+            mpidr,
+            entry,
+            context,
+        } => turn_on(hypervisor, mpidr, StartOrder { entry, context }),
+        Request::AffinityInfo { mpidr, level: 0 } => hypervisor
+            .cpu(mpidr)
+            .map(|cpu| cpu.power.affinity_info())
+            .ok_or(PsciError::InvalidParameters),
+        Request::AffinityInfo { .. } => Err(PsciError::InvalidParameters),
+        Request::MigrateInfoType => Ok(psci::MIGRATE_NOT_NEEDED),
+        Request::SystemOff => power::off(&hypervisor.machine),
+        Request::SystemReset => power::reset(&hypervisor.machine),
+        Request::Unknown => Err(PsciError::NotSupported),
+    };
+    result.unwrap_or_else(PsciError::to_register)
+}
+
+/// An entry point must be an instruction's address in the host's own memory.
+fn check_entry(hypervisor: &Hypervisor, entry: u64) -> Result<(), PsciError> {
+    let owner = hypervisor.pages.owner(entry);
+    if entry.is_multiple_of(4) && owner == Some(el2::page_state::Owner::Host) {
+        Ok(())
+    } else {
+        Err(PsciError::InvalidAddress)
+    }
+}
+
+fn turn_on(hypervisor: &Hypervisor, mpidr: u64, order: StartOrder) -> Result<u64, PsciError> {
+    let cpu = hypervisor.cpu(mpidr).ok_or(PsciError::InvalidParameters)?;
+    check_entry(hypervisor, order.entry)?;
+    cpu.power.order(order)?;
+    cpu::send_event();
+    Ok(0)
+}
+
+fn turn_off(hypervisor: &Hypervisor) -> ! {
+    let me = cpu::this_cpu().map(|cpu| cpu.index);
+    let others = hypervisor.cpus.iter().filter(|cpu| Some(cpu.index) != me);
+    if others
+        .into_iter()
+        .all(|cpu| cpu.power.is_off() || !cpu.power.is_alive())
+    {
+        log::error!("the host turned off its last core: nothing can wake the machine");
+    }
+    smp::park()
+}
+
+fn suspend(
+    hypervisor: &'static Hypervisor,
+    powerdown: bool,
+    order: StartOrder,
+) -> Result<u64, PsciError> {
+    if powerdown {
+        check_entry(hypervisor, order.entry)?;
+    }
+    cpu::wait_for_interrupt();
+    match cpu::this_cpu() {
+        Some(cpu) if powerdown => smp::run_host(hypervisor, cpu, order),
+        _ => Ok(0),
+    }
+}
+
+/// A stage-2 fault: map what is the host's, refuse the rest.
+fn fault(hypervisor: &Hypervisor, abort: &Abort, syndrome: &Syndrome) {
+    let ipa = esr::fault_ipa(abort, syndrome.hpfar, syndrome.far);
+    // Only a missing translation can be mended. HPFAR is not even valid for a permission fault
+    // (Arm ARM D24.2.61): that is a fetch from device memory.
+    let mapped = abort.kind == FaultKind::Translation && hypervisor.host.fault(hypervisor, ipa);
+    if mapped {
+        hypervisor.counters.count(Counter::FaultsMapped);
+        return;
+    }
+    hypervisor.counters.count(Counter::FaultsRefused);
+    log::debug!(
+        "host: {:?} refused at VA {:#x} IPA {ipa:#x} ({:?}), PC {:#x}",
+        abort.access,
+        syndrome.far,
+        abort.kind,
+        syndrome.elr
+    );
+    let features = &hypervisor.features;
+    let from = regs::interrupted(features.pan, features.mte);
+    regs::inject(&inject::external_abort(&from, abort, syndrome.esr));
+}

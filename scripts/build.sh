@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Builds the image for every Arm board: host-shim first, then EL2 with the shim inside.
+#   build/ravelin.img  what a boot loader loads      build/ravelin.elf, build/host-shim.elf  symbols
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+TARGET=aarch64-unknown-none-softfloat
+export CARGO_TARGET_DIR="$PWD/target/image"
+# Static PIE without a loader: entry.S applies the relocations before the MMU is on, hence notext.
+LINK=(-C relocation-model=pie -C link-arg=-pie -C link-arg=--no-dynamic-linker -C link-arg=-znotext
+    -C link-arg=-znorelro -C link-arg=--build-id=none)
+export RUSTFLAGS="-C force-frame-pointers=yes ${RUSTFLAGS:-}"
+
+link() { # package, binary, linker script, output name
+    scripts/cargo-bare.sh rustc --quiet --profile image --target "$TARGET" -p "$1" --bin "$2" -- \
+        "${LINK[@]}" -C link-arg="-T$PWD/$3"
+    cp "$CARGO_TARGET_DIR/$TARGET/image/$2" "$BUILD/$4.elf"
+    scripts/ravelin.sh image "$BUILD/$4.elf" "$BUILD/$4.img"
+}
+
+link ravelin-host-shim host-shim host-shim/shim.ld host-shim
+export RAVELIN_SHIM="$BUILD/host-shim.img"
+link ravelin-el2 ravelin el2/el2.ld ravelin
