@@ -1,0 +1,134 @@
+//! Everything of the host that names a register or a raw address.
+//!
+//! The host maps all of memory to itself, read, write and execute, and everything below 1 TiB
+//! that is not RAM as device memory: it has nothing to protect, and its scenarios must be able to
+//! try every access.
+
+pub(crate) mod cpu;
+pub(crate) mod fault;
+pub(crate) mod mem;
+pub(crate) mod mmu;
+
+use core::arch::asm;
+
+use board::uart::UartRegs;
+
+core::arch::global_asm!(
+    include_str!("../../../el2/src/arch/common.S"),
+    include_str!("entry.S"),
+);
+
+/// Reads a system register by name.
+macro_rules! mrs {
+    ($name:literal) => {{
+        let value: u64;
+        // SAFETY: reading this register has no side effect.
+        unsafe {
+            core::arch::asm!(concat!("mrs {}, ", $name), out(reg) value,
+                options(nomem, nostack, preserves_flags));
+        }
+        value
+    }};
+}
+pub(crate) use mrs;
+
+/// A window of device registers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mmio {
+    base: u64,
+}
+
+impl Mmio {
+    /// The registers at `base`, which the device tree names.
+    pub(crate) const fn new(base: u64) -> Self {
+        Self { base }
+    }
+}
+
+impl UartRegs for Mmio {
+    fn read(&self, offset: usize) -> u32 {
+        let value: u32;
+        // SAFETY: a plain LDR of a device register that the device tree names: one that a
+        // hypervisor can decode.
+        unsafe {
+            asm!("ldr {0:w}, [{1}]", out(reg) value, in(reg) self.base + offset as u64,
+                options(nostack, preserves_flags));
+        }
+        value
+    }
+
+    fn write(&self, offset: usize, value: u32) {
+        // SAFETY: as above, STR.
+        unsafe {
+            asm!("str {0:w}, [{1}]", in(reg) value, in(reg) self.base + offset as u64,
+                options(nostack, preserves_flags));
+        }
+    }
+}
+
+/// Affinity fields of MPIDR_EL1.
+pub(crate) fn mpidr() -> u64 {
+    mrs!("mpidr_el1") & 0xff_00ff_ffff
+}
+
+/// Exception level.
+pub(crate) fn current_el() -> u64 {
+    mrs!("CurrentEL") >> 2 & 3
+}
+
+/// The counter, and its ticks per second.
+pub(crate) fn ticks() -> u64 {
+    mrs!("cntvct_el0")
+}
+
+/// Ticks per second of the counter.
+pub(crate) fn ticks_per_second() -> u64 {
+    mrs!("cntfrq_el0").max(1)
+}
+
+/// Waits for ever.
+pub(crate) fn halt() -> ! {
+    loop {
+        // SAFETY: masks everything and waits.
+        unsafe { asm!("msr daifset, #0xf", "wfi", options(nostack)) };
+    }
+}
+
+/// Entry from entry.S on the boot core.
+#[unsafe(no_mangle)]
+extern "C" fn shim_main(tree: u64) -> ! {
+    crate::run::run(tree)
+}
+
+#[panic_handler]
+fn on_panic(info: &core::panic::PanicInfo<'_>) -> ! {
+    crate::console::line(format_args!("host: PANIC {}", info.message()));
+    if let Some(location) = info.location() {
+        crate::console::line(format_args!("host:   at {location}"));
+    }
+    crate::console::line(format_args!("0 passed, 1 failed"));
+    crate::call::system_off()
+}
+
+/// SMC #0 with this `x0`.
+pub(crate) fn smc(id: u64) -> u64 {
+    let answer: u64;
+    // SAFETY: EL2 traps it; the convention keeps x4 and up.
+    unsafe {
+        asm!("smc #0", inout("x0") id => answer, out("x1") _, out("x2") _, out("x3") _,
+            options(nostack));
+    }
+    answer
+}
+
+/// Size of a physical address in bits (ID_AA64MMFR0_EL1.PARange).
+pub(crate) fn physical_bits() -> u32 {
+    match mrs!("id_aa64mmfr0_el1") & 0xf {
+        0 => 32,
+        1 => 36,
+        2 => 40,
+        3 => 42,
+        4 => 44,
+        _ => 48,
+    }
+}

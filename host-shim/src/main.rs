@@ -1,0 +1,82 @@
+//! The host that EL2 starts at EL1.
+//!
+//! It prints what it found, runs its scenarios when asked (`shim.run=all` on the command line),
+//! chain-loads Linux as host when a FIT image says so, and otherwise powers off with a result
+//! line. It trusts EL2 as any host must, and is trusted by nobody.
+#![cfg_attr(target_os = "none", no_std, no_main)]
+#![cfg_attr(
+    target_os = "none",
+    expect(
+        clippy::cast_possible_truncation,
+        reason = "usize and u64 have the same width on the only target"
+    )
+)]
+
+#[cfg(target_os = "none")]
+mod arch;
+#[cfg(target_os = "none")]
+mod call;
+#[cfg(target_os = "none")]
+mod console;
+#[cfg(target_os = "none")]
+mod linux;
+#[cfg(target_os = "none")]
+mod machine;
+#[cfg(target_os = "none")]
+mod report;
+#[cfg(target_os = "none")]
+mod scenario;
+
+#[cfg(not(target_os = "none"))]
+fn main() {
+    eprintln!("this is the EL1 half of a bare-metal image: build it with `make build`");
+    std::process::exit(2);
+}
+
+#[cfg(target_os = "none")]
+mod run {
+    use board::Board;
+
+    use crate::machine::{self, Machine};
+    use crate::report::Report;
+    use crate::{call, console, linux, scenario};
+
+    /// Reads the machine, does what was asked, ends the machine.
+    pub(crate) fn run(tree: u64) -> ! {
+        let machine = match machine::read(tree) {
+            Ok(machine) => machine,
+            Err(error) => {
+                console::line(format_args!("host: can't read the device tree: {error}"));
+                call::system_off()
+            }
+        };
+        machine.print();
+        let mut report = Report::default();
+        if let Some(fit) = machine.board.chosen.initrd {
+            // Returns only if there is nothing to boot.
+            let why = linux::boot(&machine, fit);
+            console::line(format_args!("host: can't boot from the initrd: {why}"));
+            report.check("payload", Err(why));
+        } else {
+            run_scenarios(&machine, &mut report);
+        }
+        report.close();
+        call::system_off()
+    }
+
+    fn run_scenarios(machine: &Machine, report: &mut Report) {
+        match asked(&machine.board) {
+            Some(which) => scenario::run(machine, which, report),
+            None => scenario::greet(report),
+        }
+    }
+
+    /// What `shim.run=` asks for.
+    fn asked<'a>(board: &Board<'a>) -> Option<&'a str> {
+        board
+            .chosen
+            .bootargs
+            .split_whitespace()
+            .find_map(|word| word.strip_prefix("shim.run="))
+    }
+}

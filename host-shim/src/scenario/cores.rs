@@ -1,0 +1,106 @@
+//! Turning cores off and on by PSCI.
+
+use smccc::psci::{self, AffinityState, LowestAffinityLevel, error::Error};
+use smccc::{Hvc, Smc};
+
+use crate::arch::cpu;
+use crate::machine::Machine;
+use crate::report::Report;
+
+/// How often every core goes on and off.
+const ROUNDS: usize = 5;
+
+pub(super) fn run(machine: &Machine, report: &mut Report) {
+    report.check("every_core_turns_on_and_off_again", rounds(machine));
+    report.check("cpu_on_of_an_unknown_core_is_invalid", unknown());
+    report.check("cpu_on_of_the_caller_is_already_on", already_on());
+    report.check("cpu_on_into_el2_is_an_invalid_address", into_el2(machine));
+    report.check("cpu_on_outside_ram_is_an_invalid_address", outside(machine));
+    report.check(
+        "affinity_info_of_an_unknown_core_is_invalid",
+        affinity_unknown(),
+    );
+}
+
+/// Cores other than this one that may be started: number and affinity.
+fn others(machine: &Machine) -> impl Iterator<Item = (usize, u64)> {
+    let me = crate::arch::mpidr();
+    let alive = machine.board.cpus.iter().enumerate();
+    alive
+        .map(|(number, cpu)| (number, cpu.mpidr))
+        .filter(move |(_, mpidr)| *mpidr != me)
+}
+
+fn rounds(machine: &Machine) -> Result<(), &'static str> {
+    for _ in 0..ROUNDS {
+        for (number, mpidr) in others(machine) {
+            cpu::turn_on(number, mpidr, machine.settings)?;
+        }
+        for (number, mpidr) in others(machine) {
+            cpu::turn_off(number, mpidr)?;
+        }
+    }
+    Ok(())
+}
+
+fn unknown() -> Result<(), &'static str> {
+    for mpidr in [0xff_00ff_ffff, 0x7fff_ffff, 1 << 31] {
+        let answers = [
+            psci::cpu_on::<Hvc>(mpidr, cpu::entry(), 0),
+            psci::cpu_on::<Smc>(mpidr, cpu::entry(), 0),
+        ];
+        expect(answers == [Err(Error::InvalidParameters); 2], "it is not")?;
+    }
+    Ok(())
+}
+
+fn already_on() -> Result<(), &'static str> {
+    let me = crate::arch::mpidr();
+    expect(
+        psci::cpu_on::<Hvc>(me, cpu::entry(), 0) == Err(Error::AlreadyOn),
+        "it is not",
+    )?;
+    let info = psci::affinity_info::<Hvc>(me, LowestAffinityLevel::All);
+    expect(
+        info == Ok(AffinityState::On),
+        "AFFINITY_INFO does not say on",
+    )
+}
+
+/// The entry point would be executed by the host: it must be the host's own memory.
+fn into_el2(machine: &Machine) -> Result<(), &'static str> {
+    let Some(el2) = machine.el2 else {
+        return Err("the device tree does not say where EL2 is");
+    };
+    for (_, mpidr) in others(machine) {
+        for entry in [el2.start(), el2.end() - 4, el2.start() + 0x1000] {
+            let answer = psci::cpu_on::<Hvc>(mpidr, entry, 0);
+            expect(answer == Err(Error::InvalidAddress), "it is not")?;
+        }
+        let info = psci::affinity_info::<Hvc>(mpidr, LowestAffinityLevel::All);
+        expect(
+            info == Ok(AffinityState::Off),
+            "the core is not off any more",
+        )?;
+    }
+    Ok(())
+}
+
+fn outside(machine: &Machine) -> Result<(), &'static str> {
+    for (_, mpidr) in others(machine) {
+        for entry in [u64::MAX, 1 << 47, cpu::entry() + 1] {
+            let answer = psci::cpu_on::<Hvc>(mpidr, entry, 0);
+            expect(answer == Err(Error::InvalidAddress), "it is not")?;
+        }
+    }
+    Ok(())
+}
+
+fn affinity_unknown() -> Result<(), &'static str> {
+    let answer = psci::affinity_info::<Hvc>(0xff_00ff_ffff, LowestAffinityLevel::All);
+    expect(answer == Err(Error::InvalidParameters), "it is not")
+}
+
+fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
+    if good { Ok(()) } else { Err(otherwise) }
+}

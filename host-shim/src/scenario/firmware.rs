@@ -1,0 +1,112 @@
+//! Firmware calls: what reaches firmware, and what does not.
+
+use abi::{Counter, Features};
+
+use crate::call::{self, Conduit, raw};
+use crate::machine::Machine;
+use crate::report::Report;
+
+const NOT_SUPPORTED: u64 = abi::SMCCC_NOT_SUPPORTED;
+
+pub(super) fn run(_: &Machine, report: &mut Report) {
+    report.check("psci_is_1_1_by_hvc_and_by_smc", psci_version());
+    report.check("psci_features_lists_what_is_served", psci_features());
+    report.check("psci_migrate_info_needs_no_migration", migrate());
+    report.check("smccc_version_is_1_2", smccc_version());
+    report.check("smc_outside_the_list_is_not_supported", refused());
+    report.check("smc_with_wide_id_is_not_supported", wide());
+    report.check("smc_is_trapped_and_counted", counted());
+    report.check("smc_on_the_list_is_answered", listed());
+}
+
+fn psci_version() -> Result<(), &'static str> {
+    let both = call::psci_versions() == [Some((1, 1)); 2];
+    expect(both, "PSCI_VERSION says something else")
+}
+
+fn psci_features() -> Result<(), &'static str> {
+    let feature = |id: u64| raw(Conduit::Hvc, 0x8400_000a, [id, 0, 0])[0];
+    for id in [
+        0x8400_0000,
+        0xc400_0001,
+        0x8400_0002,
+        0xc400_0003,
+        0xc400_0004,
+        0x8400_0006,
+        0x8400_0008,
+        0x8400_0009,
+        0x8000_0000,
+    ] {
+        expect(feature(id) == 0, "a served call is missing")?;
+    }
+    for id in [0x8400_0005, 0xc400_000e, 0xc600_0100, 0] {
+        expect(
+            feature(id) == NOT_SUPPORTED,
+            "a call is listed that is not served",
+        )?;
+    }
+    Ok(())
+}
+
+fn migrate() -> Result<(), &'static str> {
+    expect(
+        raw(Conduit::Smc, 0x8400_0006, [0; 3])[0] == 2,
+        "it is not 2",
+    )
+}
+
+fn smccc_version() -> Result<(), &'static str> {
+    let by = |conduit| raw(conduit, 0x8000_0000, [0; 3])[0];
+    expect(
+        by(Conduit::Hvc) == 0x1_0002 && by(Conduit::Smc) == 0x1_0002,
+        "it is not",
+    )
+}
+
+/// FF-A, a SiP service, a trusted OS, an OEM service: nothing of that may reach firmware.
+fn refused() -> Result<(), &'static str> {
+    for id in [
+        0x8400_0063,
+        0xc400_0073,
+        0x8200_ff01,
+        0xb200_0000,
+        0x8300_0000,
+        0,
+    ] {
+        expect(
+            raw(Conduit::Smc, id, [0; 3])[0] == NOT_SUPPORTED,
+            "one was answered",
+        )?;
+    }
+    Ok(())
+}
+
+/// PSCI_VERSION with a set bit above the function id: a filter must not look at half of it.
+fn wide() -> Result<(), &'static str> {
+    let answer = call::smc_with_x0(0x1_8400_0000);
+    expect(answer == NOT_SUPPORTED, "it was answered")
+}
+
+fn counted() -> Result<(), &'static str> {
+    let before = call::counter(Counter::TrappedSmcs).unwrap_or(0);
+    for _ in 0..7 {
+        raw(Conduit::Smc, 0x8400_0000, [0; 3]);
+    }
+    let after = call::counter(Counter::TrappedSmcs).unwrap_or(0);
+    expect(after == before + 7, "the count is wrong")
+}
+
+/// TRNG_VERSION: firmware's answer where there is firmware, else NOT_SUPPORTED; never a hang.
+fn listed() -> Result<(), &'static str> {
+    let answer = raw(Conduit::Smc, 0x8400_0050, [0; 3])[0];
+    let firmware = call::features().contains(Features::FIRMWARE_CALLS);
+    let refusal = answer as u32 == u32::MAX;
+    expect(
+        firmware || refusal,
+        "someone answered although there is no firmware",
+    )
+}
+
+fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
+    if good { Ok(()) } else { Err(otherwise) }
+}

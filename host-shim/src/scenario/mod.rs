@@ -1,0 +1,54 @@
+//! What the host tries, one file per subject. Each check is one behaviour and prints one line.
+
+mod abi_calls;
+mod cores;
+mod firmware;
+mod isolation;
+mod memory;
+
+use crate::call;
+use crate::console::line;
+use crate::machine::Machine;
+use crate::report::Report;
+
+type Scenario = fn(&Machine, &mut Report);
+
+const ALL: [(&str, Scenario); 5] = [
+    ("abi", abi_calls::run),
+    ("firmware", firmware::run),
+    ("memory", memory::run),
+    ("isolation", isolation::run),
+    ("cores", cores::run),
+];
+
+/// Runs the scenarios that the comma-separated list names, or `all`.
+pub(crate) fn run(machine: &Machine, which: &str, report: &mut Report) {
+    for name in which.split(',') {
+        let mut known = false;
+        for (scenario, run) in ALL {
+            if name == scenario || name == "all" {
+                known = true;
+                run(machine, report);
+            }
+        }
+        if !known {
+            report.check(name, Err("there is no such scenario"));
+        }
+    }
+}
+
+/// What a bare board does that was not asked for anything: it shows that EL2 is there.
+pub(crate) fn greet(report: &mut Report) {
+    let version = call::hypercall(abi::Call::Version, 0);
+    if let Ok(version) = version {
+        line(format_args!(
+            "host: EL2 speaks ABI {}.{}; ask for scenarios with shim.run=all on the command line",
+            version >> 16,
+            version & 0xffff
+        ));
+    }
+    report.check(
+        "el2_answers",
+        version.map(|_| ()).map_err(|_| "it does not"),
+    );
+}
