@@ -2,7 +2,7 @@
 //!
 //! 1. [`boot_primary`], where the boot loader put the image, MMU off: read the device tree, choose
 //!    EL2's memory (the highest free range), copy the image there, enter the copy.
-//! 2. `boot_primary` again, in the copy: build EL2's map, turn the MMU on, move to the real stack.
+//! 2. `boot_primary` again, in the copy, with what was read: build EL2's map, turn the MMU on, move to the real stack.
 //! 3. [`main`]: log, pools, page states, the other cores, the host's stage 2, the shim, the host's
 //!    device tree; then down to EL1. It never returns.
 //!
@@ -50,21 +50,25 @@ struct Boot {
     pool: AddrRange,
 }
 
-/// Entry from entry.S. `size` is 0 where the boot loader put us, else the size of EL2's memory.
+/// Entry from entry.S. Where the boot loader put us, `size` is 0 and `argument` the device tree;
+/// where we put ourselves, `size` is that of EL2's memory and `argument` what [`place`] left there.
 #[unsafe(no_mangle)]
-extern "C" fn boot_primary(tree: u64, entered: u64, size: u64, current_el: u64) -> ! {
+extern "C" fn boot_primary(argument: u64, entered: u64, size: u64, current_el: u64) -> ! {
     let image = Image::here();
-    let mut boot = match read_board(tree) {
-        Ok((parsed, board, range)) => prepare(parsed, board, range, entered, current_el, &image),
-        Err(error) => {
-            console::probe_last_resort();
-            fatal(format_args!("{error}"))
-        }
-    };
     if size == 0 {
-        place(&boot, &image, tree)
+        let boot = match read_board(argument) {
+            Ok((parsed, board, range)) => {
+                prepare(parsed, board, range, entered, current_el, &image)
+            }
+            Err(error) => {
+                console::probe_last_resort();
+                fatal(format_args!("{error}"))
+            }
+        };
+        place(boot, &image)
     }
-    boot.el2 = range_or_die(image.start, size);
+    let mut boot: Boot = mem::take_over(argument);
+    console::set(boot.board.console);
     let cpu = own_map(&mut boot, &image);
     cpu::continue_with(cpu, main, &mut boot)
 }
@@ -131,13 +135,14 @@ fn range_or_die(start: u64, size: u64) -> AddrRange {
     }
 }
 
-/// Copies the image to the highest free memory and enters it there.
+/// Copies the image to the highest free memory and enters it there, with what was read so far in
+/// the end of the pool.
 ///
 /// The highest, so that the host keeps the low memory that its devices' DMA may be limited to.
-fn place(boot: &Boot, image: &Image, tree: u64) -> ! {
-    let mut board = boot.board.clone();
+fn place(mut boot: Boot, image: &Image) -> ! {
+    let mut taken = boot.board.reserved.clone();
     let here = range_or_die(image.start, image.end - image.start);
-    if let Err(error) = board.reserve(here) {
+    if let Err(error) = taken.insert(here.grow_to_pages(), "reserved ranges") {
         fatal(format_args!("{error}"));
     }
     let want = Placement {
@@ -145,13 +150,16 @@ fn place(boot: &Boot, image: &Image, tree: u64) -> ! {
         align: el2::layout::ALIGN,
         limit: 1 << boot.features.pa_bits.min(48),
     };
-    let Some(there) = highest_free(&board.memory, &board.reserved, want) else {
+    let Some(there) = highest_free(&boot.board.memory, &taken, want) else {
         fatal(format_args!("{}", BoardError::NoRoom(want.size >> 10)));
     };
+    boot.el2 = there;
+    let entered = boot.entered;
     let file = range_or_die(image.start, image.file_end - image.start);
     mem::place_image(file, there);
+    let argument = mem::hand_over(boot, there);
     let entry = there.start() + (image.placed - image.start);
-    mem::enter_copy(entry, tree, boot.entered, there.size())
+    mem::enter_copy(entry, argument, entered, there.size())
 }
 
 /// Builds EL2's map in the start of the pool, turns the MMU on, and gives this core its data.

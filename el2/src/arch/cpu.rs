@@ -84,7 +84,7 @@ pub(crate) fn this_cpu() -> Option<&'static CpuData> {
 unsafe extern "C" {
     fn enter_el1(stack_top: u64, context: u64) -> !;
     fn switch_stack(top: u64, to: extern "C" fn(*mut ()) -> !, argument: *mut ()) -> !;
-    fn jump_placed(entry: u64, tree: u64, ticks: u64, size: u64) -> !;
+    fn jump_placed(entry: u64, argument: u64, ticks: u64, size: u64) -> !;
 }
 
 /// Leaves EL2's stack empty and enters the host on this core.
@@ -124,9 +124,9 @@ pub(crate) fn continue_with<T>(
 /// # Safety
 ///
 /// The copy is complete, at the point of coherency, and not stale in the instruction cache.
-pub(crate) unsafe fn enter_placed(entry: u64, tree: u64, ticks: u64, size: u64) -> ! {
+pub(crate) unsafe fn enter_placed(entry: u64, argument: u64, ticks: u64, size: u64) -> ! {
     // SAFETY: the caller's promise.
-    unsafe { jump_placed(entry, tree, ticks, size) }
+    unsafe { jump_placed(entry, argument, ticks, size) }
 }
 
 /// What the entry code of secondary cores reads with their MMU off. The layout is entry.S's.

@@ -16,7 +16,8 @@ _start:
 primary:
     mrs     x1, cntpct_el0              // when we were entered
     mov     x2, xzr
-// In: x0 = device tree, x1 = entry ticks, x2 = size of EL2's memory, or 0 if not yet placed.
+// In: x0 = device tree, x1 = entry ticks, x2 = 0; or, once placed: x0 = what the first entry left
+// for the second, x2 = size of EL2's memory.
 .global placed
 placed:
     msr     daifset, #0xf
@@ -114,7 +115,7 @@ switch_stack:
     mov     x30, xzr
     br      x1
 
-// In: x0 = entry, x1 = device tree, x2 = ticks, x3 = size.
+// In: x0 = entry, x1 to x3 = what `placed` takes in x0 to x2.
 .global jump_placed
 jump_placed:
     mov     x4, x0

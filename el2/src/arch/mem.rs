@@ -108,10 +108,27 @@ pub(crate) fn place_image(file: AddrRange, to: AddrRange) {
     invalidate_icache();
 }
 
+/// Leaves `value` at the end of EL2's memory-to-be, for the copy of this image; gives its address.
+pub(crate) fn hand_over<T>(value: T, to: AddrRange) -> u64 {
+    let address = to.end() - (size_of::<T>() as u64).next_multiple_of(PAGE_SIZE);
+    let pointer = core::ptr::with_exposed_provenance_mut::<T>(address as usize);
+    // SAFETY: page-aligned memory that boot has chosen; the copied image does not reach so far.
+    unsafe { pointer.write(value) };
+    address
+}
+
+/// Takes what [`hand_over`] left: the same image wrote it, so it is a `T`.
+pub(crate) fn take_over<T>(address: u64) -> T {
+    let pointer = core::ptr::with_exposed_provenance::<T>(address as usize);
+    // SAFETY: written by `hand_over` with the MMU off, as it is now; read once, before the pool
+    // that the memory belongs to is used.
+    unsafe { pointer.read() }
+}
+
 /// Enters the copy that [`place_image`] made.
-pub(crate) fn enter_copy(entry: u64, tree: u64, ticks: u64, size: u64) -> ! {
+pub(crate) fn enter_copy(entry: u64, argument: u64, ticks: u64, size: u64) -> ! {
     // SAFETY: complete and clean, see `place_image`.
-    unsafe { super::cpu::enter_placed(entry, tree, ticks, size) }
+    unsafe { super::cpu::enter_placed(entry, argument, ticks, size) }
 }
 
 /// A zeroed object at `address` that lives as long as EL2.
