@@ -61,7 +61,10 @@ extern "C" fn boot_primary(argument: u64, entered: u64, size: u64, current_el: u
                 prepare(parsed, board, range, entered, current_el, &image)
             }
             Err(error) => {
-                console::probe_last_resort();
+                // At another level our exception vectors are not in force: no probing.
+                if regs::at_el2() {
+                    console::probe_last_resort();
+                }
                 fatal(format_args!("{error}"))
             }
         };
