@@ -50,6 +50,32 @@ pub fn set_chosen(tree: &mut DeviceTree, name: &str, value: &str) -> Result<()> 
     set(chosen, name, value)
 }
 
+/// Marks a node as not there (`status = "disabled"`), which every well-behaved driver heeds.
+///
+/// # Errors
+/// There is no such node.
+pub fn disable(tree: &mut DeviceTree, path: &str) -> Result<()> {
+    let node = tree
+        .find_node_mut(path)
+        .with_context(|| format!("the tree has no {path}"))?;
+    set(node, "status", "disabled")
+}
+
+/// Removes a node with everything below it.
+///
+/// # Errors
+/// There is no such node.
+pub fn remove(tree: &mut DeviceTree, path: &str) -> Result<()> {
+    let (parent, name) = path
+        .rsplit_once('/')
+        .with_context(|| format!("'{path}' is no path"))?;
+    let parent = tree.find_node_mut(if parent.is_empty() { "/" } else { parent });
+    let removed = parent.and_then(|parent| parent.remove_child(name));
+    removed
+        .map(drop)
+        .with_context(|| format!("the tree has no {path}"))
+}
+
 /// The tree with the damage done.
 ///
 /// # Errors
@@ -244,6 +270,24 @@ mod tests {
             chosen.property("ravelin,log-level").unwrap().value(),
             b"trace\0"
         );
+    }
+
+    #[test]
+    fn nodes_are_disabled_and_removed_by_path() {
+        let mut tree = parse(&sample()).unwrap();
+        disable(&mut tree, "/cpus/cpu@0").unwrap();
+        remove(&mut tree, "/psci").unwrap();
+        assert_eq!(
+            tree.find_node("/cpus/cpu@0")
+                .unwrap()
+                .property("status")
+                .unwrap()
+                .value(),
+            b"disabled\0"
+        );
+        assert!(tree.find_node("/psci").is_none());
+        assert!(remove(&mut tree, "/psci").is_err());
+        assert!(disable(&mut tree, "/soc/uart").is_err());
     }
 
     #[test]

@@ -19,6 +19,9 @@ const LINUX_SECONDS: u64 = 240;
 /// Kernel arguments of every Linux here.
 pub const LINUX_ARGUMENTS: &str = "console=ttyAMA0 panic=-1";
 
+/// What Linux says in place of switching a machine off that has no way to.
+const LINUX_HALTED: &str = "reboot: Power off not available: System halted instead";
+
 /// The image under test.
 #[must_use]
 pub fn ravelin_image() -> PathBuf {
@@ -62,13 +65,18 @@ impl Boot<'_> {
     #[must_use]
     pub fn linux_host(machine: &Machine, payloads: &Payloads, test: &str) -> Self {
         let arguments = linux_arguments(machine, test, "el2");
-        let software = Software {
-            kernel: ravelin_image(),
-            initrd: Some(payloads.fit.clone()),
-            arguments,
-            ..Software::default()
-        };
-        Self::new(machine, software, LINUX_SECONDS)
+        let initrd = Some(payloads.fit.clone());
+        let dtb = linux_tree(machine, payloads);
+        Self::new(
+            machine,
+            Software {
+                kernel: ravelin_image(),
+                initrd,
+                arguments,
+                dtb,
+            },
+            LINUX_SECONDS,
+        )
     }
 
     /// The same Linux without the image below it, entered at EL1 as it would be by the image.
@@ -81,11 +89,12 @@ impl Boot<'_> {
         };
         let arguments = linux_arguments(&machine, test, "bare");
         let initrd = Some(payloads.initramfs.clone());
+        let dtb = linux_tree(&machine, payloads);
         let software = Software {
             kernel: payloads.linux.clone(),
             initrd,
             arguments,
-            ..Software::default()
+            dtb,
         };
         Self::new(&machine, software, LINUX_SECONDS)
     }
@@ -134,9 +143,15 @@ impl Boot<'_> {
             timeout: self.timeout * context.patience,
             log: context.folder.join(format!("{name}.log")),
             replies: self.replies.clone(),
-            stop_at: vec![verdict::HALTED.into()],
+            stop_at: vec![verdict::HALTED.into(), LINUX_HALTED.into()],
         })
     }
+}
+
+/// The device tree in place of the board's own that Linux needs on this machine.
+#[must_use]
+pub fn linux_tree(machine: &Machine, payloads: &Payloads) -> Option<PathBuf> {
+    (machine.board == Board::Raspi4b).then(|| payloads.pi4_tree.clone())
 }
 
 fn linux_arguments(machine: &Machine, test: &str, under: &str) -> String {

@@ -2,7 +2,7 @@
 
 use crate::emulate::{self, LINUX_ARGUMENTS};
 use crate::machine::{Board, Clock, Entry, Gic, Machine, QEMU, Software};
-use crate::payload::{self, Payloads};
+use crate::payload;
 use crate::{device_tree, files, process};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
@@ -122,25 +122,23 @@ fn software(settings: &Settings, machine: &Machine) -> Result<Software> {
             ..Software::default()
         },
         Host::Linux => {
-            let Payloads { fit, .. } = payload::prepare()?;
+            let payloads = payload::prepare()?;
+            let dtb = emulate::linux_tree(machine, &payloads);
             Software {
                 kernel: emulate::ravelin_image(),
-                initrd: Some(fit),
+                initrd: Some(payloads.fit),
                 arguments: linux,
-                dtb: None,
+                dtb,
             }
         }
         Host::Bare => {
-            let Payloads {
-                linux: kernel,
-                initramfs,
-                ..
-            } = payload::prepare()?;
+            let payloads = payload::prepare()?;
+            let dtb = emulate::linux_tree(machine, &payloads);
             return Ok(Software {
-                kernel,
-                initrd: Some(initramfs),
+                kernel: payloads.linux,
+                initrd: Some(payloads.initramfs),
                 arguments: linux,
-                dtb: None,
+                dtb,
             });
         }
     };
@@ -159,7 +157,11 @@ fn with_log_level(mut software: Software, machine: &Machine, level: &str) -> Res
         "LOG={level}: use off, error, warn, info, debug or trace"
     );
     if level != "info" {
-        let mut tree = device_tree::parse(&machine.device_tree(&files::build("work/board.dtb"))?)?;
+        let own = match &software.dtb {
+            Some(path) => files::read(path, "run `make setup`")?,
+            None => machine.device_tree(&files::build("work/board.dtb"))?,
+        };
+        let mut tree = device_tree::parse(&own)?;
         device_tree::set_chosen(&mut tree, "ravelin,log-level", level)?;
         let path = files::build("work/run.dtb");
         files::write(&path, &tree.to_dtb())?;

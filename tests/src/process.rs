@@ -26,7 +26,7 @@ pub struct Run {
     pub log: PathBuf,
     /// What to type, in order, each once its cue has been seen.
     pub replies: Vec<Reply>,
-    /// A complete line that is one of these ends the machine: it has halted and would never exit.
+    /// A complete line that ends in one of these ends the machine: it has halted and would never exit.
     pub stop_at: Vec<String>,
 }
 
@@ -217,7 +217,7 @@ impl Console<'_> {
             self.run
                 .stop_at
                 .iter()
-                .any(|stop| stop == clean(line).trim())
+                .any(|stop| clean(line).trim().ends_with(stop.as_str()))
         });
         self.line_from += length + 1;
         stop

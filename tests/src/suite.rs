@@ -59,11 +59,7 @@ mod tests {
 
     #[test]
     fn names_are_unique_and_begin_with_the_board() {
-        let payloads = Arc::new(Payloads {
-            linux: "l".into(),
-            initramfs: "i".into(),
-            fit: "f".into(),
-        });
+        let payloads = Arc::new(Payloads::default());
         let all = list(Suite::All, &payloads);
         let names: HashSet<_> = all.iter().map(|s| s.name.as_str()).collect();
         assert_eq!(names.len(), all.len());
@@ -76,11 +72,7 @@ mod tests {
 
     #[test]
     fn every_cpu_and_gic_boots_both_hosts() {
-        let payloads = Arc::new(Payloads {
-            linux: "l".into(),
-            initramfs: "i".into(),
-            fit: "f".into(),
-        });
+        let payloads = Arc::new(Payloads::default());
         let names: HashSet<_> = list(Suite::Virt, &payloads)
             .into_iter()
             .map(|s| s.name)

@@ -22,6 +22,12 @@ pub(super) struct DtbSettings {
     /// Set a string property of /chosen: name=value
     #[arg(long, value_name = "NAME=VALUE")]
     chosen: Vec<String>,
+    /// Mark the node at this path as disabled
+    #[arg(long, value_name = "PATH")]
+    disable: Vec<String>,
+    /// Remove the node at this path
+    #[arg(long, value_name = "PATH")]
+    remove: Vec<String>,
     /// Then damage it
     #[arg(long, value_enum)]
     damage: Option<Damage>,
@@ -107,6 +113,14 @@ fn edit_tree(settings: &DtbSettings) -> Result<()> {
             .with_context(|| format!("'{setting}' is not NAME=VALUE"))?;
         device_tree::set_chosen(&mut tree, name, value)?;
     }
+    settings
+        .disable
+        .iter()
+        .try_for_each(|path| device_tree::disable(&mut tree, path))?;
+    settings
+        .remove
+        .iter()
+        .try_for_each(|path| device_tree::remove(&mut tree, path))?;
     let bytes = tree.to_dtb();
     match settings.damage {
         Some(damage) => report(&settings.out, &device_tree::damage(&bytes, damage)?),
@@ -116,12 +130,7 @@ fn edit_tree(settings: &DtbSettings) -> Result<()> {
 
 fn test(settings: &TestSettings) -> Result<ExitCode> {
     if settings.list {
-        let nothing = Payloads {
-            linux: PathBuf::new(),
-            initramfs: PathBuf::new(),
-            fit: PathBuf::new(),
-        };
-        let all = suite::list(settings.suite, &Arc::new(nothing));
+        let all = suite::list(settings.suite, &Arc::new(Payloads::default()));
         all.iter()
             .filter(|s| s.name.contains(&settings.filter))
             .for_each(|s| println!("{}", s.name));
