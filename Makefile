@@ -10,6 +10,7 @@ SMP ?= 4
 CPU ?= cortex-a76
 GIC ?= 3
 MEM ?= 1G
+ARGS ?=
 LOG ?= info
 RUST_ROUTE ?= auto
 FILTER ?=
@@ -20,10 +21,10 @@ RAVELIN := scripts/ravelin.sh
 help: ## this list
 	@echo 'Ravelin: a pKVM-style hypervisor for arm64. Two commands: make run, make test.'
 	@echo
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo 'Settings: make run BOARD=virt|raspi4b HOST=shim|linux SMP=1..8 CPU=cortex-a72|cortex-a76|neoverse-v1|neoverse-n2|max'
-	@echo '          GIC=2|3 MEM=1G LOG=off|error|warn|info|debug|trace; make test-virt FILTER=word; RUST_ROUTE=rustup|debian'
+	@echo '          GIC=2|3 MEM=1G ARGS=... LOG=off|error|warn|info|debug|trace; make test-virt FILTER=word; RUST_ROUTE=rustup|debian'
 
 setup: ## install and fetch what is missing (quick when nothing is)
 	@scripts/setup.sh
@@ -33,7 +34,8 @@ build: setup ## the EL2 image with the host inside: build/ravelin.img
 	@scripts/build.sh
 
 run: build ## boot on the emulator: our own host, or HOST=linux for a shell
-	@$(RAVELIN) run --board $(BOARD) --host $(HOST) --smp $(SMP) --cpu $(CPU) --gic $(GIC) --memory $(MEM) --log $(LOG)
+	@$(RAVELIN) run --board $(BOARD) --host $(HOST) --smp $(SMP) --cpu $(CPU) --gic $(GIC) --memory $(MEM) --log $(LOG) \
+		--arguments '$(ARGS)'
 
 test: test-host test-emulator ## everything: the host's tests, then the emulators'
 
@@ -59,7 +61,7 @@ bench-boot: build ## instructions from reset to Linux's userland, bare and under
 	@$(RAVELIN) bench-boot
 
 image: build ## the SD card's folder: make image BOARD=rpi4|rpi5
-	@$(RAVELIN) sdcard --board $(BOARD)
+	@$(RAVELIN) sdcard --board $(if $(filter command% environment%,$(origin BOARD)),$(BOARD),rpi4)
 
 doc: setup ## the crates' documentation, in target/doc
 	@. scripts/lib.sh && load_env && "$$CARGO" doc --workspace --no-deps

@@ -1,11 +1,12 @@
 //! Host-side tools and tests of Ravelin: what `make` calls whenever something must be parsed or decided.
 //!
 //! * Files: [`image`] (ELF to flat image), [`kernel_image`] (Debian's kernel to a raw Image), [`initramfs`],
-//!   [`fit`], [`device_tree`], [`launcher`].
+//!   [`fit`], [`device_tree`], [`launcher`], [`sdcard`].
 //! * Emulator: [`machine`] describes one, [`process`] runs it under a time limit and keeps its console,
 //!   [`verdict`] says what must come out, [`runner`] runs many and reports.
 //! * [`suite`] lists the scenarios, [`bench_boot`] measures the boot, [`symbolise`] reads backtraces.
 
+pub mod bench_boot;
 pub mod device_tree;
 pub mod emulate;
 pub mod files;
@@ -19,6 +20,7 @@ pub mod machine;
 pub mod payload;
 pub mod process;
 pub mod runner;
+pub mod sdcard;
 pub mod suite;
 pub mod symbolise;
 pub mod verdict;

@@ -17,6 +17,16 @@ pub const CPUS: [&str; 5] = [
     "max",
 ];
 
+/// One nanosecond per instruction, and nothing random: no host's clock, no seeds.
+const REPEATABLE: [&str; 6] = [
+    "-icount",
+    "shift=0,sleep=off",
+    "-rtc",
+    "base=2026-01-01,clock=vm",
+    "-seed",
+    "1",
+];
+
 /// A board that QEMU models.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Board {
@@ -141,7 +151,7 @@ impl Machine {
             format!("{}M", self.memory_mib),
         ]);
         if self.clock == Clock::Instructions {
-            args.extend(["-icount".into(), "shift=0,sleep=off".into()]);
+            args.extend(REPEATABLE.map(str::to_owned));
         }
         args
     }
@@ -156,7 +166,12 @@ impl Machine {
             Gic::V2 => 2,
             Gic::V3 => 3,
         };
-        format!("virt,virtualization={virtualization},gic-version={gic}")
+        let random = if self.clock == Clock::Instructions {
+            ",dtb-randomness=off"
+        } else {
+            ""
+        };
+        format!("virt,virtualization={virtualization},gic-version={gic}{random}")
     }
 
     /// The full command line; the console is on standard input and output.

@@ -6,7 +6,9 @@ use clap::Args;
 use ravelin_tests::payload::{self, Payloads};
 use ravelin_tests::runner::{self, Options};
 use ravelin_tests::symbolise::Symboliser;
-use ravelin_tests::{device_tree, files, fit, image, interactive, kernel_image, suite};
+use ravelin_tests::{
+    bench_boot, device_tree, files, fit, image, interactive, kernel_image, sdcard, suite,
+};
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -71,6 +73,10 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
         Command::Dtb(settings) => edit_tree(&settings)?,
         Command::Run(settings) => return interactive::run(&settings),
         Command::Test(settings) => return test(&settings),
+        Command::BenchBoot => return bench_boot::run(),
+        Command::Sdcard { board } => {
+            println!("{}: see README.txt there", sdcard::write(board)?.display())
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -4,6 +4,7 @@ mod commands;
 
 use clap::{Parser, Subcommand};
 use ravelin_tests::device_tree::Damage;
+use ravelin_tests::sdcard::Card;
 use ravelin_tests::suite::Suite;
 use ravelin_tests::{emulate, interactive};
 use std::path::PathBuf;
@@ -57,6 +58,14 @@ enum Command {
     Run(interactive::Settings),
     /// Run a suite of scenarios on emulated machines
     Test(commands::TestSettings),
+    /// Count the boot's instructions, bare and under the hypervisor, and write docs/benchmarks/boot.*
+    BenchBoot,
+    /// Write the folder that goes onto a Raspberry Pi's SD card
+    Sdcard {
+        /// Which board
+        #[arg(long, value_enum)]
+        board: Card,
+    },
 }
 
 fn main() -> ExitCode {

@@ -1,0 +1,220 @@
+//! How many instructions the boot takes, from reset to Linux's user space: bare, and under the hypervisor.
+//!
+//! QEMU's `-icount shift=0` lets virtual time pass by one nanosecond per instruction (and skips waits), so the
+//! virtual counter that a program reads in user space counts instructions since reset: repeatable, and blind to
+//! what caches and TLBs cost.
+
+mod report;
+
+use crate::emulate::{self, Boot};
+use crate::files;
+use crate::machine::{Clock, Entry, Gic, Machine};
+use crate::payload::{self, Payloads};
+use crate::process::Transcript;
+use crate::runner::Context;
+use crate::verdict;
+use anyhow::{Context as _, Result, ensure};
+use std::process::ExitCode;
+
+/// Most that the hypervisor may add to the boot, in per cent.
+const TARGET_PERCENT: f64 = 2.0;
+/// Most instructions of EL2's own boot on 1 GiB, copies of payloads excluded.
+const TARGET_EL2_BOOT: u64 = 5_000_000;
+/// Most memory that EL2 keeps: 2 MiB, and 0.2 % of RAM, in KiB.
+const TARGET_RESIDENT_KIB: u64 = 2048 + MEMORY_MIB * 1024 / 500;
+/// RAM of the measured machine, in MiB.
+const MEMORY_MIB: u64 = 1024;
+const NANOSECONDS: u64 = 1_000_000_000;
+
+/// What was measured on one CPU model. All counts are instructions.
+#[derive(Debug, Clone)]
+pub struct Measurement {
+    /// QEMU's name of the CPU.
+    pub cpu: &'static str,
+    /// Reset to user space, Linux entered at EL1 on a machine without EL2.
+    pub bare_el1: u64,
+    /// Reset to user space, Linux entered at EL2 (it then uses EL2 itself).
+    pub bare_el2: u64,
+    /// Reset to user space with Linux as the hypervisor's host.
+    pub under: u64,
+    /// Of that, EL2's own boot, from its first instruction to entering the host.
+    pub el2_boot: u64,
+    /// Memory that EL2 keeps, in KiB.
+    pub resident_kib: u64,
+}
+
+impl Measurement {
+    /// What the hypervisor adds to a boot at EL1, in per cent.
+    #[must_use]
+    pub fn overhead_percent(&self) -> f64 {
+        percent_more(self.bare_el1, self.under)
+    }
+
+    fn meets_targets(&self) -> bool {
+        self.overhead_percent() < TARGET_PERCENT
+            && self.el2_boot < TARGET_EL2_BOOT
+            && self.resident_kib < TARGET_RESIDENT_KIB
+    }
+}
+
+/// Measures, writes `docs/benchmarks/boot.md` and `boot.svg`, prints the table; a missed target is a failure.
+///
+/// # Errors
+/// Something has not been built, or a machine did not get to user space.
+pub fn run() -> Result<ExitCode> {
+    let payloads = payload::prepare()?;
+    let image = files::read(&emulate::ravelin_image(), "run `make build`")?;
+    let measurements = ["max", "cortex-a76"]
+        .iter()
+        .map(|cpu| measure(cpu, &payloads))
+        .collect::<Result<Vec<_>>>()?;
+    let image_kib = image.len().div_ceil(1024);
+    let text = report::markdown(&measurements, image_kib);
+    print!("{text}");
+    files::write(
+        &files::root().join("docs/benchmarks/boot.md"),
+        text.as_bytes(),
+    )?;
+    files::write(
+        &files::root().join("docs/benchmarks/boot.svg"),
+        report::svg(&measurements).as_bytes(),
+    )?;
+    let met = measurements.iter().all(Measurement::meets_targets);
+    println!(
+        "\n{}",
+        if met {
+            "all targets met"
+        } else {
+            "a target was MISSED"
+        }
+    );
+    Ok(if met {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn measure(cpu: &'static str, payloads: &Payloads) -> Result<Measurement> {
+    let machine = Machine {
+        clock: Clock::Instructions,
+        ..Machine::virt(cpu, Gic::V3, 1)
+    };
+    let context = Context {
+        folder: files::build("logs/bench-boot").join(cpu),
+        patience: 1,
+    };
+    println!("{cpu}: booting bare at EL1, bare at EL2, and under the hypervisor ...");
+    let bare = Boot::linux_bare(&machine, payloads, "ticks");
+    let mut at_el2 = Boot::linux_bare(&machine, payloads, "ticks");
+    at_el2.machine = machine.entered_at(Entry::El2);
+    let under = Boot::linux_host(&machine, payloads, "ticks").run(&context, "under")?;
+    let el2_ticks = number_after(verdict::line_with(&under, "ravelin: boot: ")?, "boot: ")?;
+    let resident = number_after(verdict::line_with(&under, "ravelin: memory: ")?, "memory: ")?;
+    let (under, frequency) = ticks(&under)?;
+    Ok(Measurement {
+        cpu,
+        bare_el1: in_instructions(ticks(&bare.run(&context, "bare-el1")?)?),
+        bare_el2: in_instructions(ticks(&at_el2.run(&context, "bare-el2")?)?),
+        under: in_instructions((under, frequency)),
+        el2_boot: in_instructions((el2_ticks, frequency)),
+        resident_kib: resident,
+    })
+}
+
+/// Reads `ticks N of F Hz`.
+fn ticks(transcript: &Transcript) -> Result<(u64, u64)> {
+    verdict::no_alarm(transcript)?;
+    let line = verdict::line_with(transcript, "ticks ")?;
+    let (ticks, frequency) = (number_after(line, "ticks ")?, number_after(line, " of ")?);
+    ensure!(frequency > 0, "the counter's frequency is 0");
+    Ok((ticks, frequency))
+}
+
+/// One instruction takes one nanosecond of virtual time.
+fn in_instructions((ticks, frequency): (u64, u64)) -> u64 {
+    let instructions = u128::from(ticks) * u128::from(NANOSECONDS) / u128::from(frequency);
+    u64::try_from(instructions).unwrap_or(u64::MAX)
+}
+
+fn number_after(line: &str, word: &str) -> Result<u64> {
+    let rest = line
+        .split_once(word)
+        .with_context(|| format!("no '{word}' in '{line}'"))?
+        .1;
+    let digits = rest
+        .split(|c: char| !c.is_ascii_digit())
+        .next()
+        .unwrap_or("");
+    digits
+        .parse()
+        .with_context(|| format!("no number after '{word}' in '{line}'"))
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "a percentage of counts far below 2^52"
+)]
+fn percent_more(base: u64, other: u64) -> f64 {
+    (other as f64 / base as f64 - 1.0) * 100.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_become_instructions_by_the_frequency() {
+        assert_eq!(in_instructions((5, NANOSECONDS)), 5);
+        assert_eq!(in_instructions((62_500_000, 62_500_000)), NANOSECONDS);
+        assert_eq!(in_instructions((u64::MAX, 1)), u64::MAX);
+    }
+
+    #[test]
+    fn numbers_are_found_behind_their_word() {
+        assert_eq!(
+            number_after("ravelin: boot: 123 ticks from entry to host", "boot: ").unwrap(),
+            123
+        );
+        assert_eq!(
+            number_after("ravelin: memory: 4096 KiB resident at 0x1..0x2", "memory: ").unwrap(),
+            4096
+        );
+        assert!(number_after("boot: many ticks", "boot: ").is_err());
+        assert!(number_after("nothing", "boot: ").is_err());
+    }
+
+    #[test]
+    fn each_target_counts() {
+        let good = Measurement {
+            cpu: "max",
+            bare_el1: 1000,
+            bare_el2: 1000,
+            under: 1019,
+            el2_boot: 4_999_999,
+            resident_kib: 4144,
+        };
+        assert!(good.meets_targets());
+        assert!(
+            !Measurement {
+                under: 1021,
+                ..good.clone()
+            }
+            .meets_targets()
+        );
+        assert!(
+            !Measurement {
+                el2_boot: 5_000_000,
+                ..good.clone()
+            }
+            .meets_targets()
+        );
+        assert!(
+            !Measurement {
+                resident_kib: 4146,
+                ..good
+            }
+            .meets_targets()
+        );
+    }
+}
