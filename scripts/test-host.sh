@@ -11,6 +11,9 @@ skip() { printf '\n== test-host: SKIPPED %s: %s\n' "$1" "$2"; }
 step "workspace"
 "$CARGO" test --workspace --quiet
 
+step "boards"
+scripts/test-boards.sh
+
 # Crates with a lock-free step have a test named `loom` that runs under cfg(loom).
 for crate in stage2 memslot; do
     if [ -f "$crate/tests/loom.rs" ]; then

@@ -55,13 +55,7 @@ pub struct Settings {
 pub fn run(settings: &Settings) -> Result<ExitCode> {
     let machine = machine(settings)?;
     let software = software(settings, &machine)?;
-    // The terminal is console and QEMU's monitor in one: Ctrl-A x ends, Ctrl-A c switches.
-    let args = machine
-        .args(&software)
-        .join("\u{0}")
-        .replace("stdio", "mon:stdio")
-        .replace("-monitor\u{0}none\u{0}", "");
-    let args: Vec<_> = args.split('\u{0}').map(str::to_owned).collect();
+    let args = with_monitor(machine.args(&software));
     println!("$ {QEMU} {}", process::quote(&args));
     println!("(leave with Ctrl-A x)\n");
     let status = Command::new(QEMU)
@@ -73,6 +67,16 @@ pub fn run(settings: &Settings) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// The terminal is console and QEMU's monitor in one: Ctrl-A x ends, Ctrl-A c switches.
+fn with_monitor(args: Vec<String>) -> Vec<String> {
+    let shared = |arg: String| match arg.as_str() {
+        "stdio" => "mon:stdio".to_owned(),
+        "stdio,id=line,mux=on" => "stdio,id=line,mux=on,signal=off".to_owned(),
+        _ => arg,
+    };
+    args.into_iter().map(shared).collect()
 }
 
 fn machine(settings: &Settings) -> Result<Machine> {

@@ -178,12 +178,8 @@ impl Machine {
     #[must_use]
     pub fn args(&self, software: &Software) -> Vec<String> {
         let mut args = self.hardware_args();
-        args.extend(
-            [
-                "-display", "none", "-monitor", "none", "-net", "none", "-serial", "stdio",
-            ]
-            .map(str::to_owned),
-        );
+        args.extend(["-display", "none", "-monitor", "none", "-net", "none"].map(str::to_owned));
+        args.extend(self.console_args());
         args.extend(["-kernel".into(), text(&software.kernel)]);
         if let Some(initrd) = &software.initrd {
             args.extend(["-initrd".into(), text(initrd)]);
@@ -195,6 +191,23 @@ impl Machine {
             args.extend(["-append".into(), software.arguments.clone()]);
         }
         args
+    }
+
+    /// The Pi has two UARTs that software may take for its console, PL011 and "mini": both are shown.
+    fn console_args(&self) -> Vec<String> {
+        let shared = [
+            "-chardev",
+            "stdio,id=line,mux=on",
+            "-serial",
+            "chardev:line",
+            "-serial",
+            "chardev:line",
+        ];
+        let args = match self.board {
+            Board::Virt => &["-serial", "stdio"][..],
+            Board::Raspi4b => &shared,
+        };
+        args.iter().map(|&arg| arg.to_owned()).collect()
     }
 
     /// QEMU's `raspi4b` makes no device tree of its own: Debian's real one serves.

@@ -75,5 +75,7 @@ fn pi4_tree() -> Result<Vec<u8>> {
         .iter()
         .try_for_each(|path| device_tree::disable(&mut tree, path))?;
     device_tree::remove(&mut tree, BLUETOOTH)?;
+    // The tree names the mini UART; this way EL2 talks on the line that Linux calls ttyAMA0.
+    device_tree::set_chosen(&mut tree, "stdout-path", "serial0:115200n8")?;
     Ok(tree.to_dtb())
 }
