@@ -3,6 +3,8 @@
 //! The firmware fills in what the files leave open (the size of RAM); `as_firmware_leaves_it` does the same. The
 //! expected values are those of the SoCs' documentation, not of the code under test.
 
+#![expect(clippy::unwrap_used, reason = "in a test, a panic is the failure")]
+
 use board::dtoolkit::fdt::Fdt;
 use board::{
     AddrRange, Board, BoardError, Console, Gic, HostTree, Placement, PsciConduit, StartMethod,
