@@ -5,11 +5,12 @@ use clap::ValueEnum;
 use dtoolkit::fdt::Fdt;
 use dtoolkit::model::{DeviceTree, DeviceTreeNode, DeviceTreeProperty};
 use dtoolkit::{Node, Property};
+use std::ops::Range;
 
 /// A way to damage a device tree, and with it what EL2 is told about the board.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Damage {
-    /// The header's size is right, the second half of the bytes is zeros.
+    /// The header is right; from the middle of the nodes on there are zeros.
     Truncated,
     /// The magic number is wrong.
     BadMagic,
@@ -82,7 +83,7 @@ pub fn remove(tree: &mut DeviceTree, path: &str) -> Result<()> {
 /// The bytes are no device tree, or have nothing that this damage could remove.
 pub fn damage(dtb: &[u8], damage: Damage) -> Result<Vec<u8>> {
     match damage {
-        Damage::Truncated => Ok(zero_second_half(dtb)),
+        Damage::Truncated => truncate(dtb),
         Damage::BadMagic => Ok(with_word(dtb, 0, 0xdead_beef)),
         Damage::HugeSize => Ok(with_word(dtb, 4, u32::MAX)),
         Damage::Scrambled => scramble(dtb),
@@ -105,11 +106,12 @@ fn damage_content(dtb: &[u8], damage: Damage) -> Result<Vec<u8>> {
     Ok(tree.to_dtb())
 }
 
-fn zero_second_half(dtb: &[u8]) -> Vec<u8> {
+/// Zeros from the middle of the structure block on: a tree of which only the beginning was loaded.
+fn truncate(dtb: &[u8]) -> Result<Vec<u8>> {
+    let block = structure_block(dtb)?;
     let mut bytes = dtb.to_vec();
-    let half = bytes.len() / 2;
-    bytes[half..].fill(0);
-    bytes
+    bytes[block.start.midpoint(block.end)..].fill(0);
+    Ok(bytes)
 }
 
 /// Replaces the 32-bit big-endian word at a byte offset of the header.
@@ -121,24 +123,26 @@ fn with_word(dtb: &[u8], at: usize, word: u32) -> Vec<u8> {
     bytes
 }
 
-/// Flips bytes of the structure block, whose offset is header word 2 and whose size is word 9 (Devicetree
-/// specification 5.2).
 fn scramble(dtb: &[u8]) -> Result<Vec<u8>> {
-    let word = |at: usize| -> Result<usize> {
-        let bytes = dtb.get(at..at + 4).context("no header")?;
-        Ok(usize::try_from(u32::from_be_bytes(bytes.try_into()?))?)
-    };
-    let (offset, size) = (word(8)?, word(36)?);
     let mut bytes = dtb.to_vec();
-    let block = bytes
-        .get_mut(offset..offset + size)
-        .context("the structure block lies outside the tree")?;
-    block
+    let block = structure_block(dtb)?;
+    bytes[block]
         .iter_mut()
         .skip(7)
         .step_by(64)
         .for_each(|byte| *byte = !*byte);
     Ok(bytes)
+}
+
+/// Where the nodes are: offset in header word 2, size in word 9 (Devicetree Specification 5.2).
+fn structure_block(dtb: &[u8]) -> Result<Range<usize>> {
+    let word = |at: usize| -> Result<usize> {
+        let bytes = dtb.get(at..at + 4).context("the tree has no header")?;
+        Ok(usize::try_from(u32::from_be_bytes(bytes.try_into()?))?)
+    };
+    let (offset, size) = (word(8)?, word(36)?);
+    let end = offset.checked_add(size).filter(|end| *end <= dtb.len());
+    Ok(offset..end.context("the structure block lies outside the tree")?)
 }
 
 fn memory_nodes(tree: &DeviceTree) -> Vec<String> {

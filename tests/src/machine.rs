@@ -225,7 +225,7 @@ impl Machine {
         }
         let mut args = self.hardware_args();
         args[1] = format!("{},dumpdtb={}", args[1], text(scratch));
-        args.extend(["-display".into(), "none".into()]);
+        args.extend(["-display", "none", "-net", "none"].map(str::to_owned));
         let output = Command::new(QEMU)
             .args(&args)
             .output()

@@ -10,6 +10,7 @@ use std::sync::Arc;
 pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     let machine = Machine::raspi4b;
     let damaged = |damage, reasons| bad_input::damaged(machine(), damage, reasons);
+    let left_out = |damage, line| bad_input::cpu_left_out(machine(), damage, line);
     vec![
         linux::selfcheck(machine(), payloads),
         shim::all(machine()),
@@ -20,7 +21,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
         bad_input::no_tree(machine(), 0x100),
         damaged(Damage::Truncated, &["device tree"]),
         damaged(Damage::NoMemory, &["memory"]),
-        damaged(Damage::NoEnableMethod, &["enable-method"]),
-        bad_input::phantom_cpu(machine()),
+        left_out(Damage::PhantomCpu, "did not come up"),
+        left_out(Damage::NoEnableMethod, "no enable-method"),
     ]
 }

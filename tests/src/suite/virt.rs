@@ -39,6 +39,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
 fn bad_inputs(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     let machine = || Machine::virt("cortex-a72", Gic::V2, 2);
     let damaged = |damage, reasons| bad_input::damaged(machine(), damage, reasons);
+    let left_out = |damage, line| bad_input::cpu_left_out(machine(), damage, line);
     let mut all = vec![
         bad_input::no_tree(machine(), 0),
         bad_input::no_tree(machine(), 0x100),
@@ -48,9 +49,9 @@ fn bad_inputs(payloads: &Arc<Payloads>) -> Vec<Scenario> {
         damaged(Damage::Scrambled, &["device tree"]),
         damaged(Damage::NoMemory, &["memory"]),
         damaged(Damage::TinyMemory, &["memory"]),
-        damaged(Damage::NoPsci, &["PSCI", "psci"]),
-        damaged(Damage::NoEnableMethod, &["enable-method"]),
-        bad_input::phantom_cpu(machine()),
+        left_out(Damage::PhantomCpu, "did not come up"),
+        left_out(Damage::NoEnableMethod, "no enable-method"),
+        left_out(Damage::NoPsci, "no psci node"),
         bad_input::entry_at_el1(&machine()),
     ];
     all.extend(
