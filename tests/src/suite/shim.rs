@@ -84,23 +84,31 @@ pub(super) fn self_test(machine: Machine, kind: &'static str) -> Scenario {
                     verdict::line_with(&transcript, register)?;
                 }
             }
-            let named = named_frames(&transcript.lines)?;
+            let frames = named_frames(&transcript.lines)?;
             ensure!(
-                named >= NAMED_FRAMES,
-                "only {named} frames of the backtrace have a name"
+                frames.len() >= NAMED_FRAMES,
+                "only {} frames of the backtrace have a name",
+                frames.len()
+            );
+            let culprit = frames
+                .iter()
+                .any(|frame| frame.contains("self_test") && frame.contains(".rs:"));
+            ensure!(
+                culprit,
+                "no frame names the self-test's function and line: {frames:?}"
             );
             Ok(())
         },
     )
 }
 
-fn named_frames(lines: &[String]) -> Result<usize> {
+/// Function and line of each frame that has them.
+fn named_frames(lines: &[String]) -> Result<Vec<String>> {
     let symboliser = Symboliser::open(&emulate::ravelin_elf())?;
-    Ok(lines
-        .iter()
-        .filter_map(|line| frame_offset(line))
-        .filter(|&offset| symboliser.describe(offset).is_some())
-        .count())
+    let offsets = lines.iter().filter_map(|line| frame_offset(line));
+    Ok(offsets
+        .filter_map(|offset| symboliser.describe(offset))
+        .collect())
 }
 
 /// The level set in `/chosen` changes how much EL2 says, and does not change what the host finds.

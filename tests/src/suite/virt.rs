@@ -31,7 +31,12 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     all.push(linux::shell(a76(Gic::V3, 2), payloads));
     all.push(shim::report(a76(Gic::V3, 4)));
     all.push(shim::log_levels(a76(Gic::V3, 2)));
-    all.extend(SELF_TESTS.map(|kind| shim::self_test(a76(Gic::V3, 2), kind)));
+    for machine in [
+        Machine::virt("cortex-a72", Gic::V2, 2),
+        Machine::virt("max", Gic::V3, 2),
+    ] {
+        all.extend(SELF_TESTS.map(|kind| shim::self_test(machine.clone(), kind)));
+    }
     all.extend(bad_inputs(payloads));
     all
 }
