@@ -8,6 +8,10 @@ say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
+# Whether this rustc is one that the workspace can be built with.
+RUST_MIN="$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)"
+is_new_enough() { printf '%s\n%s\n' "$RUST_MIN" "$("$1" --version | cut -d' ' -f2)" | sort -V -C; }
+
 # Runs its arguments as root, or stops and prints what a person with the right must run.
 as_root() {
     if [ "$(id -u)" = 0 ]; then

@@ -4,11 +4,13 @@
 #   debian   Debian's rustc, with core and alloc built from Debian's copy of their source
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
+PACKAGES=(rustc-web cargo-web rust-web-src lld)
 TARGETS=(aarch64-unknown-none-softfloat x86_64-unknown-none)
 
 rustup_route() {
     have rustup || { say "no rustup here"; return 1; }
     local installed target
+    is_new_enough "$(rustup which rustc)" || { say "rustup's Rust is older than $RUST_MIN"; return 1; }
     installed="$(rustup target list --installed)" || return 1
     for target in "${TARGETS[@]}"; do
         grep -qx "$target" <<<"$installed" && continue
@@ -19,15 +21,17 @@ rustup_route() {
 }
 
 debian_route() {
-    if ! [ -d /usr/lib/rustlib/src/rust/library/core ] || ! have ld.lld || ! [ -x /usr/bin/cargo ]; then
-        say "installing Debian's Rust: rustc-web cargo-web rust-web-src lld"
+    if ! [ -d /usr/lib/rustlib/src/rust/library/core ] || ! have ld.lld || ! [ -x /usr/bin/cargo ] ||
+        ! is_new_enough /usr/bin/rustc; then
+        say "installing Debian's Rust: ${PACKAGES[*]}"
         as_root apt-get update -qq
-        as_root env DEBIAN_FRONTEND=noninteractive \
-            apt-get install -y --no-install-recommends rustc-web cargo-web rust-web-src lld
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${PACKAGES[@]}"
     fi
-    printf '[unstable]\nbuild-std = ["core", "alloc"]\nbuild-std-features = ["compiler-builtins-mem"]\n' \
-        > "$BUILD/rust-debian.toml"
-    printf '[target.%s]\nlinker = "ld.lld"\n' "${TARGETS[0]}" "${TARGETS[1]}" >> "$BUILD/rust-debian.toml"
+    is_new_enough /usr/bin/rustc ||
+        die "Debian's rustc-web is $(/usr/bin/rustc --version): need $RUST_MIN; do the apt sources have $(debian_release)-security?"
+    {   printf '[unstable]\nbuild-std = ["core", "alloc"]\nbuild-std-features = ["compiler-builtins-mem"]\n'
+        printf '[target.%s]\nlinker = "ld.lld"\n' "${TARGETS[@]}"
+    } > "$BUILD/rust-debian.toml"
     write_env debian /usr/bin/cargo /usr/bin/rustc "--config=$BUILD/rust-debian.toml"
 }
 
