@@ -23,6 +23,9 @@ for crate in stage2 memslot; do
     fi
 done
 
+step "loom el2"
+RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom "$CARGO" test --quiet --release -p ravelin-el2 --lib models::
+
 # The rustup proxy for `+nightly`, not the cargo that set-up chose.
 if [ "$RUST_ROUTE" = rustup ] && rustup run nightly cargo miri --version >/dev/null 2>&1; then
     step "miri"

@@ -68,6 +68,8 @@ pub struct Features {
     pub sctlr2: bool,
     /// FEAT_MPAM: memory partitioning, whose EL2 traps must be opened.
     pub mpam: bool,
+    /// FEAT_AMUv1: activity monitors.
+    pub amu: bool,
     /// FEAT_LOR: limited ordering regions.
     pub lor: bool,
     /// FEAT_ECV: enhanced counter virtualization.
@@ -114,6 +116,7 @@ impl Features {
             tcr2: field(id.mmfr3, 0) != 0,
             sctlr2: field(id.mmfr3, 4) != 0,
             mpam: field(id.pfr0, 40) != 0,
+            amu: field(id.pfr0, 44) != 0,
             lor: field(id.mmfr1, 16) != 0,
             ecv: field(id.mmfr0, 60) != 0,
             spe: field(id.dfr0, 32) != 0,

@@ -217,7 +217,7 @@ fn ipa_range(range: AddrRange) -> Option<IpaRange> {
     IpaRange::new(Ipa::new(range.start()), range.size()).ok()
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use proptest::prelude::*;
     use stage2::testing::{Arch, FakeMachine};

@@ -80,7 +80,7 @@ impl<'a> PageStates<'a> {
     /// Only for boot: no one else changes states then.
     #[must_use]
     pub fn take_from_host(&self, range: AddrRange, owner: Owner) -> bool {
-        let pages = || (range.start()..range.end()).step_by(PAGE_SIZE as usize);
+        let pages = || (0..range.size() / PAGE_SIZE).map(|n| range.start() + n * PAGE_SIZE);
         if !pages().all(|page| self.owner(page) == Some(Owner::Host)) {
             return false;
         }

@@ -7,6 +7,22 @@ use el2::features::Features;
 
 use super::regs::{mrs, msr};
 
+/// Writes a register that says what EL1 sees or may do.
+///
+/// Safe to use with the registers of this module only: EL2 runs on its own stage 1, without VHE,
+/// so none of them changes what EL2's own code does; the host does not run on this core meanwhile.
+macro_rules! set {
+    ($name:literal, $value:expr) => {
+        // SAFETY: see above: the register only governs EL1 and EL0.
+        unsafe { msr!($name, $value) }
+    };
+}
+
+fn synchronise() {
+    // SAFETY: a barrier.
+    unsafe { core::arch::asm!("isb", options(nostack, preserves_flags)) };
+}
+
 /// HCR_EL2.VM: stage 2 on.
 const VM: u64 = 1;
 /// HCR_EL2.TSC: SMC from EL1 traps.
@@ -29,14 +45,12 @@ pub(crate) struct Stage2Regs {
     pub(crate) vttbr: u64,
 }
 
-/// Makes a stage 2 the current one without putting it in force: TLB maintenance is for its VMID.
+/// Makes a stage 2 the current one without putting it in force (HCR_EL2.VM is clear on this core
+/// until [`configure`]): TLB maintenance is for its VMID.
 pub(crate) fn select(stage2: Stage2Regs) {
-    // SAFETY: HCR_EL2.VM is clear on this core until `configure`, so nothing is translated by it.
-    unsafe {
-        msr!("vtcr_el2", stage2.vtcr);
-        msr!("vttbr_el2", stage2.vttbr);
-        core::arch::asm!("isb", options(nostack, preserves_flags));
-    }
+    set!("vtcr_el2", stage2.vtcr);
+    set!("vttbr_el2", stage2.vttbr);
+    synchronise();
 }
 
 /// Configures this core for the host, its stage 2 on.
@@ -46,13 +60,20 @@ pub(crate) fn configure(features: &Features, stage2: Stage2Regs) {
     fine_grained_traps(features);
     start_state();
     let tags = if features.mte { ATA } else { 0 };
-    // SAFETY: EL2 runs on its own stage 1; these only say how EL1 runs. The tables behind VTTBR
-    // are initialised and published (docs/host-stage2.md).
+    // The tables behind VTTBR are initialised and published (docs/host-stage2.md).
+    set!("vtcr_el2", stage2.vtcr);
+    set!("vttbr_el2", stage2.vttbr);
+    set!("hcr_el2", RW | TSC | VM | POINTER_AUTH | SCXT | tags);
+    synchronise();
+    // SAFETY: invalidating TLBs loses nothing: whatever ran here before must not leave entries.
     unsafe {
-        msr!("vtcr_el2", stage2.vtcr);
-        msr!("vttbr_el2", stage2.vttbr);
-        msr!("hcr_el2", RW | TSC | VM | POINTER_AUTH | SCXT | tags);
-        core::arch::asm!("isb", "tlbi vmalls12e1", "tlbi alle1", "dsb nsh", "isb");
+        core::arch::asm!(
+            "tlbi vmalls12e1",
+            "tlbi alle1",
+            "dsb nsh",
+            "isb",
+            options(nostack, preserves_flags)
+        );
     }
 }
 
@@ -71,42 +92,36 @@ fn traps(features: &Features) {
     };
     let profiling = if features.spe { 3 << 12 } else { 0 };
     let trace = if features.trbe { 3 << 24 } else { 0 };
-    // SAFETY: these only untrap what the bare machine has.
-    unsafe {
-        msr!("cptr_el2", 0x22ff | no_sve | no_sme);
-        msr!("hstr_el2", 0);
-        msr!("mdcr_el2", counters | profiling | trace);
-        core::arch::asm!("isb");
-        if features.sve {
-            msr!("s3_4_c1_c2_0", 0x1ff); // ZCR_EL2: the longest vectors
-        }
-        if features.sme {
-            msr!("s3_4_c1_c2_6", 1 << 31 | 1 << 30 | 0xf); // SMCR_EL2: FA64, EZT0, longest
-        }
-        if features.mpam {
-            msr!("s3_4_c10_c4_0", 0); // MPAMHCR_EL2
-            msr!("s3_4_c10_c5_0", 0); // MPAM2_EL2: no traps
-        }
-        if features.lor {
-            msr!("s3_0_c10_c4_3", 0); // LORC_EL1: limited ordering off
-        }
+    set!("cptr_el2", 0x22ff | no_sve | no_sme);
+    set!("hstr_el2", 0);
+    set!("mdcr_el2", counters | profiling | trace);
+    synchronise();
+    if features.sve {
+        set!("s3_4_c1_c2_0", 0x1ff); // ZCR_EL2: the longest vectors
+    }
+    if features.sme {
+        set!("s3_4_c1_c2_6", 1 << 31 | 1 << 30 | 0xf); // SMCR_EL2: FA64, EZT0, longest
+    }
+    if features.mpam {
+        set!("s3_4_c10_c4_0", 0); // MPAMHCR_EL2
+        set!("s3_4_c10_c5_0", 0); // MPAM2_EL2: no traps
+    }
+    if features.lor {
+        set!("s3_0_c10_c4_3", 0); // LORC_EL1: limited ordering off
     }
 }
 
 /// What the host sees as its identity, its counters and its interrupt controller.
 fn identity_and_time(features: &Features) {
     let (midr, mpidr) = (mrs!("midr_el1"), mrs!("mpidr_el1"));
-    // SAFETY: virtual identity equals the real one; counters untrapped, without offset.
-    unsafe {
-        msr!("vpidr_el2", midr);
-        msr!("vmpidr_el2", mpidr);
-        msr!("cnthctl_el2", 3); // EL1PCTEN, EL1PCEN
-        msr!("cntvoff_el2", 0);
-        if features.gic_sysregs {
-            msr!("s3_4_c12_c9_5", 0xf); // ICC_SRE_EL2: SRE, DFB, DIB, Enable
-            core::arch::asm!("isb");
-            msr!("s3_4_c12_c11_0", 0); // ICH_HCR_EL2: no virtual interface
-        }
+    set!("vpidr_el2", midr);
+    set!("vmpidr_el2", mpidr);
+    set!("cnthctl_el2", 3); // EL1PCTEN, EL1PCEN
+    set!("cntvoff_el2", 0);
+    if features.gic_sysregs {
+        set!("s3_4_c12_c9_5", 0xf); // ICC_SRE_EL2: SRE, DFB, DIB, Enable
+        synchronise();
+        set!("s3_4_c12_c11_0", 0); // ICH_HCR_EL2: no virtual interface
     }
 }
 
@@ -131,36 +146,33 @@ fn fine_grained_traps(features: &Features) {
     const INSTRUCTIONS: u64 = 0x1f << 55;
     /// HDFGRTR_EL2, HDFGWTR_EL2: nBRBIDR (59) up to nPMSNEVFR_EL1 (62).
     const DEBUG: u64 = 0xf << 59;
-    // SAFETY: these only untrap what the bare machine has.
-    unsafe {
-        if features.hcx {
-            msr!("s3_4_c1_c2_2", HCRX); // HCRX_EL2
-        }
-        if features.fgt {
-            msr!("s3_4_c1_c1_4", REGISTERS); // HFGRTR_EL2
-            msr!("s3_4_c1_c1_5", REGISTERS); // HFGWTR_EL2
-            msr!("s3_4_c1_c1_6", INSTRUCTIONS); // HFGITR_EL2
-            msr!("s3_4_c3_c1_4", DEBUG); // HDFGRTR_EL2
-            msr!("s3_4_c3_c1_5", DEBUG); // HDFGWTR_EL2
-        }
-        if features.fgt2 {
-            msr!("s3_4_c3_c1_2", u64::MAX); // HFGRTR2_EL2
-            msr!("s3_4_c3_c1_3", u64::MAX); // HFGWTR2_EL2
-            msr!("s3_4_c3_c1_7", u64::MAX); // HFGITR2_EL2
-            msr!("s3_4_c3_c1_0", u64::MAX); // HDFGRTR2_EL2
-            msr!("s3_4_c3_c1_1", u64::MAX); // HDFGWTR2_EL2
-        }
+    if features.hcx {
+        set!("s3_4_c1_c2_2", HCRX); // HCRX_EL2
+    }
+    if features.fgt {
+        set!("s3_4_c1_c1_4", REGISTERS); // HFGRTR_EL2
+        set!("s3_4_c1_c1_5", REGISTERS); // HFGWTR_EL2
+        set!("s3_4_c1_c1_6", INSTRUCTIONS); // HFGITR_EL2
+        set!("s3_4_c3_c1_4", DEBUG); // HDFGRTR_EL2
+        set!("s3_4_c3_c1_5", DEBUG); // HDFGWTR_EL2
+    }
+    if features.fgt && features.amu {
+        set!("s3_4_c3_c1_6", 0); // HAFGRTR_EL2: activity monitors
+    }
+    if features.fgt2 {
+        set!("s3_4_c3_c1_2", u64::MAX); // HFGRTR2_EL2
+        set!("s3_4_c3_c1_3", u64::MAX); // HFGWTR2_EL2
+        set!("s3_4_c3_c1_7", u64::MAX); // HFGITR2_EL2
+        set!("s3_4_c3_c1_0", u64::MAX); // HDFGRTR2_EL2
+        set!("s3_4_c3_c1_1", u64::MAX); // HDFGWTR2_EL2
     }
 }
 
 /// EL1 as a core finds it that has just been turned on (DEN 0022 6.4: MMU and caches off).
 fn start_state() {
-    // SAFETY: the host does not run on this core now.
-    unsafe {
-        msr!("sctlr_el1", SCTLR_EL1_START);
-        msr!("cpacr_el1", 0);
-        msr!("mdscr_el1", 0);
-        msr!("contextidr_el1", 0);
-        msr!("cntkctl_el1", 0);
-    }
+    set!("sctlr_el1", SCTLR_EL1_START);
+    set!("cpacr_el1", 0);
+    set!("mdscr_el1", 0);
+    set!("contextidr_el1", 0);
+    set!("cntkctl_el1", 0);
 }

@@ -89,7 +89,7 @@ fn cache_operations(el2: AddrRange) -> Result<(), &'static str> {
 
 /// First and last word, page boundaries, and places spread over the range.
 fn targets(el2: AddrRange) -> impl Iterator<Item = u64> {
-    let spread = (1..16).map(move |i| el2.start() + (el2.size() / 16 * i & !0xfff) + 8 * i);
+    let spread = (1..16).map(move |i| el2.start() + ((el2.size() / 16 * i) & !0xfff) + 8 * i);
     [
         el2.start(),
         el2.start() + 0x1000,
