@@ -8,7 +8,7 @@ export CARGO_TARGET_DIR="$PWD/target/image"
 # Static PIE without a loader: entry.S applies the relocations before the MMU is on, hence notext.
 LINK=(-C relocation-model=pie -C link-arg=-pie -C link-arg=--no-dynamic-linker -C link-arg=-znotext
     -C link-arg=-znorelro -C link-arg=--build-id=none)
-export RUSTFLAGS="-C force-frame-pointers=yes ${RUSTFLAGS:-}"
+export RUSTFLAGS="-C force-frame-pointers=yes --remap-path-prefix=$PWD=. ${RUSTFLAGS:-}"
 
 link() { # package, binary, linker script, output name
     scripts/cargo-bare.sh rustc --quiet --profile image --target "$TARGET" -p "$1" --bin "$2" -- \

@@ -3,12 +3,12 @@
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use board::{AddrRange, MAX_CPUS};
+use board::{AddrRange, Gic, MAX_CPUS};
 use smccc::Hvc;
 use smccc::psci::{self, AffinityState, error::Error};
 
 use super::mmu::Settings;
-use super::{mem, ticks, ticks_per_second};
+use super::{gic, mem, ticks, ticks_per_second};
 
 const STACK: usize = 4096;
 
@@ -26,6 +26,20 @@ const _: () = assert!(offset_of!(CpuStart, number) == 40);
 #[repr(C, align(4096))]
 struct Stacks([[u8; STACK]; MAX_CPUS]);
 
+/// What each core starts with: static, since a suspended core comes back to it.
+static mut STARTS: [CpuStart; MAX_CPUS] = [const {
+    CpuStart {
+        stack_top: 0,
+        settings: Settings {
+            ttbr0: 0,
+            tcr: 0,
+            mair: 0,
+            sctlr: 0,
+        },
+        number: 0,
+    }
+}; MAX_CPUS];
+
 static mut STACKS: Stacks = Stacks([[0; STACK]; MAX_CPUS]);
 
 /// A core's mailbox.
@@ -34,15 +48,24 @@ struct Mailbox {
     arrivals: AtomicU32,
     /// Its MPIDR as it sees it itself.
     mpidr: AtomicU64,
-    /// It shall turn itself off.
-    leave: AtomicU32,
+    /// What it shall do: one of the constants below.
+    order: AtomicU32,
+    /// The GIC whose timer interrupt ends its suspend: a `*const Gic` that stays valid.
+    gic: AtomicU64,
 }
+
+const STAY: u32 = 0;
+const TURN_OFF: u32 = 1;
+const SUSPEND: u32 = 2;
+/// CPU_SUSPEND's power state: a state that loses the core's context (DEN 0022 5.4.2).
+const POWERDOWN: u32 = 1 << 16;
 
 static MAILBOXES: [Mailbox; MAX_CPUS] = [const {
     Mailbox {
         arrivals: AtomicU32::new(0),
         mpidr: AtomicU64::new(0),
-        leave: AtomicU32::new(0),
+        order: AtomicU32::new(STAY),
+        gic: AtomicU64::new(0),
     }
 }; MAX_CPUS];
 
@@ -66,7 +89,10 @@ pub(crate) fn turn_on(number: usize, mpidr: u64, settings: Settings) -> Result<(
         settings,
         number: number as u64,
     };
-    let context = (&raw const start).expose_provenance() as u64;
+    let context = start_of(number);
+    let pointer = core::ptr::with_exposed_provenance_mut::<CpuStart>(context as usize);
+    // SAFETY: in the static array (`number` has a mailbox); the core that reads it is off.
+    unsafe { pointer.write(start) };
     if let Some(range) = AddrRange::with_size(context, size_of::<CpuStart>() as u64) {
         mem::clean_invalidate_to_poc(range);
     }
@@ -90,13 +116,56 @@ pub(crate) fn turn_off(number: usize, mpidr: u64) -> Result<(), &'static str> {
     if psci::affinity_info::<Hvc>(mpidr, psci::LowestAffinityLevel::All) != Ok(AffinityState::On) {
         return Err("AFFINITY_INFO does not say that it is on");
     }
-    mailbox.leave.store(1, Ordering::Release);
+    mailbox.order.store(TURN_OFF, Ordering::Release);
     wait(
         || {
             psci::affinity_info::<Hvc>(mpidr, psci::LowestAffinityLevel::All)
                 == Ok(AffinityState::Off)
         },
         "it did not go off",
+    )
+}
+
+/// Where core `number`'s `CpuStart` is.
+fn start_of(number: usize) -> u64 {
+    let first = (&raw mut STARTS).cast::<CpuStart>();
+    first.wrapping_add(number).expose_provenance() as u64
+}
+
+fn suspend_self(mailbox: &Mailbox, context: u64) {
+    let gic =
+        core::ptr::with_exposed_provenance::<Gic>(mailbox.gic.load(Ordering::Relaxed) as usize);
+    // SAFETY: null, or set by `power_down` to the machine's GIC, which lives as long as the host.
+    let gic = unsafe { gic.as_ref() };
+    if gic.is_some_and(|gic| gic::arm_timer(gic, 5).is_ok()) {
+        let refused = psci::cpu_suspend::<Hvc>(POWERDOWN, entry(), context);
+        debug_assert!(refused.is_err());
+    }
+}
+
+/// Suspends this core in a state that keeps its context, until its timer fires; gives the
+/// microseconds that took.
+pub(crate) fn standby(gic: &Gic, milliseconds: u64) -> Result<u64, &'static str> {
+    gic::arm_timer(gic, milliseconds)?;
+    let before = ticks();
+    let result = psci::cpu_suspend::<Hvc>(0, 0, 0);
+    let elapsed = (ticks() - before) * 1_000_000 / ticks_per_second();
+    gic::disarm_timer(gic);
+    result.map_err(|_| "CPU_SUSPEND was refused")?;
+    Ok(elapsed)
+}
+
+/// Makes core `number`, which is on, suspend itself in a state that loses its context; it must
+/// arrive again at its entry point. `gic` lives as long as the host.
+pub(crate) fn power_down(number: usize, gic: &Gic) -> Result<(), &'static str> {
+    let mailbox = MAILBOXES.get(number).ok_or("no such core")?;
+    let before = mailbox.arrivals.load(Ordering::Acquire);
+    let gic = core::ptr::from_ref(gic).expose_provenance() as u64;
+    mailbox.gic.store(gic, Ordering::Relaxed);
+    mailbox.order.store(SUSPEND, Ordering::Release);
+    wait(
+        || mailbox.arrivals.load(Ordering::Acquire) != before,
+        "it did not come back",
     )
 }
 
@@ -115,11 +184,17 @@ fn wait(done: impl Fn() -> bool, why: &'static str) -> Result<(), &'static str> 
 #[unsafe(no_mangle)]
 extern "C" fn shim_secondary(number: u64) -> ! {
     if let Some(mailbox) = MAILBOXES.get(number as usize) {
-        mailbox.leave.store(0, Ordering::Relaxed);
+        mailbox.order.store(STAY, Ordering::Relaxed);
         mailbox.mpidr.store(super::mpidr(), Ordering::Relaxed);
         mailbox.arrivals.fetch_add(1, Ordering::Release);
-        while mailbox.leave.load(Ordering::Acquire) == 0 {
+        let mut order = STAY;
+        while order == STAY {
             core::hint::spin_loop();
+            order = mailbox.order.load(Ordering::Acquire);
+        }
+        if order == SUSPEND {
+            // Comes back only if it was refused: then the scenario's wait runs out.
+            suspend_self(mailbox, start_of(number as usize));
         }
     }
     // Comes back only if it was denied; then the scenario's wait runs out.

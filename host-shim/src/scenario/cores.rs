@@ -12,6 +12,15 @@ const ROUNDS: usize = 5;
 
 pub(super) fn run(machine: &Machine, report: &mut Report) {
     report.check("every_core_turns_on_and_off_again", rounds(machine));
+    report.check("cpu_suspend_ends_with_a_timer", standby(machine));
+    report.check(
+        "cpu_suspend_with_powerdown_comes_back_at_its_entry",
+        power_down(machine),
+    );
+    report.check(
+        "cpu_suspend_into_el2_is_an_invalid_address",
+        suspend_into_el2(machine),
+    );
     report.check("cpu_on_of_an_unknown_core_is_invalid", unknown());
     report.check("cpu_on_of_the_caller_is_already_on", already_on());
     report.check("cpu_on_into_el2_is_an_invalid_address", into_el2(machine));
@@ -39,6 +48,45 @@ fn rounds(machine: &Machine) -> Result<(), &'static str> {
         for (number, mpidr) in others(machine) {
             cpu::turn_off(number, mpidr)?;
         }
+    }
+    Ok(())
+}
+
+/// A standby state ends when an interrupt is pending, although it is masked, and not before.
+fn standby(machine: &Machine) -> Result<(), &'static str> {
+    let gic = machine.board.gic.ok_or("no GIC that is known")?;
+    for milliseconds in [5, 20] {
+        let microseconds = cpu::standby(&gic, milliseconds)?;
+        expect(
+            microseconds >= milliseconds * 1000,
+            "it ended before the timer",
+        )?;
+    }
+    Ok(())
+}
+
+fn power_down(machine: &Machine) -> Result<(), &'static str> {
+    let Some(gic) = &machine.board.gic else {
+        return Err("no GIC that is known");
+    };
+    for (number, mpidr) in others(machine) {
+        cpu::turn_on(number, mpidr, machine.settings)?;
+        cpu::power_down(number, gic)?;
+        cpu::power_down(number, gic)?;
+        cpu::turn_off(number, mpidr)?;
+    }
+    Ok(())
+}
+
+/// A powerdown state's entry point would be executed by the host, like that of CPU_ON.
+fn suspend_into_el2(machine: &Machine) -> Result<(), &'static str> {
+    const POWERDOWN: u32 = 1 << 16;
+    let el2 = machine
+        .el2
+        .ok_or("the device tree does not say where EL2 is")?;
+    for entry in [el2.start(), el2.end() - 4, u64::MAX, 2] {
+        let answer = psci::cpu_suspend::<Hvc>(POWERDOWN, entry, 0);
+        expect(answer == Err(Error::InvalidAddress), "it is not")?;
     }
     Ok(())
 }
