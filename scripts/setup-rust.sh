@@ -4,12 +4,11 @@
 #   debian   Debian's rustc, with core and alloc built from Debian's copy of their source
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
-PACKAGES=(rustc-web cargo-web rust-web-src lld)
-TARGETS=(aarch64-unknown-none-softfloat x86_64-unknown-none)
+PACKAGES=(rustc-web cargo-web rust-web-src lld); TARGETS=(aarch64-unknown-none-softfloat x86_64-unknown-none)
 
 rustup_route() {
-    have rustup || { say "no rustup here"; return 1; }
     local installed target
+    have rustup || { say "no rustup here"; return 1; }
     is_new_enough "$(rustup which rustc)" || { say "rustup's Rust is older than $RUST_MIN"; return 1; }
     installed="$(rustup target list --installed)" || return 1
     for target in "${TARGETS[@]}"; do
@@ -37,8 +36,7 @@ debian_route() {
 
 write_env() { # route cargo rustc bare-flags
     {   printf 'RUST_ROUTE=%s\nCARGO=%s\nRUSTC=%s\nCARGO_BARE_FLAGS=%s\n' "$@"
-        printf 'RUST_VERSION=%s\n' "$("$3" --version | cut -d' ' -f2)"
-        [ "$1" = rustup ] || printf 'RUSTC_BOOTSTRAP=1\n'
+        printf 'RUST_VERSION=%s\n%s\n' "$("$3" --version | cut -d' ' -f2)" "${4:+RUSTC_BOOTSTRAP=1}"
     } > "$BUILD/env.mk.new"
     cmp -s "$BUILD/env.mk.new" "$BUILD/env.mk" || say "Rust route: $1 ($2)"
     mv "$BUILD/env.mk.new" "$BUILD/env.mk"
@@ -46,7 +44,7 @@ write_env() { # route cargo rustc bare-flags
 
 case "${RUST_ROUTE:-auto}" in
     rustup) rustup_route || die "RUST_ROUTE=rustup, but rustup cannot provide: ${TARGETS[*]}" ;;
-    debian) debian_route ;;
     auto) rustup_route || debian_route ;;
+    debian) debian_route ;;
     *) die "RUST_ROUTE is '$RUST_ROUTE': use rustup or debian" ;;
 esac
