@@ -1,7 +1,7 @@
 //! PSCI 1.1 as EL2 serves it to its host: decoding, and the power state of each core.
 //!
-//! Invariant: a core that is off sits in EL2, in its own parking loop; it leaves it only through
-//! [`PowerSlot::take_order`], with an entry point that one `CPU_ON` wrote completely before.
+//! Invariant: a core that is off sits in EL2, or in firmware that gives it back to EL2's entry; it
+//! reaches the host only through [`PowerSlot::take_order`], with an entry point that one `CPU_ON` wrote completely before.
 //!
 //! Source: Power State Coordination Interface (Arm DEN 0022 F), section 5.
 
@@ -191,6 +191,12 @@ impl PowerSlot {
     /// The boot core, on from the start.
     pub fn start_on(&self) {
         self.state.store(ON, Ordering::Release);
+    }
+
+    /// Whether an order waits for the core.
+    #[must_use]
+    pub fn has_order(&self) -> bool {
+        self.state.load(Ordering::Acquire) == ON_PENDING
     }
 
     /// Whether the core came up at all.

@@ -4,10 +4,13 @@ use board::{Board, Cpu, PsciConduit, StartMethod};
 use el2::psci::StartOrder;
 
 use crate::arch::cpu::{self, CpuData};
+use crate::arch::mem::Image;
 use crate::arch::{firmware, host_regs, mem, regs};
-use crate::hypervisor;
+use crate::hypervisor::{self, Hypervisor};
 
+const PSCI_CPU_OFF: u64 = 0x8400_0002;
 const PSCI_CPU_ON: u64 = 0xc400_0003;
+const PSCI_ALREADY_ON: i32 = -4;
 
 /// Starts every core but this one, one after the other, and waits for each up to a second.
 /// A core that does not come up is named, and left out.
@@ -79,29 +82,69 @@ fn came_up(cpu: &CpuData) -> bool {
     false
 }
 
-/// Where a secondary core arrives from entry.S, on its own stack with its MMU on.
+/// Where a secondary core arrives from entry.S, on its own stack with its MMU on: the first time,
+/// and each time that firmware turns it on again.
 #[unsafe(no_mangle)]
 extern "C" fn boot_secondary() -> ! {
-    park()
+    let Some(cpu) = cpu::this_cpu() else {
+        cpu::halt();
+    };
+    if !cpu.power.is_alive() {
+        cpu.power.park();
+    }
+    wait_for_order(cpu)
 }
 
-/// Turns this core off: it waits at EL2 until someone turns it on, and then enters the host.
+/// Turns this core off until someone turns it on; then it enters the host.
 pub(crate) fn park() -> ! {
     let Some(cpu) = cpu::this_cpu() else {
         cpu::halt();
     };
     cpu.power.park();
+    wait_for_order(cpu)
+}
+
+/// An off core: with firmware it is really off, and comes back through entry.S; without, it waits
+/// here. Waiting costs power on a board, and on an emulator, where WFE does not wait, it slows
+/// down every TLB invalidation that the other cores broadcast.
+fn wait_for_order(cpu: &'static CpuData) -> ! {
     loop {
-        if let Some((hypervisor, order)) = hypervisor::get().zip(cpu.power.take_order()) {
-            run_host(hypervisor, cpu, order);
+        if let Some(hypervisor) = hypervisor::get() {
+            if let Some(order) = cpu.power.take_order() {
+                run_host(hypervisor, cpu, order);
+            }
+            if hypervisor.has_firmware() {
+                let answer = firmware::call(PSCI_CPU_OFF, [0; 7]);
+                log::debug!("firmware's CPU_OFF came back: {:#x}", answer[0]);
+            }
         }
         cpu::wait_for_event();
     }
 }
 
+/// Wakes a core that has an order: an event, and where firmware turned it off, firmware's CPU_ON.
+///
+/// The core may still be on its way down: then firmware says ALREADY_ON, and it is asked again
+/// until the core has taken its order, at most a second.
+pub(crate) fn wake(hypervisor: &Hypervisor, cpu: &CpuData) {
+    cpu::send_event();
+    if !hypervisor.has_firmware() {
+        return;
+    }
+    let entry = Image::here().secondary_entry;
+    let deadline = regs::ticks().saturating_add(regs::ticks_per_second());
+    while cpu.power.has_order() && regs::ticks() < deadline {
+        let answer = firmware::call(PSCI_CPU_ON, [cpu.mpidr, entry, 0, 0, 0, 0, 0]);
+        if answer[0].cast_signed() as i32 != PSCI_ALREADY_ON {
+            return;
+        }
+        core::hint::spin_loop();
+    }
+}
+
 /// Enters the host on this core, from its beginning.
 pub(crate) fn run_host(
-    hypervisor: &'static hypervisor::Hypervisor,
+    hypervisor: &'static Hypervisor,
     cpu: &'static CpuData,
     order: StartOrder,
 ) -> ! {

@@ -145,7 +145,7 @@ fn turn_on(hypervisor: &Hypervisor, mpidr: u64, order: StartOrder) -> Result<u64
     let cpu = hypervisor.cpu(mpidr).ok_or(PsciError::InvalidParameters)?;
     check_entry(hypervisor, order.entry)?;
     cpu.power.order(order)?;
-    cpu::send_event();
+    smp::wake(hypervisor, cpu);
     Ok(0)
 }
 

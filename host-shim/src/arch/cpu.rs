@@ -146,8 +146,8 @@ fn suspend_self(mailbox: &Mailbox, context: u64) {
 /// Suspends this core in a state that keeps its context, until its timer fires; gives the
 /// microseconds that took.
 pub(crate) fn standby(gic: &Gic, milliseconds: u64) -> Result<u64, &'static str> {
-    gic::arm_timer(gic, milliseconds)?;
     let before = ticks();
+    gic::arm_timer(gic, milliseconds)?;
     let result = psci::cpu_suspend::<Hvc>(0, 0, 0);
     let elapsed = (ticks() - before) * 1_000_000 / ticks_per_second();
     gic::disarm_timer(gic);
