@@ -5,6 +5,7 @@ use board::{Power, PsciConduit};
 
 use crate::arch::mmio::Mmio;
 use crate::arch::{cpu, firmware};
+use crate::console;
 use crate::hypervisor::Machine;
 
 const PSCI_SYSTEM_OFF: u64 = 0x8400_0008;
@@ -56,7 +57,8 @@ fn end(machine: &Machine, call: u64, status: u32) -> ! {
     }
     // The watchdog needs its ticks; a board without any means stays here, and says so.
     if machine.psci.is_none() && machine.power.is_none() {
-        log::error!("this board has no way to switch off or reset; halted");
+        log::error!("this board has no way to switch off or reset");
+        console::print(format_args!("halted"));
     }
     cpu::halt()
 }

@@ -19,15 +19,9 @@ pub(crate) fn start_others(board: &Board<'_>, cpus: &[&'static CpuData], entry: 
     for (node, data) in board.cpus.iter().zip(cpus) {
         if data.mpidr == me {
             data.power.start_on();
-        } else if let Err(reason) = start(board, node, entry) {
+        } else if let Err(reason) = start(board, node, entry).and_then(|()| came_up(data)) {
             log::error!(
-                "CPU {} (mpidr {:#x}) can't be started: {reason}",
-                data.index,
-                data.mpidr
-            );
-        } else if !came_up(data) {
-            log::error!(
-                "CPU {} (mpidr {:#x}) did not come up within a second; going on without it",
+                "CPU {} (mpidr {:#x}) did not come up, going on without it: {reason}",
                 data.index,
                 data.mpidr
             );
@@ -71,15 +65,15 @@ fn release(board: &Board<'_>, word: u64, entry: u64) -> Result<(), &'static str>
     Ok(())
 }
 
-fn came_up(cpu: &CpuData) -> bool {
+fn came_up(cpu: &CpuData) -> Result<(), &'static str> {
     let deadline = regs::ticks().saturating_add(regs::ticks_per_second());
     while regs::ticks() < deadline {
         if cpu.power.is_alive() {
-            return true;
+            return Ok(());
         }
         core::hint::spin_loop();
     }
-    false
+    Err("it was started but did not arrive within a second")
 }
 
 /// Where a secondary core arrives from entry.S, on its own stack with its MMU on: the first time,
