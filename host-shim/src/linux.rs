@@ -131,7 +131,7 @@ fn load_kernel(machine: &Machine, kernel: &[u8]) -> Result<u64, &'static str> {
     let entry = place.start() + offset;
     let target = AddrRange::with_size(entry, size).ok_or("the kernel's header is absurd")?;
     let bytes = mem::bytes_mut(target);
-    bytes[..kernel.len()].copy_from_slice(kernel);
+    mem::copy(kernel, &mut bytes[..kernel.len()]);
     // The rest is the kernel's bss: it clears that itself, but no stale line may surface later.
     mem::clean_invalidate_to_poc(target);
     Ok(entry)

@@ -125,7 +125,13 @@ fn measure(cpu: &'static str, payloads: &Payloads) -> Result<Measurement> {
 /// Reads `ticks N of F Hz`.
 fn ticks(transcript: &Transcript) -> Result<(u64, u64)> {
     verdict::no_alarm(transcript)?;
-    let line = verdict::line_with(transcript, "ticks ")?;
+    // " of " tells it from EL2's own line about its boot.
+    let ours = |line: &&String| line.starts_with("ticks ") && line.contains(" of ");
+    let line = transcript
+        .lines
+        .iter()
+        .find(ours)
+        .context("no line 'ticks N of F Hz'")?;
     let (ticks, frequency) = (number_after(line, "ticks ")?, number_after(line, " of ")?);
     ensure!(frequency > 0, "the counter's frequency is 0");
     Ok((ticks, frequency))
