@@ -50,6 +50,7 @@ fn compare(bare: &Transcript, host: &Transcript) -> Result<()> {
     let (bare, host) = (verdict::facts(bare), verdict::facts(host));
     for fact in SAME_FACTS {
         let (a, b) = (bare.get(fact).context(fact)?, host.get(fact).context(fact)?);
+        let (a, b) = (without_psci(a), without_psci(b));
         ensure!(
             a == b,
             "{fact} differ: bare '{a}', under the hypervisor '{b}'"
