@@ -191,6 +191,22 @@ mod tests {
     }
 
     #[test]
+    fn only_the_programs_own_line_is_read() {
+        let text =
+            "cmdline: ravelin.test=ticks x=1\nravelin: boot: 7 ticks from entry\nticks 12 of 3 Hz";
+        let lines: Vec<_> = text.lines().map(str::to_owned).collect();
+        let end = crate::process::End::Exited(Some(0));
+        let mut transcript = Transcript {
+            lines,
+            end,
+            elapsed: std::time::Duration::ZERO,
+        };
+        assert_eq!(ticks(&transcript).unwrap(), (12, 3));
+        transcript.lines.pop();
+        assert!(ticks(&transcript).is_err());
+    }
+
+    #[test]
     fn each_target_counts() {
         let good = Measurement {
             cpu: "max",

@@ -25,7 +25,7 @@ pub fn read(path: &Path, hint: &str) -> Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("cannot read {}: {hint}", path.display()))
 }
 
-/// Writes a whole file, making its folder if need be.
+/// Writes a whole file, making its folder if need be. Whoever opens it meanwhile gets the old file or the new one.
 ///
 /// # Errors
 /// The folder or the file cannot be written.
@@ -34,5 +34,9 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     }
-    std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
+    let mut new = path.as_os_str().to_owned();
+    new.push(format!(".{}.new", std::process::id()));
+    std::fs::write(&new, bytes)
+        .and_then(|()| std::fs::rename(&new, path))
+        .with_context(|| format!("cannot write {}", path.display()))
 }

@@ -5,9 +5,17 @@
 //! `ravelin,role` ("host") and `bootargs`.
 
 use crate::device_tree::{node, set};
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow};
+use dtoolkit::fdt::Fdt;
 use dtoolkit::model::{DeviceTree, DeviceTreeNode, DeviceTreeProperty};
+use dtoolkit::{Node, Property};
 use sha2::{Digest, Sha256};
+
+/// Alignment of the kernel's bytes in the file. The format gives 4, and whoever copies 40 MiB with strict alignment
+/// then needs several times the instructions.
+const DATA_ALIGN: usize = 64;
+/// Token, length and name of a property (Devicetree Specification 5.4.1).
+const PROPERTY_HEADER: usize = 12;
 
 /// A Linux that boots as the host.
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +33,16 @@ pub struct HostLinux<'a> {
 /// # Errors
 /// The data does not fit into the format.
 pub fn host_linux(linux: &HostLinux<'_>) -> Result<Vec<u8>> {
+    let loose = build(linux, 0)?;
+    let offset = kernel_offset(&loose)? + PROPERTY_HEADER;
+    build(
+        linux,
+        offset.next_multiple_of(DATA_ALIGN) - offset + PROPERTY_HEADER,
+    )
+}
+
+/// Builds the tree with a property in front of the kernel that takes `pad` bytes, header included; 0: none.
+fn build(linux: &HostLinux<'_>, pad: usize) -> Result<Vec<u8>> {
     let mut tree = DeviceTree::new();
     set(&mut tree.root, "description", "Linux as Ravelin's host")?;
     // Zero, not now: the same inputs give the same file.
@@ -33,11 +51,32 @@ pub fn host_linux(linux: &HostLinux<'_>) -> Result<Vec<u8>> {
     tree.root
         .add_property(DeviceTreeProperty::new_unchecked("#address-cells", 1u32));
     let mut images = node("images")?;
+    if let Some(zeros) = pad.checked_sub(PROPERTY_HEADER) {
+        images.add_property(DeviceTreeProperty::new_unchecked(
+            "ravelin,pad",
+            vec![0u8; zeros],
+        ));
+    }
     images.add_child(image("kernel", "Linux", "kernel", linux.kernel)?);
     images.add_child(image("ramdisk", "initramfs", "ramdisk", linux.ramdisk)?);
     tree.root.add_child(images);
     tree.root.add_child(configurations(linux.arguments)?);
     Ok(tree.to_dtb())
+}
+
+/// Where in the file the kernel's bytes begin.
+fn kernel_offset(fit: &[u8]) -> Result<usize> {
+    let fdt = Fdt::new(fit).map_err(|e| anyhow!("our own FIT is no device tree: {e}"))?;
+    let kernel = fdt
+        .find_node("/images/kernel")
+        .context("our own FIT has no kernel")?;
+    let data = kernel
+        .property("data")
+        .context("our own FIT's kernel has no data")?;
+    let start = data.value().as_ptr().addr();
+    start
+        .checked_sub(fit.as_ptr().addr())
+        .context("the kernel lies outside the FIT")
 }
 
 fn configurations(arguments: Option<&str>) -> Result<DeviceTreeNode> {
@@ -77,7 +116,6 @@ fn image(name: &str, description: &str, kind: &str, data: &[u8]) -> Result<Devic
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dtoolkit::{Node, Property, fdt::Fdt};
 
     fn sample(arguments: Option<&str>) -> Vec<u8> {
         host_linux(&HostLinux {
@@ -124,6 +162,29 @@ mod tests {
         assert_eq!(
             value(&sample(None), "/configurations/linux", "bootargs"),
             None
+        );
+    }
+
+    #[test]
+    fn kernel_is_aligned_whatever_stands_before_it() {
+        for arguments in [None, Some("x"), Some("a longer command line")] {
+            assert_eq!(kernel_offset(&sample(arguments)).unwrap() % 64, 0);
+        }
+        assert_ne!(
+            kernel_offset(
+                &build(
+                    &HostLinux {
+                        kernel: b"abc",
+                        ramdisk: b"",
+                        arguments: None
+                    },
+                    0
+                )
+                .unwrap()
+            )
+            .unwrap()
+                % 64,
+            0
         );
     }
 
