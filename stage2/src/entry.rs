@@ -3,9 +3,9 @@
 //! Hardware ignores an entry that is not valid, so its 63 bits are ours. Both formats agree that
 //! a word with bits 2:0 clear is invalid, and share this layout:
 //!
-//! | bits  | annotation | broken leaf                     | broken table        |
+//! | bits  | annotation | broken leaf                     | broken, ready table |
 //! |-------|------------|---------------------------------|---------------------|
-//! | 63:60 | 2          | 1                               | 3                   |
+//! | 63:60 | 2          | 1                               | 3, 4                |
 //! | 59    | payload    | owes data-cache maintenance     | 0                   |
 //! | 51:12 | payload    | output address                  | address of the table|
 //! | 8:4   | 0          | claim of the zap that broke it  | 0                   |
@@ -69,6 +69,7 @@ const KIND_SHIFT: u32 = 60;
 const KIND_BROKEN_LEAF: u64 = 1;
 const KIND_ANNOTATION: u64 = 2;
 const KIND_BROKEN_TABLE: u64 = 3;
+const KIND_READY_TABLE: u64 = 4;
 const PAYLOAD_SHIFT: u32 = 12;
 const OWES_DATA: u64 = 1 << 59;
 const ADDRESS: u64 = ((1 << 52) - 1) & !0xfff;
@@ -106,6 +107,8 @@ pub(crate) enum SoftWord {
         claim: Claim,
     },
     BrokenTable(Pa),
+    /// A broken leaf whose table is complete and waits to be linked.
+    ReadyTable(Pa),
 }
 
 impl SoftWord {
@@ -125,6 +128,7 @@ impl SoftWord {
                 KIND_BROKEN_LEAF << KIND_SHIFT | owes | pa.get() & ADDRESS | claim
             }
             Self::BrokenTable(pa) => KIND_BROKEN_TABLE << KIND_SHIFT | pa.get() & ADDRESS,
+            Self::ReadyTable(pa) => KIND_READY_TABLE << KIND_SHIFT | pa.get() & ADDRESS,
         }
     }
 
@@ -141,6 +145,7 @@ impl SoftWord {
                 claim: Claim((raw >> CLAIM_SHIFT & CLAIM_MASK) as u8),
             },
             KIND_BROKEN_TABLE => Self::BrokenTable(Pa::new(raw & ADDRESS)),
+            KIND_READY_TABLE => Self::ReadyTable(Pa::new(raw & ADDRESS)),
             _ => Self::Empty,
         }
     }
@@ -150,7 +155,7 @@ impl SoftWord {
         match self {
             Self::Empty => Entry::Invalid,
             Self::Annotation(note) => Entry::Annotated(note),
-            Self::BrokenLeaf { .. } | Self::BrokenTable(_) => Entry::Broken,
+            Self::BrokenLeaf { .. } | Self::BrokenTable(_) | Self::ReadyTable(_) => Entry::Broken,
         }
     }
 }
@@ -227,6 +232,7 @@ mod tests {
                 claim: Claim::EXCLUSIVE,
             },
             SoftWord::BrokenTable(Pa::new(0xf_ffff_ffff_f000)),
+            SoftWord::ReadyTable(Pa::new(0x1000)),
         ];
         for word in words {
             assert_eq!(SoftWord::decode(word.encode()), word);

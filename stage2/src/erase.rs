@@ -315,7 +315,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                     run.word
                 }
                 SoftWord::Empty if part.len() == size => run.word,
-                SoftWord::Empty | SoftWord::Annotation(_) => continue,
+                SoftWord::Empty | SoftWord::Annotation(_) | SoftWord::ReadyTable(_) => continue,
             };
             if last != raw {
                 self.make(table.entry(index), last);
@@ -367,7 +367,9 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 SoftWord::BrokenLeaf { pa, owes_data, .. } => {
                     self.detach(at, (pa.get(), size), owes_data, sweep);
                 }
-                SoftWord::BrokenTable(pa) => self.release_table(pa, level.finer(), at, sweep),
+                SoftWord::BrokenTable(pa) | SoftWord::ReadyTable(pa) => {
+                    self.release_table(pa, level.finer(), at, sweep);
+                }
                 SoftWord::Empty | SoftWord::Annotation(_) => {}
             },
         }

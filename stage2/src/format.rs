@@ -1,10 +1,13 @@
 //! Descriptor formats: the only code that knows which bit means what.
 
 mod arm_s2;
+mod ept;
 
 pub use arm_s2::{
     ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, WideAddresses,
 };
+
+pub use ept::{Ept, EptConfig, Offered};
 
 use crate::addr::Pa;
 use crate::attr::{Age, LeafAttrs};

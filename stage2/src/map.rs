@@ -254,7 +254,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         };
         let within = part.start & (self.geometry().slot_size(level) - 1);
         levels.has(level)
-            && self.format.attrs_word(raw, level) == attrs
+            && (self.format.attrs_word(raw, level) ^ attrs) & !self.format.hardware_bits() == 0
             && self.format.output(raw, level).get() + within == part.start.wrapping_add(delta)
     }
 
