@@ -24,7 +24,7 @@ use crate::gate::ClosedGate;
 use crate::noncoherent::{Edge, NoncoherentDma};
 use crate::policy::MemTypePolicy;
 use crate::slot::{Memslot, SlotFlags, SlotKind};
-use crate::table::{GuestTable, next_run, rewrite};
+use crate::table::{GuestTable, behind, rewrite};
 use crate::vm::{GuestMemory, Mmu, SlotTable, slot_bytes};
 
 /// Whether a device sees the CPUs' caches.
@@ -193,17 +193,18 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         {
             return Ok(mmu.table.zap(range)?);
         }
-        let mut at = range.start();
-        while at < range.end() {
+        let mut rest = Some(range);
+        while let Some(range) = rest {
             let mut memory: [Option<PaRange>; BATCH] = [None; BATCH];
-            let end = gather(&mmu.table, at, range.end(), &mut memory);
-            let part = IpaRange::new(at, end.get() - at.get()).map_err(stage2::MapError::from)?;
+            let end = gather(&mmu.table, range, &mut memory);
+            rest = behind(range, end);
+            let size = end.get() - range.start().get();
+            let part = IpaRange::new(range.start(), size).map_err(stage2::MapError::from)?;
             mmu.table.zap(part)?;
             memory
                 .into_iter()
                 .flatten()
                 .for_each(|m| mmu.table.clean_invalidate_data(m));
-            at = end;
         }
         Ok(())
     }
@@ -212,23 +213,18 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
 /// Runs of memory that one invalidation is followed by.
 const BATCH: usize = 64;
 
-/// Lists the memory whose removal brings no maintenance, until `memory` is full or `end` is
-/// reached; returns how far it got.
-fn gather<T: GuestTable>(
-    table: &T,
-    start: Ipa,
-    end: Ipa,
-    memory: &mut [Option<PaRange>; BATCH],
-) -> Ipa {
-    let mut at = start;
+/// Lists the memory whose removal brings no maintenance, until `memory` is full or the range
+/// ends; returns how far it got.
+fn gather<T: GuestTable>(table: &T, range: IpaRange, memory: &mut [Option<PaRange>; BATCH]) -> Ipa {
+    let mut rest = Some(range);
     for place in memory {
-        let Some(run) = next_run(table, at, end) else {
-            return end;
+        let Some(run) = rest.and_then(|r| table.next_run(r)) else {
+            return range.end();
         };
-        at = run.range.end();
+        rest = behind(range, run.range.end());
         *place = run.memory().filter(|_| !run.attrs.maintenance().data);
     }
-    at
+    rest.map_or(range.end(), |r| r.start())
 }
 
 /// Whether the type of a slot's pages follows the VM's count.

@@ -1,6 +1,6 @@
 //! Entering the guest, the work that must be done before, and reset.
 
-use stage2::{Ipa, IpaRange, PaRange};
+use stage2::{IpaRange, PaRange};
 
 use crate::error::Error;
 use crate::frames::FrameSource;
@@ -8,7 +8,7 @@ use crate::gate::RunPass;
 use crate::pending::Work;
 use crate::policy::{MemTypePolicy, TypeQuery};
 use crate::slot::SlotKind;
-use crate::table::{GuestTable, LeafRun, next_run};
+use crate::table::{GuestTable, LeafRun, behind};
 use crate::vm::{GuestMemory, SlotTable, slot_bytes};
 
 /// Bytes that are maintained before the page-table lock is let go of and taken again.
@@ -125,18 +125,21 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
 
     /// Visits the leaves of a range under the page-table lock, chunk by chunk.
     fn for_memory(&self, range: IpaRange, f: impl Fn(&T, &LeafRun, PaRange)) {
-        let mut at = range.start();
-        while at < range.end() {
-            let end = at.get().saturating_add(CHUNK).min(range.end().get());
-            let end = Ipa::new(end);
+        let mut rest = Some(range);
+        while let Some(range) = rest {
+            let size = range.len().min(CHUNK);
+            let Ok(chunk) = IpaRange::new(range.start(), size) else {
+                return;
+            };
             let mmu = self.mmu.read();
-            while let Some(run) = next_run(&mmu.table, at, end) {
+            let mut part = Some(chunk);
+            while let Some(run) = part.and_then(|p| mmu.table.next_run(p)) {
+                part = behind(chunk, run.range.end());
                 if let Some(memory) = run.memory() {
                     f(&mmu.table, &run, memory);
                 }
-                at = run.range.end();
             }
-            at = end;
+            rest = behind(range, chunk.end());
         }
     }
 }

@@ -99,13 +99,35 @@ mod imp {
         }
     }
 
-    /// Lets loom schedule another thread.
-    pub fn spin_hint() {
-        loom::thread::yield_now();
+    /// A condition to sleep on.
+    #[derive(Debug, Default)]
+    pub struct Condvar(loom::sync::Condvar);
+
+    impl Condvar {
+        /// Nobody sleeps.
+        pub fn new() -> Self {
+            Self(loom::sync::Condvar::new())
+        }
+
+        /// Lets go of the lock, sleeps, and takes the lock again.
+        pub fn wait<'a, T>(&self, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+            self.0
+                .wait(guard)
+                .expect("loom's locks are poisoned only by a failed model")
+        }
+
+        /// Wakes everyone.
+        pub fn notify_all(&self) {
+            self.0.notify_all();
+        }
     }
 }
 
+#[cfg(loom)]
+pub use imp::Condvar;
+#[cfg(not(loom))]
+pub use imp::spin_hint;
 pub use imp::{
     AtomicU8, AtomicU32, AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard,
-    RwLockWriteGuard, spin_hint,
+    RwLockWriteGuard,
 };

@@ -5,8 +5,8 @@
 //! fail at a chosen step and to look inside.
 
 use stage2::{
-    Blocks, Entry, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level, MapError,
-    MapRequest, Pa, PaRange, Platform, Stage2, TableFormat,
+    Blocks, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level, MapError, MapRequest, Pa,
+    PaRange, Platform, RunKind, Stage2, TableFormat,
 };
 
 use crate::addr::GfnRange;
@@ -29,6 +29,18 @@ impl LeafRun {
     #[must_use]
     pub fn memory(&self) -> Option<PaRange> {
         PaRange::new(self.pa, self.range.len()).ok()
+    }
+
+    /// The part that lies in `within`.
+    #[must_use]
+    pub fn clipped(self, within: IpaRange) -> Option<Self> {
+        let start = within.start().max(self.range.start());
+        let end = within.end().min(self.range.end());
+        let range = IpaRange::new(start, end.get().checked_sub(start.get())?).ok()?;
+        let pa = self
+            .pa
+            .checked_add(start.get() - self.range.start().get())?;
+        Some(Self { range, pa, ..self })
     }
 }
 
@@ -58,23 +70,14 @@ pub trait GuestTable {
     /// The table's; nothing has changed then.
     fn zap(&self, range: IpaRange) -> Result<(), MapError>;
 
-    /// The leaf at `ipa`, with the addresses it maps.
-    fn leaf(&self, ipa: Ipa) -> LeafOrGap;
+    /// The first run of equal leaves in the range, clipped to it.
+    fn next_run(&self, range: IpaRange) -> Option<LeafRun>;
 
     /// Cleans and invalidates memory to the point of coherency.
     fn clean_invalidate_data(&self, range: PaRange);
 
     /// Makes memory fit to be fetched from.
     fn invalidate_fetch(&self, range: PaRange);
-}
-
-/// What stands at an address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LeafOrGap {
-    /// A leaf and all it maps.
-    Leaf(LeafRun),
-    /// Nothing up to this address, which lies behind the one asked for.
-    GapUntil(Ipa),
 }
 
 impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
@@ -94,19 +97,20 @@ impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
         Self::zap(self, range)
     }
 
-    fn leaf(&self, ipa: Ipa) -> LeafOrGap {
-        let Ok(found) = self.lookup(ipa) else {
-            return LeafOrGap::GapUntil(Ipa::new(u64::MAX));
+    fn next_run(&self, range: IpaRange) -> Option<LeafRun> {
+        let mapped = |run: stage2::Run| match run.kind {
+            RunKind::Mapped { pa, attrs } => {
+                let whole = LeafRun {
+                    range: run.range,
+                    pa,
+                    attrs,
+                    level: run.level,
+                };
+                whole.clipped(range)
+            }
+            RunKind::Annotated(_) => None,
         };
-        match found.entry {
-            Entry::Leaf { pa, attrs } => LeafOrGap::Leaf(LeafRun {
-                range: found.slot,
-                pa,
-                attrs,
-                level: found.level,
-            }),
-            _ => LeafOrGap::GapUntil(found.slot.end()),
-        }
+        self.runs(range).ok()?.find_map(mapped)
     }
 
     fn clean_invalidate_data(&self, range: PaRange) {
@@ -124,48 +128,6 @@ pub(crate) fn bytes(range: GfnRange) -> Option<IpaRange> {
     IpaRange::new(range.start().start(), size).ok()
 }
 
-/// The longest run of equal leaves that begins at or behind `at`, clipped to `end`.
-pub(crate) fn next_run<T: GuestTable>(table: &T, mut at: Ipa, end: Ipa) -> Option<LeafRun> {
-    let mut run = loop {
-        if at >= end {
-            return None;
-        }
-        match table.leaf(at) {
-            LeafOrGap::GapUntil(next) if next > at => at = next,
-            LeafOrGap::GapUntil(_) => return None,
-            LeafOrGap::Leaf(leaf) => break clip(leaf, at, end)?,
-        }
-    };
-    while run.range.end() < end {
-        let LeafOrGap::Leaf(next) = table.leaf(run.range.end()) else {
-            break;
-        };
-        let follows = run.pa.checked_add(run.range.len()) == Some(next.pa)
-            && next.range.start() == run.range.end()
-            && (next.attrs, next.level) == (run.attrs, run.level);
-        let Some(next) = clip(next, run.range.end(), end).filter(|_| follows) else {
-            break;
-        };
-        let Ok(longer) = IpaRange::new(run.range.start(), run.range.len() + next.range.len())
-        else {
-            break;
-        };
-        run.range = longer;
-    }
-    Some(run)
-}
-
-/// The part of a leaf inside `[at, end)`.
-fn clip(leaf: LeafRun, at: Ipa, end: Ipa) -> Option<LeafRun> {
-    let start = at.max(leaf.range.start());
-    let stop = end.min(leaf.range.end());
-    let range = IpaRange::new(start, stop.get().checked_sub(start.get())?).ok()?;
-    let pa = leaf
-        .pa
-        .checked_add(start.get() - leaf.range.start().get())?;
-    Some(LeafRun { range, pa, ..leaf })
-}
-
 /// Rewrites the leaves of a range that `change` changes, each in the way and with the
 /// maintenance that the old and the new one ask for. Same addresses, same sizes: takes no memory.
 pub(crate) fn rewrite<T: GuestTable>(
@@ -173,9 +135,9 @@ pub(crate) fn rewrite<T: GuestTable>(
     range: IpaRange,
     change: impl Fn(LeafAttrs) -> LeafAttrs,
 ) -> Result<(), MapError> {
-    let mut at = range.start();
-    while let Some(run) = next_run(table, at, range.end()) {
-        at = run.range.end();
+    let mut rest = Some(range);
+    while let Some(run) = rest.and_then(|r| table.next_run(r)) {
+        rest = behind(range, run.range.end());
         let attrs = change(run.attrs);
         if attrs != run.attrs {
             let request = MapRequest::new(run.range.start(), run.range.len(), run.pa, attrs);
@@ -183,4 +145,9 @@ pub(crate) fn rewrite<T: GuestTable>(
         }
     }
     Ok(())
+}
+
+/// The part of a range from `at` on.
+pub(crate) fn behind(range: IpaRange, at: Ipa) -> Option<IpaRange> {
+    IpaRange::new(at, range.end().get().checked_sub(at.get())?).ok()
 }

@@ -11,7 +11,7 @@ use stage2::{
 };
 
 use super::CacheModel;
-use crate::table::{GuestTable, LeafOrGap, LeafRun};
+use crate::table::{GuestTable, LeafRun};
 
 const PAGE: u64 = 4096;
 
@@ -231,30 +231,25 @@ impl GuestTable for ModelTable {
         Ok(())
     }
 
-    fn leaf(&self, ipa: Ipa) -> LeafOrGap {
+    fn next_run(&self, range: IpaRange) -> Option<LeafRun> {
         let inner = self.lock();
-        let at = ipa.get() & !(PAGE - 1);
-        match inner.leaves.get(&at) {
-            Some(leaf) => IpaRange::new(Ipa::new(at), PAGE).map_or(
-                LeafOrGap::GapUntil(Ipa::new(at + PAGE)),
-                |range| {
-                    LeafOrGap::Leaf(LeafRun {
-                        range,
-                        pa: leaf.pa,
-                        attrs: leaf.attrs,
-                        level: Level::PAGE,
-                    })
-                },
-            ),
-            None => {
-                let next = inner
-                    .leaves
-                    .range(at..)
-                    .next()
-                    .map_or(u64::MAX, |(k, _)| *k);
-                LeafOrGap::GapUntil(Ipa::new(next))
+        let mut leaves = inner.leaves.range(range.start().get()..range.end().get());
+        let (at, leaf) = leaves.next()?;
+        let mut size = PAGE;
+        for (next, other) in leaves {
+            let follows = *next == at + size && other.pa.get() == leaf.pa.get() + size;
+            if !follows || other.attrs != leaf.attrs {
+                break;
             }
+            size += PAGE;
         }
+        let range = IpaRange::new(Ipa::new(*at), size).ok()?;
+        Some(LeafRun {
+            range,
+            pa: leaf.pa,
+            attrs: leaf.attrs,
+            level: Level::PAGE,
+        })
     }
 
     fn clean_invalidate_data(&self, range: PaRange) {

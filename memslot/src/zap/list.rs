@@ -18,7 +18,9 @@
 //! | pass `n + 1` under way | what came since it started | nobody |
 
 use crate::addr::GfnRange;
-use crate::sync::{AtomicU64, Mutex, Ordering, spin_hint};
+#[cfg(not(loom))]
+use crate::sync::spin_hint;
+use crate::sync::{AtomicU64, Mutex, Ordering};
 
 /// Ranges that can wait. More collapse into one that covers everything.
 pub const CAPACITY: usize = 16;
@@ -40,6 +42,8 @@ pub struct ZapList {
     queue: Mutex<Queue>,
     /// Bits 63:1: passes finished; bit 0: one is under way. Written under the queue's lock.
     passes: AtomicU64,
+    #[cfg(loom)]
+    idle: crate::sync::Condvar,
 }
 
 impl Default for ZapList {
@@ -59,6 +63,8 @@ impl ZapList {
         Self {
             queue: Mutex::new(queue),
             passes: AtomicU64::new(0),
+            #[cfg(loom)]
+            idle: crate::sync::Condvar::new(),
         }
     }
 
@@ -88,22 +94,38 @@ impl ZapList {
         mut zap: impl FnMut(&[GfnRange]),
         mut relax: impl FnMut(),
     ) {
-        loop {
-            let (finished, under_way) = self.state();
-            if finished >= ticket.0 {
-                return;
-            }
-            match if under_way { None } else { self.start() } {
+        while self.finished() < ticket.0 {
+            match self.start() {
                 Some(mut batch) => {
                     zap(batch.joined());
                     self.finish();
                 }
-                None => {
-                    relax();
-                    spin_hint();
-                }
+                None => self.wait(ticket, &mut relax),
             }
         }
+    }
+
+    /// Waits while a pass is under way that may not be the ticket's last.
+    #[cfg(not(loom))]
+    fn wait(&self, ticket: Ticket, relax: &mut impl FnMut()) {
+        while self.finished() < ticket.0 && self.state().1 {
+            relax();
+            spin_hint();
+        }
+    }
+
+    /// The same by sleeping: a model checker cannot explore a loop that only waits.
+    #[cfg(loom)]
+    fn wait(&self, ticket: Ticket, relax: &mut impl FnMut()) {
+        relax();
+        let mut queue = self.queue.lock();
+        while self.finished() < ticket.0 && self.state().1 {
+            queue = self.idle.wait(queue);
+        }
+    }
+
+    fn finished(&self) -> u64 {
+        self.state().0
     }
 
     /// Takes the queue for a pass, unless one is under way.
@@ -128,6 +150,8 @@ impl ZapList {
         let (finished, _) = self.state();
         // Release: who sees the pass finished sees the leaves gone.
         self.passes.store((finished + 1) << 1, Ordering::Release);
+        #[cfg(loom)]
+        self.idle.notify_all();
     }
 
     fn state(&self) -> (u64, bool) {
