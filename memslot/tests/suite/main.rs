@@ -8,5 +8,7 @@ mod edges;
 mod faults;
 mod kit;
 mod lock;
+mod machine;
+mod real;
 mod runs;
 mod unlock;
