@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use memslot::addr::GfnRange;
 use memslot::error::Error;
@@ -85,6 +85,8 @@ impl CacheMaintenance for Machine {
 pub(crate) struct Real<F: TableFormat, P: MemTypePolicy> {
     pub(crate) mem: GuestMemory<Stage2<F, Machine>, P, FakeFrames>,
     pub(crate) machine: Machine,
+    /// What went wrong in locks.
+    wrong: Mutex<Vec<String>>,
 }
 
 fn build<F: TableFormat, P: MemTypePolicy>(
@@ -101,7 +103,11 @@ fn build<F: TableFormat, P: MemTypePolicy>(
     let table = Stage2::new(format, machine.clone(), 5).unwrap();
     machine.fake.attach(table.root());
     let mem = GuestMemory::new(config(VmKind::Unprotected), policy, frames, table);
-    Real { mem, machine }
+    Real {
+        mem,
+        machine,
+        wrong: Mutex::default(),
+    }
 }
 
 pub(crate) fn arm(policy: ArmPolicy, run: u64, limit: u64) -> Real<ArmStage2, ArmPolicy> {
@@ -195,13 +201,24 @@ impl<F: TableFormat, P: MemTypePolicy> Real<F, P> {
 
     /// Every rule that the machine saw broken so far.
     pub(crate) fn violations(&self) -> Vec<String> {
-        self.machine.fake.finish()
+        let mut wrong = std::mem::take(&mut *self.wrong.lock().unwrap());
+        wrong.extend(self.machine.fake.finish());
+        wrong
     }
 
     /// Locks a slot; only here may leaves appear before their maintenance.
     pub(crate) fn lock(&self, request: &LockRequest) -> Result<(), Error> {
         self.machine.fake.expect_deferred(true);
+        let before = self.machine.fake.finish();
         let locked = self.mem.lock_slot(request);
+        // Leaves that the lock replaces owe their cleaning until the first run, as all of the
+        // slot does; the machine's own books end with the operation.
+        let deferred = |v: &String| !v.ends_with("left without cleaning");
+        let during = self.machine.fake.finish().into_iter().filter(deferred);
+        self.wrong
+            .lock()
+            .unwrap()
+            .extend(before.into_iter().chain(during));
         self.machine.fake.expect_deferred(false);
         locked
     }

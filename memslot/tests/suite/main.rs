@@ -9,6 +9,7 @@ mod faults;
 mod kit;
 mod lock;
 mod machine;
+mod properties;
 mod real;
 mod runs;
 mod unlock;
