@@ -40,6 +40,7 @@ impl GfnRange {
     }
 
     /// First frame.
+    #[inline]
     #[must_use]
     pub const fn start(self) -> Gfn {
         self.start
@@ -58,6 +59,7 @@ impl GfnRange {
     }
 
     /// Whether `gfn` lies inside.
+    #[inline]
     #[must_use]
     pub const fn contains(self, gfn: Gfn) -> bool {
         self.start.get() <= gfn.get() && gfn.get() < self.end

@@ -53,10 +53,16 @@ impl Memslots {
     }
 
     /// The slot that holds `gfn`.
+    #[inline]
     #[must_use]
     pub fn find(&self, gfn: Gfn) -> Option<&Memslot> {
-        let after = self.starts.partition_point(|&start| start <= gfn.get());
-        let slot = self.slots.get(after.checked_sub(1)?)?;
+        let slot = match self.slots.as_slice() {
+            [only] => only,
+            slots => {
+                let after = self.starts.partition_point(|&start| start <= gfn.get());
+                slots.get(after.checked_sub(1)?)?
+            }
+        };
         slot.range.contains(gfn).then_some(slot)
     }
 

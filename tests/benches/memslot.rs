@@ -2,6 +2,11 @@
 //!
 //! `cargo bench -p ravelin-tests --bench memslot -- [--write DIR]`
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "64-bit host, and times of seconds"
+)]
+
 mod memslot_support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -93,7 +98,7 @@ fn best(probes: &[u64], mut look_up: impl FnMut(u64) -> u64) -> f64 {
 
 fn look_ups(out: &mut String) {
     out.push_str("| slots | ours, ns | vm-memory, ns | ratio |\n|---|---|---|---|\n");
-    for count in [1, 8, 512, 32_767] {
+    for count in [1, 8, 512, 32_768] {
         let (ours, theirs, probes) = (slots(count), peers(count), probes(count));
         let a = best(&probes, |p| {
             let gfn = Gfn::try_new(p).expect("small");

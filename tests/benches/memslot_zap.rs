@@ -7,6 +7,11 @@
 //! CD, five times. After every event that zaps it looks at two pages of its own: a leaf of the
 //! old type there is a lost zap.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "64-bit host, and times of seconds"
+)]
+
 mod memslot_support;
 
 use std::collections::BTreeMap;

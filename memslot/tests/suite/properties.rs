@@ -126,7 +126,7 @@ struct Model<V> {
     noncoherent: u32,
 }
 
-type Writes<F, P> = fn(&Real<F, P>, &mut Vec<<P as MemTypePolicy>::Vcpu>, &Step);
+type Writes<F, P> = fn(&Real<F, P>, &mut [<P as MemTypePolicy>::Vcpu], &Step);
 
 fn apply<F: TableFormat, P: MemTypePolicy>(
     vm: &Real<F, P>,
@@ -291,7 +291,7 @@ fn run<F: TableFormat, P: MemTypePolicy>(
     assert_eq!(vm.violations(), [""; 0]);
 }
 
-fn x86_registers(vm: &Real<stage2::Ept, EptPolicy>, vcpus: &mut Vec<VcpuTypes>, step: &Step) {
+fn x86_registers(vm: &Real<stage2::Ept, EptPolicy>, vcpus: &mut [VcpuTypes], step: &Step) {
     match *step {
         Step::Write { vcpu, msr, value } => {
             let _ = vm
@@ -535,10 +535,8 @@ impl Observed {
             {
                 self.write(p, View::Uncached, Writer::Device);
             }
-            Act::Reclaim(p) => {
-                if self.vm.mem.host_unmap(pages(C_BASE + p as u64, 1)).is_ok() {
-                    self.reads(p, View::Cacheable, "host");
-                }
+            Act::Reclaim(p) if self.vm.mem.host_unmap(pages(C_BASE + p as u64, 1)).is_ok() => {
+                self.reads(p, View::Cacheable, "host");
             }
             Act::Lock => {
                 let _ = self.vm.lock(&LockRequest::new(C, RW));
