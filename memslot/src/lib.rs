@@ -10,6 +10,7 @@
 //! | [`mtrr`], [`pat`], [`policy`] | the memory type of a leaf, x86 (two profiles) and arm64 |
 //! | [`zap`] | which leaves become stale after an event, and who removes them |
 //! | [`toggle`] | set/way operations and cache-enable changes of an arm64 guest |
+//! | [`vm`] and [`fault`], [`lock`], [`run`], [`edge`], [`change`], [`arm`], [`x86`] | all of it together, over a page table, in one lock order |
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -19,6 +20,7 @@ extern crate std;
 
 pub mod account;
 pub mod addr;
+pub mod arm;
 pub mod change;
 pub mod dirty;
 pub mod edge;

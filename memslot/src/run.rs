@@ -1,6 +1,6 @@
 //! Entering the guest, the work that must be done before, and reset.
 
-use stage2::IpaRange;
+use stage2::{IpaRange, PaRange};
 
 use crate::error::Error;
 use crate::frames::FrameSource;
@@ -8,7 +8,7 @@ use crate::gate::RunPass;
 use crate::pending::Work;
 use crate::policy::{MemTypePolicy, TypeQuery};
 use crate::slot::SlotKind;
-use crate::table::{GuestTable, behind};
+use crate::table::{GuestTable, LeafRun, behind};
 use crate::vm::{GuestMemory, SlotTable, slot_bytes};
 
 /// Bytes that are maintained before the page-table lock is let go of and taken again.
@@ -37,7 +37,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if slots.work().is_empty() {
             return;
         }
-        let mut flushed = 0u64;
+        let mut flushed = 0;
         for locked in &mut slots.locked {
             let Some(range) = slots
                 .set
@@ -46,9 +46,12 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             else {
                 continue;
             };
-            flushed += u64::from(locked.work.contains(Work::FLUSH_DCACHE));
-            if !locked.work.is_empty() {
-                self.flush(range);
+            if locked.work.contains(Work::FLUSH_DCACHE) {
+                self.flush_data(range);
+                flushed += 1;
+            }
+            if locked.work.contains(Work::INVAL_ICACHE) {
+                self.flush_fetch(range);
             }
             locked.work = Work::empty();
         }
@@ -66,7 +69,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         let slots = self.slots.read();
         for slot in slots.set.iter().filter(|s| s.kind == SlotKind::Ram) {
             if let Ok(range) = slot_bytes(slot.range) {
-                self.flush(range);
+                self.flush_data(range);
             }
         }
     }
@@ -102,17 +105,40 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         Ok(())
     }
 
-    /// Maintenance of what is mapped in a range, decided by each leaf: data to the point of
-    /// coherency unless the leaf forces write-back, instructions where it may be executed. The
-    /// page-table lock is let go of between chunks.
-    fn flush(&self, range: IpaRange) {
+    /// Data maintenance of the leaves that need it, by their attribute.
+    fn flush_data(&self, range: IpaRange) {
+        self.for_memory(range, |table, run, memory| {
+            if run.attrs.maintenance().data {
+                table.clean_invalidate_data(memory);
+            }
+        });
+    }
+
+    /// Instruction maintenance of the leaves that can be executed.
+    fn flush_fetch(&self, range: IpaRange) {
+        self.for_memory(range, |table, run, memory| {
+            if run.attrs.perms.may_execute() {
+                table.invalidate_fetch(memory);
+            }
+        });
+    }
+
+    /// Visits the leaves of a range under the page-table lock, chunk by chunk.
+    fn for_memory(&self, range: IpaRange, f: impl Fn(&T, &LeafRun, PaRange)) {
         let mut rest = Some(range);
         while let Some(range) = rest {
-            let Ok(chunk) = IpaRange::new(range.start(), range.len().min(CHUNK)) else {
+            let size = range.len().min(CHUNK);
+            let Ok(chunk) = IpaRange::new(range.start(), size) else {
                 return;
             };
-            let flushed = self.mmu.read().table.flush(chunk);
-            debug_assert!(flushed.is_ok(), "slots lie inside the table's input");
+            let mmu = self.mmu.read();
+            let mut part = Some(chunk);
+            while let Some(run) = part.and_then(|p| mmu.table.next_run(p)) {
+                part = behind(chunk, run.range.end());
+                if let Some(memory) = run.memory() {
+                    f(&mmu.table, &run, memory);
+                }
+            }
             rest = behind(range, chunk.end());
         }
     }

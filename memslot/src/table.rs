@@ -73,15 +73,11 @@ pub trait GuestTable {
     /// The first run of equal leaves in the range, clipped to it.
     fn next_run(&self, range: IpaRange) -> Option<LeafRun>;
 
-    /// Cleans and invalidates the data of every leaf of a range that needs it, and invalidates
-    /// the instructions of every leaf that may be executed. Complete when it returns.
-    ///
-    /// # Errors
-    /// The table's, for a range that it does not translate.
-    fn flush(&self, range: IpaRange) -> Result<(), MapError>;
-
     /// Cleans and invalidates memory to the point of coherency.
     fn clean_invalidate_data(&self, range: PaRange);
+
+    /// Makes memory fit to be fetched from.
+    fn invalidate_fetch(&self, range: PaRange);
 }
 
 impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
@@ -117,12 +113,12 @@ impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
         self.runs(range).ok()?.find_map(mapped)
     }
 
-    fn flush(&self, range: IpaRange) -> Result<(), MapError> {
-        Self::flush(self, range)
-    }
-
     fn clean_invalidate_data(&self, range: PaRange) {
         self.platform().clean_invalidate_data(range);
+    }
+
+    fn invalidate_fetch(&self, range: PaRange) {
+        self.platform().invalidate_fetch(range);
     }
 }
 

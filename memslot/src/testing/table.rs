@@ -257,13 +257,7 @@ impl GuestTable for ModelTable {
         self.caches.clean_invalidate_data(range);
     }
 
-    fn flush(&self, range: IpaRange) -> Result<(), MapError> {
-        let mut inner = self.lock();
-        inner.ops.push(Op::Clean);
-        for (_, leaf) in inner.leaves.range(range.start().get()..range.end().get()) {
-            self.owed(&leaf.attrs, leaf.pa);
-            self.fetched(Perms::empty(), leaf.attrs.perms, leaf.pa);
-        }
-        Ok(())
+    fn invalidate_fetch(&self, range: PaRange) {
+        self.caches.invalidate_fetch(range);
     }
 }

@@ -5,6 +5,7 @@ use memslot::edge::Dma::NonSnooping;
 use memslot::fault::Access;
 use memslot::policy::ArmPolicy;
 use memslot::testing::{Stage1, View, guest_view};
+use memslot::toggle::CacheWatch;
 use stage2::{CacheMaintenance, Pa, PaRange};
 
 /// Memory of the first line of slot A.
@@ -240,6 +241,29 @@ fn set_way_flush_moves_data_between_the_guests_cache_and_memory() {
     assert_eq!(guest_reads(&vm), 0);
     vm.mem.flush_all();
     assert_eq!(guest_reads(&vm), 21);
+}
+
+#[test]
+fn a_guest_that_turns_its_caches_on_or_off_sees_its_own_data() {
+    const ON: u64 = 0b101;
+    let vm = vm();
+    let mut watch = CacheWatch::default();
+    vm.touch(A_BASE, Access::Write);
+    // Caches off: it writes memory; a CPU has speculatively fetched the old line.
+    vm.caches.speculate(LINE);
+    vm.caches.write(LINE, View::Uncached, 31);
+    vm.mem.guest_sctlr(&mut watch, 0, ON);
+    assert_eq!(vm.caches.read(LINE, View::Cacheable), 31);
+    // Caches on: it writes the cache, then cleans it by set and way and turns it off.
+    vm.caches.write(LINE, View::Cacheable, 32);
+    vm.mem.guest_set_way(&mut watch);
+    assert_eq!(vm.caches.read(LINE, View::Uncached), 32);
+    vm.caches.write(LINE, View::Cacheable, 33);
+    vm.mem.guest_sctlr(&mut watch, ON, 0);
+    assert_eq!(guest_reads(&vm), 33);
+    let lines = vm.data_lines();
+    vm.mem.guest_set_way(&mut watch);
+    assert_eq!(vm.data_lines(), lines);
 }
 
 #[test]

@@ -217,6 +217,17 @@ fn a_lock_does_no_maintenance_and_the_first_run_does_it_in_one_piece_per_chunk()
     assert_eq!(vm.machine.caches.traffic().data_lines, PAGES * 64);
 }
 
+#[test]
+fn a_block_larger_than_a_chunk_is_flushed_once() {
+    const GIB: u64 = 1 << 18;
+    let vm = arm(PLAIN, GIB, GIB);
+    vm.mem.create_slot(slot(A, GIB, GIB, GIB, NONE)).unwrap();
+    vm.lock(&blocks(RW)).unwrap();
+    assert_eq!(levels(&vm), [Level::L1]);
+    drop(vm.mem.enter().unwrap());
+    assert_eq!(vm.machine.caches.traffic().data_lines, GIB * 64);
+}
+
 const MTRR: EptPolicy = EptPolicy::guest_mtrr(CdQuirk::WriteBack);
 
 #[test]
