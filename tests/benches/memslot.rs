@@ -212,7 +212,7 @@ fn main() -> std::io::Result<()> {
     if let Some(at) = args.iter().position(|a| a == "--write")
         && let Some(dir) = args.get(at + 1)
     {
-        std::fs::write(format!("{dir}/memslot-table.md"), &text)?;
+        std::fs::write(format!("{dir}/memslot.tables.md"), &text)?;
     }
     Ok(())
 }

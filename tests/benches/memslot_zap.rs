@@ -448,7 +448,7 @@ fn main() -> std::io::Result<()> {
         && let Some(dir) = args.get(at + 1)
     {
         std::fs::write(format!("{dir}/zap.svg"), svg(&rows))?;
-        std::fs::write(format!("{dir}/zap-table.md"), &text)?;
+        std::fs::write(format!("{dir}/zap.tables.md"), &text)?;
     }
     assert!(rows.iter().all(|r| r.lost == 0), "a zap was lost");
     Ok(())

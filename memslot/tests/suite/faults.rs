@@ -246,6 +246,22 @@ fn taking_the_log_makes_pages_read_only_again() {
 }
 
 #[test]
+fn the_log_of_a_slot_of_several_words_protects_each_page_it_hands_out() {
+    let vm = empty_vm(PLAIN, 200);
+    vm.mem
+        .create_slot(slot(A, 0x300, 130, A_FRAME, LOG))
+        .unwrap();
+    for index in [0, 63, 64, 100, 127, 128, 129] {
+        vm.touch(0x300 + index, Access::Write);
+    }
+    let mut words = [0; 3];
+    vm.mem.take_dirty_log(A, &mut words).unwrap();
+    assert_eq!(words, [1 << 63 | 1, 1 << 63 | 1 << 36 | 1, 3]);
+    assert!(vm.leaves().values().all(|l| l.attrs.perms == Perms::READ));
+    assert_eq!(vm.leaves().len(), 7);
+}
+
+#[test]
 fn a_changed_backing_is_picked_up_after_the_old_leaf_is_gone() {
     let vm = vm();
     vm.touch(A_BASE, Access::Read);
