@@ -113,6 +113,30 @@ fn locker_against_two_runners() {
     });
 }
 
+/// Two vCPUs race for the first run: one flush, and neither is inside before it.
+#[test]
+fn two_first_runs_flush_once() {
+    check(3, || {
+        let vm = vm(PLAIN);
+        let at = Pa::new(FRAME << 12);
+        vm.mem
+            .lock_slot(&LockRequest::new(A, LockFlags::READ))
+            .unwrap();
+        vm.caches.write(at, View::Cacheable, 7);
+        let run = |vm: Arc<Vm<ArmPolicy>>| {
+            move || {
+                let pass = vm.mem.enter().unwrap();
+                assert_eq!(vm.caches.read(at, View::Uncached), 7);
+                drop(pass);
+            }
+        };
+        let other = thread::spawn(run(Arc::clone(&vm)));
+        run(Arc::clone(&vm))();
+        other.join().unwrap();
+        assert_eq!(vm.mem.counters().slots_flushed, 1);
+    });
+}
+
 /// A fault that saw the old count never leaves its leaf behind.
 #[test]
 fn fault_against_count_edge() {
