@@ -9,6 +9,7 @@ mod faults;
 mod kit;
 mod lock;
 mod machine;
+mod observers;
 mod properties;
 mod real;
 mod runs;
