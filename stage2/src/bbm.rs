@@ -118,7 +118,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     #[track_caller]
     pub(crate) fn break_leaf(&self, entry: EntryRef<'_>, raw: u64, level: Level) -> SoftWord {
         let pa = self.format.output(raw, level);
-        let owes_data = self.format.decode_attrs(raw).maintenance().data;
+        let owes_data = self.format.maintenance(raw).data;
         let word = SoftWord::BrokenLeaf {
             pa,
             owes_data,

@@ -213,7 +213,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 run.second_pass = true;
             }
             WordKind::Leaf => {
-                let owes = self.format.decode_attrs(raw).maintenance().data;
+                let owes = self.format.maintenance(raw).data;
                 if owes || run.sweep.sink.is_some() || run.word != SoftWord::EMPTY {
                     self.break_leaf(entry, raw, level);
                     run.second_pass = true;
@@ -362,7 +362,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 self.release_table(self.format.output(raw, level), level.finer(), at, sweep);
             }
             WordKind::Leaf => {
-                let owes = self.format.decode_attrs(raw).maintenance().data;
+                let owes = self.format.maintenance(raw).data;
                 self.detach(
                     at,
                     (self.format.output(raw, level).get(), size),

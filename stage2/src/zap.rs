@@ -131,7 +131,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             let word = match self.format.kind(raw, level) {
                 WordKind::Leaf => {
                     let pa = self.format.output(raw, level);
-                    let owes_data = self.format.decode_attrs(raw).maintenance().data;
+                    let owes_data = self.format.maintenance(raw).data;
                     SoftWord::BrokenLeaf {
                         pa,
                         owes_data,
