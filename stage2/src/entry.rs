@@ -50,6 +50,7 @@ impl Annotation {
 
     /// Wraps a value below 2^48.
     #[must_use]
+    #[inline]
     pub const fn try_new(payload: u64) -> Option<Self> {
         if payload >> Self::WIDTH == 0 {
             Some(Self(payload))
@@ -60,6 +61,7 @@ impl Annotation {
 
     /// The payload.
     #[must_use]
+    #[inline]
     pub const fn get(self) -> u64 {
         self.0
     }
@@ -87,10 +89,12 @@ impl Claim {
 
     /// The claim of bit `slot` in the set of claims, 0 to 30.
     #[expect(clippy::cast_possible_truncation, reason = "masked to five bits")]
+    #[inline]
     pub(crate) const fn from_slot(slot: u32) -> Self {
         Self((slot & 0x1f) as u8 + 1)
     }
 
+    #[inline]
     pub(crate) const fn slot(self) -> u32 {
         self.0 as u32 - 1
     }
@@ -114,6 +118,7 @@ pub(crate) enum SoftWord {
 impl SoftWord {
     pub(crate) const EMPTY: u64 = 0;
 
+    #[inline]
     pub(crate) const fn encode(self) -> u64 {
         match self {
             Self::Empty => Self::EMPTY,
@@ -134,6 +139,7 @@ impl SoftWord {
 
     /// Reads an invalid word. Kinds nobody writes read as empty: they can only come from memory
     /// that is not ours, and empty grants nothing.
+    #[inline]
     pub(crate) const fn decode(raw: u64) -> Self {
         match raw >> KIND_SHIFT {
             KIND_ANNOTATION => Self::Annotation(Annotation(
@@ -151,6 +157,7 @@ impl SoftWord {
     }
 
     /// The public view of an invalid word.
+    #[inline]
     pub(crate) const fn entry(self) -> Entry {
         match self {
             Self::Empty => Entry::Invalid,
@@ -179,6 +186,7 @@ pub enum UpdateKind {
 impl UpdateKind {
     /// What turning leaf `old` into leaf `new` takes.
     #[must_use]
+    #[inline]
     pub fn between(old: (Pa, &LeafAttrs), new: (Pa, &LeafAttrs)) -> Self {
         let ((old_pa, old), (new_pa, new)) = (old, new);
         if old_pa != new_pa || old.mem != new.mem || old.combine != new.combine {

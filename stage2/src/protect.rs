@@ -122,10 +122,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         self.visit_leaves(range, &mut |found| {
             let pa = self.format.output(found.raw, found.level).get();
             let size = self.geometry().slot_size(found.level);
-            visit(
-                self.format.decode_attrs(found.raw).maintenance(),
-                (pa, pa + size),
-            );
+            visit(self.format.maintenance(found.raw), (pa, pa + size));
         });
     }
 }

@@ -116,3 +116,38 @@ impl<I: ArmCacheOps> CacheMaintenance for ArmCache<I> {
         self.ops.dsb_ishst();
     }
 }
+
+impl<I: ArmCacheOps> ArmCacheOps for &I {
+    #[track_caller]
+    fn dc_civac(&self, line: Pa) {
+        I::dc_civac(self, line);
+    }
+    #[track_caller]
+    fn dc_cvau(&self, line: Pa) {
+        I::dc_cvau(self, line);
+    }
+    #[track_caller]
+    fn ic_ivau(&self, line: Pa) {
+        I::ic_ivau(self, line);
+    }
+    #[track_caller]
+    fn ic_ialluis(&self) {
+        I::ic_ialluis(self);
+    }
+    #[track_caller]
+    fn dsb_ishst(&self) {
+        I::dsb_ishst(self);
+    }
+    #[track_caller]
+    fn dsb_ish(&self) {
+        I::dsb_ish(self);
+    }
+    #[track_caller]
+    fn dsb_sy(&self) {
+        I::dsb_sy(self);
+    }
+    #[track_caller]
+    fn isb(&self) {
+        I::isb(self);
+    }
+}

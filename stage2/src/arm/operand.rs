@@ -150,11 +150,8 @@ mod tests {
     fn known_range_operands() {
         // Two pages: TG 1, scale 0, num 0.
         assert_eq!(ops(0x5000, 2, Granule::K4), [RangeOp::Range(1 << 46 | 5)]);
-        // 64 pages: num 31; three: a pair and a page.
-        assert_eq!(
-            ops(0, 64, Granule::K4),
-            [RangeOp::Range(1 << 46 | 31 << 39)]
-        );
+        // 64 pages: scale 1, num 0; three: a pair and a page.
+        assert_eq!(ops(0, 64, Granule::K4), [RangeOp::Range(1 << 46 | 1 << 44)]);
         let three = [RangeOp::Range(2 << 46 | 4), RangeOp::Page(0x18)];
         assert_eq!(ops(0x1_0000, 3, Granule::K16), three);
         let hinted = IpaRange::new(Ipa::new(0x20_0000), 0x40_0000).unwrap();

@@ -180,3 +180,44 @@ impl<I: ArmTlbOps> TlbInvalidate for ArmTlb<I> {
         }
     }
 }
+
+impl<I: ArmTlbOps> ArmTlbOps for &I {
+    type Context = I::Context;
+    type Saved = I::Saved;
+    #[track_caller]
+    fn dsb_ishst(&self) {
+        I::dsb_ishst(self);
+    }
+    #[track_caller]
+    fn dsb_ish(&self) {
+        I::dsb_ish(self);
+    }
+    #[track_caller]
+    fn isb(&self) {
+        I::isb(self);
+    }
+    #[track_caller]
+    fn enter(&self, context: I::Context) -> I::Saved {
+        I::enter(self, context)
+    }
+    #[track_caller]
+    fn leave(&self, saved: I::Saved) {
+        I::leave(self, saved);
+    }
+    #[track_caller]
+    fn tlbi_ipas2e1is(&self, operand: u64) {
+        I::tlbi_ipas2e1is(self, operand);
+    }
+    #[track_caller]
+    fn tlbi_ripas2e1is(&self, operand: u64) {
+        I::tlbi_ripas2e1is(self, operand);
+    }
+    #[track_caller]
+    fn tlbi_vmalle1is(&self) {
+        I::tlbi_vmalle1is(self);
+    }
+    #[track_caller]
+    fn tlbi_vmalls12e1is(&self) {
+        I::tlbi_vmalls12e1is(self);
+    }
+}

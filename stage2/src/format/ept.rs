@@ -76,18 +76,21 @@ impl Ept {
 
     /// The EPT pointer for a root (SDM vol. 3C 25.6.11): write-back walks, four levels.
     #[must_use]
+    #[inline]
     pub fn pointer(&self, root: Pa) -> u64 {
         let walk_length_minus_one = 3 << 3;
         let flags = if self.has_flags() { 1 << 6 } else { 0 };
         root.get() & ADDRESS | flags | walk_length_minus_one | mem_type::WB
     }
 
+    #[inline]
     fn has_flags(&self) -> bool {
         self.config.access_dirty == Offered::Yes
     }
 
     /// Write without read is a misconfiguration, execute without read is one unless offered
     /// (SDM vol. 3C 29.3.3.1); no permission at all is "not present", not a leaf.
+    #[inline]
     fn permissions(&self, perms: Perms) -> Result<u64, EncodeError> {
         let execute = perms.intersection(Perms::EXEC);
         let mut raw = 0;
@@ -188,6 +191,7 @@ unsafe impl TableFormat for Ept {
     }
 
     /// Reserved types, which we never write, read as the strictest.
+    #[inline]
     fn decode_attrs(&self, raw: u64) -> LeafAttrs {
         let mut perms = Perms::empty();
         perms.set(Perms::READ, raw & READ != 0);
