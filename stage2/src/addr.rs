@@ -38,24 +38,28 @@ macro_rules! address {
         impl $name {
             /// Wraps a byte address.
             #[must_use]
+            #[inline]
             pub const fn new(address: u64) -> Self {
                 Self(address)
             }
 
             /// The byte address.
             #[must_use]
+            #[inline]
             pub const fn get(self) -> u64 {
                 self.0
             }
 
             /// The frame that holds this byte.
             #[must_use]
+            #[inline]
             pub const fn frame(self) -> $frame {
                 $frame(self.0 >> FRAME_SHIFT)
             }
 
             /// `self + bytes`, or nothing when that leaves 64 bits.
             #[must_use]
+            #[inline]
             pub const fn checked_add(self, bytes: u64) -> Option<Self> {
                 match self.0.checked_add(bytes) {
                     Some(sum) => Some(Self(sum)),
@@ -65,6 +69,7 @@ macro_rules! address {
 
             /// Whether the address is a multiple of `size`, a power of two in bytes.
             #[must_use]
+            #[inline]
             pub const fn is_aligned_to(self, size: u64) -> bool {
                 self.0 & size.wrapping_sub(1) == 0
             }
@@ -90,18 +95,21 @@ macro_rules! address {
         impl $frame {
             /// Wraps a frame number; nothing when its address would leave 64 bits.
             #[must_use]
+            #[inline]
             pub const fn try_new(number: u64) -> Option<Self> {
                 if number >> (64 - FRAME_SHIFT) == 0 { Some(Self(number)) } else { None }
             }
 
             /// The frame number.
             #[must_use]
+            #[inline]
             pub const fn get(self) -> u64 {
                 self.0
             }
 
             /// First byte of the frame.
             #[must_use]
+            #[inline]
             pub const fn start(self) -> $name {
                 $name(self.0 << FRAME_SHIFT)
             }
@@ -119,6 +127,7 @@ macro_rules! address {
             ///
             /// # Errors
             /// [`RangeError::Empty`] for no byte, [`RangeError::Overflow`] past 64 bits.
+            #[inline]
             pub const fn new(start: $name, size: u64) -> Result<Self, RangeError> {
                 if size == 0 {
                     return Err(RangeError::Empty { start: start.0 });
@@ -130,6 +139,7 @@ macro_rules! address {
             }
 
             /// For callers inside the crate that know `start < end`.
+            #[inline]
             pub(crate) const fn from_bounds(start: u64, end: u64) -> Self {
                 debug_assert!(start < end);
                 Self { start: $name(start), end: $name(end) }
@@ -137,12 +147,14 @@ macro_rules! address {
 
             /// First byte.
             #[must_use]
+            #[inline]
             pub const fn start(&self) -> $name {
                 self.start
             }
 
             /// First byte behind the range.
             #[must_use]
+            #[inline]
             pub const fn end(&self) -> $name {
                 self.end
             }
@@ -150,24 +162,28 @@ macro_rules! address {
             /// Bytes in the range, at least 1.
             #[must_use]
             #[expect(clippy::len_without_is_empty, reason = "a range is never empty")]
+            #[inline]
             pub const fn len(&self) -> u64 {
                 self.end.0 - self.start.0
             }
 
             /// Whether `address` lies inside.
             #[must_use]
+            #[inline]
             pub const fn contains(&self, address: $name) -> bool {
                 self.start.0 <= address.0 && address.0 < self.end.0
             }
 
             /// Whether every byte of `other` lies inside.
             #[must_use]
+            #[inline]
             pub const fn contains_range(&self, other: &Self) -> bool {
                 self.start.0 <= other.start.0 && other.end.0 <= self.end.0
             }
 
             /// Whether some byte lies in both.
             #[must_use]
+            #[inline]
             pub const fn overlaps(&self, other: &Self) -> bool {
                 self.start.0 < other.end.0 && other.start.0 < self.end.0
             }

@@ -26,6 +26,7 @@ bitflags! {
 impl Perms {
     /// Whether anything may be fetched through the mapping.
     #[must_use]
+    #[inline]
     pub const fn may_execute(self) -> bool {
         self.intersects(Self::EXEC)
     }
@@ -91,6 +92,7 @@ impl SwBits {
 
     /// Wraps a value of 0 to 15.
     #[must_use]
+    #[inline]
     pub const fn try_new(bits: u8) -> Option<Self> {
         if bits < 1 << Self::WIDTH {
             Some(Self(bits))
@@ -101,11 +103,13 @@ impl SwBits {
 
     /// The value, 0 to 15.
     #[must_use]
+    #[inline]
     pub const fn get(self) -> u8 {
         self.0
     }
 
     /// Keeps the low four bits of a descriptor field.
+    #[inline]
     pub(crate) const fn from_field(field: u64) -> Self {
         Self((field & 0xf) as u8)
     }
@@ -129,6 +133,7 @@ pub struct LeafAttrs {
 impl LeafAttrs {
     /// A young leaf without software bits.
     #[must_use]
+    #[inline]
     pub const fn new(perms: Perms, mem: MemType, combine: Combine) -> Self {
         Self {
             perms,
@@ -141,24 +146,28 @@ impl LeafAttrs {
 
     /// Write-back memory whose type the guest may weaken.
     #[must_use]
+    #[inline]
     pub const fn normal(perms: Perms) -> Self {
         Self::new(perms, MemType::WriteBack, Combine::HonourGuest)
     }
 
     /// Write-back memory whatever the guest says. Arm needs FEAT_S2FWB for it.
     #[must_use]
+    #[inline]
     pub const fn forced_write_back(perms: Perms) -> Self {
         Self::new(perms, MemType::WriteBack, Combine::ForceStage2)
     }
 
     /// Arm device memory, nGnRE: what KVM gives guests for MMIO.
     #[must_use]
+    #[inline]
     pub const fn device(perms: Perms) -> Self {
         Self::new(perms, MemType::Device(Device::NGnRE), Combine::HonourGuest)
     }
 
     /// The same with software bits.
     #[must_use]
+    #[inline]
     pub const fn with_sw(mut self, sw: SwBits) -> Self {
         self.sw = sw;
         self
@@ -166,6 +175,7 @@ impl LeafAttrs {
 
     /// The same with another age.
     #[must_use]
+    #[inline]
     pub const fn with_age(mut self, age: Age) -> Self {
         self.age = age;
         self
@@ -178,6 +188,7 @@ impl LeafAttrs {
     /// stage 1, or its MMU off), so dirty lines must reach memory before the guest looks and
     /// before the next owner does. The feature of the CPU alone proves nothing.
     #[must_use]
+    #[inline]
     pub const fn maintenance(&self) -> Maintenance {
         let ram = !matches!(self.mem, MemType::Device(_))
             && !matches!(

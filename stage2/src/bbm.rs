@@ -38,8 +38,6 @@ enum Levels {
     Mixed,
     /// Tables among them: cached steps of walks must go, too.
     Tables,
-    /// The whole space.
-    All,
 }
 
 /// How to invalidate.
@@ -56,14 +54,6 @@ impl Flush {
         levels: Levels::None,
     };
 
-    pub(crate) const fn everything(whole: IpaRange) -> Self {
-        Self {
-            start: whole.start().get(),
-            end: whole.end().get(),
-            levels: Levels::All,
-        }
-    }
-
     pub(crate) fn leaf(&mut self, start: u64, size: u64, level: Level) {
         self.cover(start, size);
         self.levels = match self.levels {
@@ -76,9 +66,7 @@ impl Flush {
 
     pub(crate) fn table(&mut self, start: u64, size: u64) {
         self.cover(start, size);
-        if self.levels != Levels::All {
-            self.levels = Levels::Tables;
-        }
+        self.levels = Levels::Tables;
     }
 
     fn cover(&mut self, start: u64, size: u64) {
@@ -95,7 +83,7 @@ impl Flush {
     pub(crate) fn scope(&self, caps: &TlbCaps, geometry: &Geometry) -> Scope {
         let len = self.end - self.start;
         let stride = match self.levels {
-            Levels::None | Levels::All => return Scope::Whole,
+            Levels::None => return Scope::Whole,
             Levels::Tables if caps.range_ops == RangeOps::Missing => return Scope::Whole,
             Levels::One(level) => geometry.shift(level),
             Levels::Mixed | Levels::Tables => geometry.page_shift(),
@@ -130,7 +118,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     #[track_caller]
     pub(crate) fn break_leaf(&self, entry: EntryRef<'_>, raw: u64, level: Level) -> SoftWord {
         let pa = self.format.output(raw, level);
-        let owes_data = self.format.decode_attrs(raw).maintenance().data;
+        let owes_data = self.format.maintenance(raw).data;
         let word = SoftWord::BrokenLeaf {
             pa,
             owes_data,
@@ -150,7 +138,6 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// Step 5 on the way out.
     #[inline]
-    #[track_caller]
     pub(crate) fn clean_data(&self, range: PaRange) {
         self.platform.clean_invalidate_data(range);
     }

@@ -3,9 +3,9 @@
 //! Hardware ignores an entry that is not valid, so its 63 bits are ours. Both formats agree that
 //! a word with bits 2:0 clear is invalid, and share this layout:
 //!
-//! | bits  | annotation | broken leaf                     | broken table        |
+//! | bits  | annotation | broken leaf                     | broken, ready table |
 //! |-------|------------|---------------------------------|---------------------|
-//! | 63:60 | 2          | 1                               | 3                   |
+//! | 63:60 | 2          | 1                               | 3, 4                |
 //! | 59    | payload    | owes data-cache maintenance     | 0                   |
 //! | 51:12 | payload    | output address                  | address of the table|
 //! | 8:4   | 0          | claim of the zap that broke it  | 0                   |
@@ -50,6 +50,7 @@ impl Annotation {
 
     /// Wraps a value below 2^48.
     #[must_use]
+    #[inline]
     pub const fn try_new(payload: u64) -> Option<Self> {
         if payload >> Self::WIDTH == 0 {
             Some(Self(payload))
@@ -60,6 +61,7 @@ impl Annotation {
 
     /// The payload.
     #[must_use]
+    #[inline]
     pub const fn get(self) -> u64 {
         self.0
     }
@@ -69,6 +71,7 @@ const KIND_SHIFT: u32 = 60;
 const KIND_BROKEN_LEAF: u64 = 1;
 const KIND_ANNOTATION: u64 = 2;
 const KIND_BROKEN_TABLE: u64 = 3;
+const KIND_READY_TABLE: u64 = 4;
 const PAYLOAD_SHIFT: u32 = 12;
 const OWES_DATA: u64 = 1 << 59;
 const ADDRESS: u64 = ((1 << 52) - 1) & !0xfff;
@@ -86,10 +89,12 @@ impl Claim {
 
     /// The claim of bit `slot` in the set of claims, 0 to 30.
     #[expect(clippy::cast_possible_truncation, reason = "masked to five bits")]
+    #[inline]
     pub(crate) const fn from_slot(slot: u32) -> Self {
         Self((slot & 0x1f) as u8 + 1)
     }
 
+    #[inline]
     pub(crate) const fn slot(self) -> u32 {
         self.0 as u32 - 1
     }
@@ -106,11 +111,14 @@ pub(crate) enum SoftWord {
         claim: Claim,
     },
     BrokenTable(Pa),
+    /// A broken leaf whose table is complete and waits to be linked.
+    ReadyTable(Pa),
 }
 
 impl SoftWord {
     pub(crate) const EMPTY: u64 = 0;
 
+    #[inline]
     pub(crate) const fn encode(self) -> u64 {
         match self {
             Self::Empty => Self::EMPTY,
@@ -125,11 +133,13 @@ impl SoftWord {
                 KIND_BROKEN_LEAF << KIND_SHIFT | owes | pa.get() & ADDRESS | claim
             }
             Self::BrokenTable(pa) => KIND_BROKEN_TABLE << KIND_SHIFT | pa.get() & ADDRESS,
+            Self::ReadyTable(pa) => KIND_READY_TABLE << KIND_SHIFT | pa.get() & ADDRESS,
         }
     }
 
     /// Reads an invalid word. Kinds nobody writes read as empty: they can only come from memory
     /// that is not ours, and empty grants nothing.
+    #[inline]
     pub(crate) const fn decode(raw: u64) -> Self {
         match raw >> KIND_SHIFT {
             KIND_ANNOTATION => Self::Annotation(Annotation(
@@ -141,16 +151,18 @@ impl SoftWord {
                 claim: Claim((raw >> CLAIM_SHIFT & CLAIM_MASK) as u8),
             },
             KIND_BROKEN_TABLE => Self::BrokenTable(Pa::new(raw & ADDRESS)),
+            KIND_READY_TABLE => Self::ReadyTable(Pa::new(raw & ADDRESS)),
             _ => Self::Empty,
         }
     }
 
     /// The public view of an invalid word.
+    #[inline]
     pub(crate) const fn entry(self) -> Entry {
         match self {
             Self::Empty => Entry::Invalid,
             Self::Annotation(note) => Entry::Annotated(note),
-            Self::BrokenLeaf { .. } | Self::BrokenTable(_) => Entry::Broken,
+            Self::BrokenLeaf { .. } | Self::BrokenTable(_) | Self::ReadyTable(_) => Entry::Broken,
         }
     }
 }
@@ -174,6 +186,7 @@ pub enum UpdateKind {
 impl UpdateKind {
     /// What turning leaf `old` into leaf `new` takes.
     #[must_use]
+    #[inline]
     pub fn between(old: (Pa, &LeafAttrs), new: (Pa, &LeafAttrs)) -> Self {
         let ((old_pa, old), (new_pa, new)) = (old, new);
         if old_pa != new_pa || old.mem != new.mem || old.combine != new.combine {
@@ -227,6 +240,7 @@ mod tests {
                 claim: Claim::EXCLUSIVE,
             },
             SoftWord::BrokenTable(Pa::new(0xf_ffff_ffff_f000)),
+            SoftWord::ReadyTable(Pa::new(0x1000)),
         ];
         for word in words {
             assert_eq!(SoftWord::decode(word.encode()), word);

@@ -78,6 +78,9 @@ struct Erase<'s> {
     cuts: [Option<Cut>; 2],
     flush: Flush,
     second_pass: bool,
+    /// Whether a table was linked, which the walker must see; words that stay invalid need not
+    /// be seen.
+    linked: bool,
     reserve: Reserve,
     sweep: Sweep<'s>,
 }
@@ -131,6 +134,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             cuts: [None; 2],
             flush: Flush::NOTHING,
             second_pass: word != SoftWord::EMPTY,
+            linked: false,
             reserve,
             sweep: Sweep::telling(sink),
         };
@@ -139,6 +143,8 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         if run.second_pass {
             self.sweep_span(&root, level, span, &mut run);
             self.finish_sweep(&mut run.sweep);
+        }
+        if run.linked {
             self.platform.publish();
         }
         self.give_back(run.reserve);
@@ -207,7 +213,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 run.second_pass = true;
             }
             WordKind::Leaf => {
-                let owes = self.format.decode_attrs(raw).maintenance().data;
+                let owes = self.format.maintenance(raw).data;
                 if owes || run.sweep.sink.is_some() || run.word != SoftWord::EMPTY {
                     self.break_leaf(entry, raw, level);
                     run.second_pass = true;
@@ -244,7 +250,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         };
         if self.format.kind(raw, level) == WordKind::Invalid {
             self.make(entry, self.format.table_word(child));
-            run.second_pass = true; // which publishes
+            run.linked = true;
             return false;
         }
         let size = self.geometry().slot_size(level);
@@ -255,6 +261,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         };
         let free = usize::from(run.cuts[0].is_some());
         run.cuts[free] = Some(cut);
+        run.linked = true;
         self.break_leaf(entry, raw, level);
         run.flush.leaf(cut.slot, size, level);
         run.second_pass = true;
@@ -315,7 +322,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                     run.word
                 }
                 SoftWord::Empty if part.len() == size => run.word,
-                SoftWord::Empty | SoftWord::Annotation(_) => continue,
+                SoftWord::Empty | SoftWord::Annotation(_) | SoftWord::ReadyTable(_) => continue,
             };
             if last != raw {
                 self.make(table.entry(index), last);
@@ -355,7 +362,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 self.release_table(self.format.output(raw, level), level.finer(), at, sweep);
             }
             WordKind::Leaf => {
-                let owes = self.format.decode_attrs(raw).maintenance().data;
+                let owes = self.format.maintenance(raw).data;
                 self.detach(
                     at,
                     (self.format.output(raw, level).get(), size),
@@ -367,7 +374,9 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 SoftWord::BrokenLeaf { pa, owes_data, .. } => {
                     self.detach(at, (pa.get(), size), owes_data, sweep);
                 }
-                SoftWord::BrokenTable(pa) => self.release_table(pa, level.finer(), at, sweep),
+                SoftWord::BrokenTable(pa) | SoftWord::ReadyTable(pa) => {
+                    self.release_table(pa, level.finer(), at, sweep);
+                }
                 SoftWord::Empty | SoftWord::Annotation(_) => {}
             },
         }

@@ -1,13 +1,16 @@
 //! Descriptor formats: the only code that knows which bit means what.
 
 mod arm_s2;
+mod ept;
 
 pub use arm_s2::{
     ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, WideAddresses,
 };
 
+pub use ept::{Ept, EptConfig, Offered};
+
 use crate::addr::Pa;
-use crate::attr::{Age, LeafAttrs};
+use crate::attr::{Age, LeafAttrs, Maintenance};
 use crate::entry::{Entry, SoftWord};
 use crate::error::EncodeError;
 use crate::level::{Geometry, Level};
@@ -74,6 +77,13 @@ pub unsafe trait TableFormat: core::fmt::Debug {
 
     /// The attributes of a leaf.
     fn decode_attrs(&self, raw: u64) -> LeafAttrs;
+
+    /// Which cache maintenance a leaf owes: `decode_attrs(raw).maintenance()`, which a format may
+    /// answer faster.
+    #[inline]
+    fn maintenance(&self, raw: u64) -> Maintenance {
+        self.decode_attrs(raw).maintenance()
+    }
 
     /// Bytes, a power of two, within which adding to an output address is the same as adding to
     /// its descriptor.

@@ -216,7 +216,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         }
     }
 
-    fn init_background(
+    pub(crate) fn init_background(
         &self,
         table: &Table<'_>,
         level: Level,

@@ -24,6 +24,7 @@ impl Level {
 
     /// The level of that number, −1 to 3.
     #[must_use]
+    #[inline]
     pub const fn try_new(number: i8) -> Option<Self> {
         if number >= -1 && number <= 3 {
             Some(Self(number))
@@ -34,24 +35,28 @@ impl Level {
 
     /// Arm's number of the level.
     #[must_use]
+    #[inline]
     pub const fn number(self) -> i8 {
         self.0
     }
 
     /// Whether entries of this level map single pages and cannot point to tables.
     #[must_use]
+    #[inline]
     pub const fn is_page(self) -> bool {
         self.0 == 3
     }
 
     /// The next finer level; the page level has none.
     #[must_use]
+    #[inline]
     pub const fn child(self) -> Option<Self> {
         Self::try_new(self.0 + 1)
     }
 
     /// The next coarser level; −1 has none.
     #[must_use]
+    #[inline]
     pub const fn parent(self) -> Option<Self> {
         Self::try_new(self.0 - 1)
     }
@@ -59,12 +64,14 @@ impl Level {
     /// Levels between this one and the pages: 0 for the page level, 4 for −1.
     #[must_use]
     #[expect(clippy::cast_sign_loss, reason = "a level is at most 3")]
+    #[inline]
     pub const fn height(self) -> u32 {
         (3 - self.0) as u32
     }
 
     /// The next finer level. At the page level it stays, which no caller reaches: a page entry
     /// never decodes as a table.
+    #[inline]
     pub(crate) const fn finer(self) -> Self {
         debug_assert!(!self.is_page());
         if self.is_page() {
@@ -91,6 +98,7 @@ impl Geometry {
     /// A shape, or nothing when it contradicts itself: the root must use at least one bit and be
     /// at most 16 tables wide (Arm ARM D8.2, concatenated translation tables).
     #[must_use]
+    #[inline]
     pub const fn new(page_shift: u8, index_bits: u8, input_bits: u8, start: Level) -> Option<Self> {
         let shape = Self {
             page_shift,
@@ -113,54 +121,63 @@ impl Geometry {
 
     /// log2 of the page size in bytes: 12, 14 or 16.
     #[must_use]
+    #[inline]
     pub const fn page_shift(&self) -> u32 {
         self.page_shift as u32
     }
 
     /// Bytes of a page, and of every table that is not the root.
     #[must_use]
+    #[inline]
     pub const fn page_size(&self) -> u64 {
         1 << self.page_shift
     }
 
     /// Bits of the input address.
     #[must_use]
+    #[inline]
     pub const fn input_bits(&self) -> u32 {
         self.input_bits as u32
     }
 
     /// First input address behind the table.
     #[must_use]
+    #[inline]
     pub const fn input_end(&self) -> u64 {
         1 << self.input_bits
     }
 
     /// The level at which a walk starts.
     #[must_use]
+    #[inline]
     pub const fn start_level(&self) -> Level {
         self.start
     }
 
     /// Levels of a walk, 1 to 5.
     #[must_use]
+    #[inline]
     pub const fn levels(&self) -> u32 {
         self.start.height() + 1
     }
 
     /// log2 of the bytes one entry of `level` spans.
     #[must_use]
+    #[inline]
     pub const fn shift(&self, level: Level) -> u32 {
         self.page_shift as u32 + self.index_bits as u32 * level.height()
     }
 
     /// Bytes one entry of `level` spans.
     #[must_use]
+    #[inline]
     pub const fn slot_size(&self, level: Level) -> u64 {
         1 << self.shift(level)
     }
 
     /// The slot of `level` that holds `ipa`.
     #[must_use]
+    #[inline]
     pub const fn slot(&self, ipa: Ipa, level: Level) -> IpaRange {
         let size = self.slot_size(level);
         let start = ipa.get() & !(size - 1);
@@ -169,12 +186,14 @@ impl Geometry {
 
     /// Entries of a table below the root.
     #[must_use]
+    #[inline]
     pub const fn entries(&self) -> usize {
         1 << self.index_bits
     }
 
     /// Concatenated tables of the root: 1, 2, 4, 8 or 16 (Arm ARM D8.2).
     #[must_use]
+    #[inline]
     pub const fn root_tables(&self) -> usize {
         let one_table = self.shift(self.start) + self.index_bits as u32;
         if (self.input_bits as u32) > one_table {
@@ -186,16 +205,19 @@ impl Geometry {
 
     /// Bytes of the root, which is also its alignment.
     #[must_use]
+    #[inline]
     pub const fn root_size(&self) -> u64 {
         self.root_tables() as u64 * self.page_size()
     }
 
     /// Entries of the root as allocated, all concatenated tables together.
+    #[inline]
     pub(crate) const fn root_entries(&self) -> usize {
         self.root_tables() << self.index_bits
     }
 
     /// Whether the whole range is input of this table, page aligned.
+    #[inline]
     pub(crate) const fn admits(&self, range: &IpaRange) -> bool {
         range.end().get() <= self.input_end()
     }

@@ -6,35 +6,43 @@
 extern crate std;
 
 pub mod addr;
+pub mod arm;
 pub mod attr;
 mod bbm;
+mod dump;
 pub mod entry;
 mod erase;
 pub mod error;
-mod export;
+pub mod export;
 mod fault;
 pub mod format;
 mod job;
 pub mod level;
 mod map;
 pub mod platform;
+mod protect;
 mod reserve;
+mod resize;
 mod space;
 mod sync;
 mod table;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod visit;
+pub mod vmx;
 mod zap;
 
 pub use addr::{Gfn, Ipa, IpaRange, Pa, PaRange, Pfn};
 pub use attr::{Age, Combine, Device, LeafAttrs, MemType, Perms, SwBits};
+pub use dump::Dump;
 pub use entry::{Annotation, Entry, Lookup};
 pub use erase::DetachedLeaf;
 pub use error::{ConfigError, EncodeError, MapError};
+pub use export::{ExportError, ExportedRoot, Importer, InvalidateListener, RootMeta};
 pub use fault::{FaultOutcome, FaultRequest};
 pub use format::{
-    ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, TableFormat,
-    WideAddresses, WordKind,
+    ArmConfig, ArmFeatures, ArmStage2, Ept, EptConfig, Execute, ForceWriteBack, Granule, Offered,
+    TableFormat, WideAddresses, WordKind,
 };
 pub use level::{Geometry, Level};
 pub use map::{Blocks, CmoMode, MapOutcome, MapRequest};
@@ -42,5 +50,7 @@ pub use platform::{
     CacheMaintenance, DetachedTable, EntryRef, Platform, RangeOps, TableMemory, TlbCaps,
     TlbInvalidate,
 };
+pub use protect::Aging;
 pub use space::Stage2;
 pub use sync::AtomicEntry;
+pub use visit::{Run, RunKind, Runs};

@@ -254,7 +254,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         };
         let within = part.start & (self.geometry().slot_size(level) - 1);
         levels.has(level)
-            && self.format.attrs_word(raw, level) == attrs
+            && (self.format.attrs_word(raw, level) ^ attrs) & !self.format.hardware_bits() == 0
             && self.format.output(raw, level).get() + within == part.start.wrapping_add(delta)
     }
 
@@ -366,7 +366,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Code written while a page was not executable must not be shadowed by old fetches.
     #[track_caller]
     pub(crate) fn clean_fetch_if_added(&self, old: u64, new: u64, part: Span) {
-        let fetch = |raw| self.format.decode_attrs(raw).maintenance().fetch;
+        let fetch = |raw| self.format.maintenance(raw).fetch;
         if fetch(new) && !fetch(old) {
             let pa = self.format.output(new, Level::PAGE).get();
             let owed = Maintenance {
@@ -481,7 +481,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Step 5 for the bytes `part` of a leaf that was taken away.
     #[track_caller]
     pub(crate) fn clean_removed(&self, raw: u64, level: Level, part: Span) {
-        if self.format.decode_attrs(raw).maintenance().data {
+        if self.format.maintenance(raw).data {
             let pa = self.format.output(raw, level).get();
             self.clean_data(PaRange::from_bounds(pa + part.start, pa + part.end));
         }

@@ -3,7 +3,6 @@
 use core::fmt;
 
 use crate::addr::{Ipa, IpaRange, Pa, PaRange};
-use crate::bbm::Flush;
 use crate::entry::{Entry, Lookup, SoftWord};
 use crate::error::{EncodeError, MapError};
 use crate::export::Exports;
@@ -119,8 +118,8 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     fn tear_down(&mut self) {
-        let whole = IpaRange::from_bounds(0, self.geometry().input_end());
-        self.invalidate(&Flush::everything(whole));
+        // Nothing was stored, so there is nothing to publish; an importer has long left.
+        self.platform.invalidate_all(self.context);
         self.release_root();
         let size = self.geometry().root_size();
         self.platform.free_root(DetachedTable::new(self.root), size);

@@ -15,6 +15,7 @@ use crate::format::{TableFormat, WordKind};
 use crate::job::Span;
 use crate::level::Level;
 use crate::platform::Platform;
+use crate::protect::Gathered;
 use crate::space::Stage2;
 use crate::sync::{Ordering, relax};
 use crate::table::Table;
@@ -74,11 +75,11 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         self.zap_break(&root, level, span, &mut zap);
         self.invalidate(&zap.flush);
         if zap.second_pass {
-            let mut dirty = None;
+            let mut dirty = Gathered::default();
             self.zap_clean(&root, level, span, &mut dirty);
-            self.clean_gathered(&mut dirty);
+            dirty.finish(|frames| self.clean_data(frames));
+            // Invalid before and after: walkers see no difference, nothing to publish.
             self.zap_empty(&root, level, span, claim);
-            self.platform.publish();
         }
     }
 
@@ -130,7 +131,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             let word = match self.format.kind(raw, level) {
                 WordKind::Leaf => {
                     let pa = self.format.output(raw, level);
-                    let owes_data = self.format.decode_attrs(raw).maintenance().data;
+                    let owes_data = self.format.maintenance(raw).data;
                     SoftWord::BrokenLeaf {
                         pa,
                         owes_data,
@@ -183,13 +184,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Step 5 for every broken leaf of the span, whoever broke it.
-    fn zap_clean(
-        &self,
-        table: &Table<'_>,
-        level: Level,
-        span: Span,
-        dirty: &mut Option<(u64, u64)>,
-    ) {
+    fn zap_clean(&self, table: &Table<'_>, level: Level, span: Span, dirty: &mut Gathered) {
         let size = self.geometry().slot_size(level);
         let mut rest = Some(span);
         while let Some(span) = rest {
@@ -204,7 +199,9 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 ..
             } = SoftWord::decode(raw)
             {
-                self.gather_dirty(dirty, pa.get(), size);
+                dirty.add((pa.get(), pa.get() + size), |frames| {
+                    self.clean_data(frames)
+                });
             }
         }
     }
@@ -228,25 +225,6 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 }
                 _ => {}
             }
-        }
-    }
-
-    /// Adds memory to clean; neighbours are cleaned together.
-    #[track_caller]
-    fn gather_dirty(&self, dirty: &mut Option<(u64, u64)>, pa: u64, size: u64) {
-        match *dirty {
-            Some((start, end)) if end == pa => *dirty = Some((start, pa + size)),
-            _ => {
-                self.clean_gathered(dirty);
-                *dirty = Some((pa, pa + size));
-            }
-        }
-    }
-
-    #[track_caller]
-    fn clean_gathered(&self, dirty: &mut Option<(u64, u64)>) {
-        if let Some((start, end)) = dirty.take() {
-            self.clean_data(PaRange::from_bounds(start, end));
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{TableFormat, WordKind};
 use crate::addr::Pa;
-use crate::attr::{Age, Combine, Device, LeafAttrs, MemType, Perms, SwBits};
+use crate::attr::{Age, Combine, Device, LeafAttrs, Maintenance, MemType, Perms, SwBits};
 use crate::error::{ConfigError, EncodeError};
 use crate::level::{Geometry, Level};
 
@@ -20,6 +20,7 @@ pub enum Granule {
 impl Granule {
     /// log2 of the page size.
     #[must_use]
+    #[inline]
     pub const fn page_shift(self) -> u8 {
         match self {
             Self::K4 => 12,
@@ -193,12 +194,14 @@ impl ArmStage2 {
     /// VTCR_EL2.T0SZ: 64 minus the input bits.
     #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "at most 52 input bits")]
+    #[inline]
     pub const fn t0sz(&self) -> u8 {
         64 - self.geometry.input_bits() as u8
     }
 
     /// VTCR_EL2.SL0, two bits (Arm ARM D24.2, VTCR_EL2).
     #[must_use]
+    #[inline]
     pub const fn sl0(&self) -> u8 {
         let start = self.geometry.start_level().number();
         match (self.granule, start) {
@@ -214,12 +217,14 @@ impl ArmStage2 {
 
     /// VTCR_EL2.SL2: 1 only for a walk that starts at level −1.
     #[must_use]
+    #[inline]
     pub const fn sl2(&self) -> u8 {
         (self.geometry.start_level().number() < 0) as u8
     }
 
     /// VTCR_EL2.TG0: 0 for 4 KiB, 1 for 64 KiB, 2 for 16 KiB.
     #[must_use]
+    #[inline]
     pub const fn tg0(&self) -> u8 {
         match self.granule {
             Granule::K4 => 0,
@@ -230,12 +235,14 @@ impl ArmStage2 {
 
     /// VTCR_EL2.DS: 1 with 52-bit addresses in 4 or 16 KiB tables.
     #[must_use]
+    #[inline]
     pub fn ds(&self) -> u8 {
         u8::from(self.address == AddressField::Lpa2)
     }
 
     /// VTCR_EL2.PS for the output size: the next size the architecture knows.
     #[must_use]
+    #[inline]
     pub const fn ps(&self) -> u8 {
         match self.output_bits {
             0..=32 => 0,
@@ -250,12 +257,14 @@ impl ArmStage2 {
 
     /// Whether leaves can force write-back.
     #[must_use]
+    #[inline]
     pub fn forces_write_back(&self) -> bool {
         self.features.fwb == ForceWriteBack::On
     }
 
     /// The granule.
     #[must_use]
+    #[inline]
     pub const fn granule(&self) -> Granule {
         self.granule
     }
@@ -270,6 +279,7 @@ impl ArmStage2 {
         }
     }
 
+    #[inline]
     fn mem_attr(&self, attrs: &LeafAttrs) -> Result<u64, EncodeError> {
         use Combine::{ForceStage2, HonourGuest};
         let fwb = self.forces_write_back();
@@ -297,6 +307,7 @@ impl ArmStage2 {
 
     /// XN\[1:0\]: 00 all, 01 EL0 only, 10 nobody, 11 EL1 only; without FEAT_XNX only bit 54
     /// counts, so a split request is refused instead of widened.
+    #[inline]
     fn execute_never(&self, perms: Perms) -> Result<u64, EncodeError> {
         let execute = perms.intersection(Perms::EXEC);
         if execute == Perms::EXEC {
@@ -312,6 +323,7 @@ impl ArmStage2 {
         }
     }
 
+    #[inline]
     fn decode_perms(&self, raw: u64) -> Perms {
         let mut perms = Perms::empty();
         perms.set(Perms::READ, raw & S2AP_READ != 0);
@@ -327,6 +339,7 @@ impl ArmStage2 {
     }
 
     /// Reserved values read as the strictest type (Arm ARM: they behave as some device type).
+    #[inline]
     fn decode_mem(&self, raw: u64) -> (MemType, Combine) {
         let fwb = self.forces_write_back();
         let mem = match raw >> MEM_ATTR_SHIFT & 0xf {
@@ -476,6 +489,7 @@ unsafe impl TableFormat for ArmStage2 {
         })
     }
 
+    #[inline]
     fn decode_attrs(&self, raw: u64) -> LeafAttrs {
         let (mem, combine) = self.decode_mem(raw);
         LeafAttrs {
@@ -488,6 +502,22 @@ unsafe impl TableFormat for ArmStage2 {
             } else {
                 Age::Old
             },
+        }
+    }
+
+    #[inline]
+    fn maintenance(&self, raw: u64) -> Maintenance {
+        let mem = raw >> MEM_ATTR_SHIFT & 0xf;
+        // Everything below NORMAL_NC is a device type, and so is what is reserved with FWB.
+        let fwb = self.forces_write_back();
+        let ram = mem >= mem_attr::NORMAL_NC && (!fwb || mem <= mem_attr::FWB_AS_STAGE_1);
+        let forced = fwb && mem == mem_attr::FWB_FORCE_WB;
+        let fetch = raw & XN_HIGH == 0 || raw & XN_LOW != 0;
+        let split = self.features.execute == Execute::Split;
+        let executable = if split { fetch } else { raw & XN_HIGH == 0 };
+        Maintenance {
+            data: ram && !forced,
+            fetch: ram && executable,
         }
     }
 

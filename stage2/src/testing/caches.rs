@@ -14,7 +14,13 @@ pub struct Caches {
 
 impl Caches {
     /// A clean and invalidate that nothing could undo.
+    ///
+    /// Instruction caches may have refilled from below the dirty data until now, so what was
+    /// invalidated before is stale again: data first, then fetches.
     pub fn clean(&mut self, start: u64, end: u64) {
+        if !self.clean.contains(start, end) {
+            self.fetchable.remove(start, end);
+        }
         self.clean.insert(start, end);
         self.owed.remove(start, end);
     }
@@ -51,6 +57,12 @@ impl Caches {
     #[must_use]
     pub fn is_fetchable(&self, start: u64, end: u64) -> bool {
         self.fetchable.contains(start, end)
+    }
+
+    /// Whether any of the memory is still owed.
+    #[must_use]
+    pub fn is_owed(&self, start: u64, end: u64) -> bool {
+        self.owed.iter().any(|(from, to)| from < end && to > start)
     }
 
     /// What is still owed.

@@ -9,6 +9,8 @@ use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::caches::Caches;
+use super::mutation::{Mutation, Op, Site};
+use super::ranges::RangeSet;
 use super::tlb::{Cached, FakeTlb};
 use super::walker::{Arch, RawEntry, Tables};
 use crate::addr::{IpaRange, Pa, PaRange};
@@ -17,68 +19,6 @@ use crate::platform::{
     CacheMaintenance, DetachedTable, EntryRef, RangeOps, TableMemory, TlbCaps, TlbInvalidate,
 };
 use crate::sync::{AtomicEntry, Ordering};
-
-/// Kinds of steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Op {
-    /// An entry is written.
-    Store,
-    /// An entry is written by compare-and-swap.
-    Swap,
-    /// Stores become visible to walkers.
-    Publish,
-    /// A range leaves the TLB.
-    TlbRange,
-    /// Everything leaves the TLB.
-    TlbAll,
-    /// Data cache to the point of coherency.
-    Data,
-    /// Instruction cache.
-    Fetch,
-    /// An importer is told.
-    Notify,
-}
-
-/// A step in the source: what, and where it is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Site {
-    /// What.
-    pub op: Op,
-    /// File.
-    pub file: &'static str,
-    /// Line.
-    pub line: u32,
-    /// Column.
-    pub column: u32,
-}
-
-impl Site {
-    fn new(op: Op, at: &'static Location<'static>) -> Self {
-        Self {
-            op,
-            file: at.file(),
-            line: at.line(),
-            column: at.column(),
-        }
-    }
-}
-
-/// One step gone wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mutation {
-    /// The step is not there.
-    Drop(Site),
-    /// The step comes behind the one that should follow it.
-    Delay(Site),
-}
-
-impl Mutation {
-    const fn site(&self) -> &Site {
-        match self {
-            Self::Drop(site) | Self::Delay(site) => site,
-        }
-    }
-}
 
 /// What happened, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,7 +65,7 @@ struct State {
     caches: Caches,
     /// Leaves that were taken away: the same memory may come back at the same place with the
     /// same type, in other sizes or with other permissions, and owes nothing then.
-    taken: Vec<Cached>,
+    taken: BTreeMap<(u64, u8), RangeSet>,
     deferred: bool,
     events: Vec<Event>,
     violations: Vec<String>,
@@ -168,7 +108,7 @@ impl FakeMachine {
             tlb: FakeTlb::default(),
             importer: None,
             caches: Caches::default(),
-            taken: Vec::new(),
+            taken: BTreeMap::new(),
             deferred: false,
             events: Vec::new(),
             violations: Vec::new(),
@@ -199,16 +139,19 @@ impl FakeMachine {
     pub fn attach(&self, root: Pa) {
         let mut state = self.state();
         state.root = Some(root.get());
+        if state.unpublished {
+            state.violations.push("the root is not published".into());
+        }
         let start = state.arch.start;
         state.linked.insert(root.get(), (0, start));
     }
 
-    /// Takes the root away from the hardware: nothing walks it any more.
+    /// Takes the root away from the hardware: nothing walks it any more, but what is cached
+    /// stays.
     pub fn detach(&self) {
         let mut state = self.state();
         state.root = None;
         state.linked.clear();
-        state.tlb.invalidate_all();
     }
 
     /// An importer starts to walk the root.
@@ -216,6 +159,13 @@ impl FakeMachine {
         let mut state = self.state();
         let copy = state.tlb.clone();
         state.importer = Some(copy);
+    }
+
+    /// The importer stops to walk the root; whatever it still caches is wrong.
+    pub fn stop_importing(&self, wrong: &mut Vec<String>) {
+        let importer = self.state().importer.take();
+        let left = importer.iter().flat_map(FakeTlb::iter);
+        wrong.extend(left.map(|cached| format!("importer left with {cached:x?}")));
     }
 
     /// The importer is told of an invalidation.
@@ -303,8 +253,12 @@ impl FakeMachine {
     /// An operation is complete: nothing may be pending. Returns everything wrong so far.
     #[must_use]
     pub fn finish(&self) -> Vec<String> {
-        self.run_delayed();
         let mut state = self.state();
+        if let Some(event) = state.delayed.take() {
+            state
+                .violations
+                .push(format!("operation ended before {event:x?}"));
+        }
         if state.unpublished {
             state
                 .violations
@@ -335,7 +289,8 @@ impl FakeMachine {
         std::mem::take(&mut state.violations)
     }
 
-    /// Whether the tables grant what a cached translation does.
+    /// Whether the tables say what a cached translation does. One that grants less is stale, too:
+    /// the guest would fault on it for ever.
     fn grants(&self, arch: Arch, root: u64, cached: &Cached) -> bool {
         let Some((pa, leaf)) = arch.walk(self, root, cached.at) else {
             return false;
@@ -343,10 +298,10 @@ impl FakeMachine {
         let had = &cached.leaf;
         pa == had.pa
             && leaf.mem == had.mem
-            && (leaf.write || !had.write)
-            && (leaf.read || !had.read)
-            && (leaf.exec_kernel || !had.exec_kernel)
-            && (leaf.exec_user || !had.exec_user)
+            && leaf.write == had.write
+            && leaf.read == had.read
+            && leaf.exec_kernel == had.exec_kernel
+            && leaf.exec_user == had.exec_user
     }
 
     /// Lets a step happen, unless a mutation drops or delays it.
@@ -419,6 +374,46 @@ impl FakeMachine {
             }
             _ => state.tlb.invalidate_all(),
         }
+        drop(state);
+        self.refill();
+    }
+
+    /// Walkers go on caching whatever is valid.
+    fn refill(&self) {
+        let (arch, root) = {
+            let state = self.state();
+            (state.arch, state.root)
+        };
+        let Some(root) = root else { return };
+        for index in 0..arch.root_entries() {
+            let at = (index as u64) << arch.shift(arch.start);
+            let raw = self.word(root, index);
+            let (leaves, tables) = self.below(raw, at, arch.start);
+            let mut state = self.state();
+            for (pa, at, level) in tables {
+                state.link(pa, at, level);
+            }
+            for leaf in leaves {
+                state.tlb.fill(leaf);
+            }
+        }
+    }
+
+    /// Everything below an entry: leaves, and tables with what they span.
+    fn below(&self, raw: u64, at: u64, level: i8) -> (Vec<Cached>, Vec<(u64, u64, i8)>) {
+        let arch = self.state().arch;
+        let (mut leaves, mut tables) = (Vec::new(), Vec::new());
+        let mut leaf = |at, level, leaf| {
+            leaves.push(Cached {
+                at,
+                size: 1 << arch.shift(level),
+                level,
+                leaf,
+            });
+        };
+        let mut table = |pa, at, level| tables.push((pa, at, level));
+        arch.enumerate(self, raw, at, level, &mut leaf, &mut table);
+        (leaves, tables)
     }
 
     /// A frame that something can still write does not stay clean.
@@ -453,6 +448,7 @@ impl FakeMachine {
             state.unpublished = true;
         }
         state.check_replaced(was, is, at, level);
+        state.check_emptied(old, level);
         drop(state);
         self.check_removed(was, old, at, level);
         self.check_added(is, new, at, level);
@@ -463,31 +459,19 @@ impl FakeMachine {
         if was == RawEntry::Invalid {
             return;
         }
-        let arch = self.state().arch;
-        let (mut gone, mut tables) = (Vec::new(), Vec::new());
-        arch.enumerate(
-            self,
-            old,
-            at,
-            level,
-            &mut |at, level, leaf| {
-                gone.push(Cached {
-                    at,
-                    size: 1 << arch.shift(level),
-                    level,
-                    leaf,
-                });
-            },
-            &mut |pa, _, _| tables.push(pa),
-        );
+        let (gone, tables) = self.below(old, at, level);
         let mut state = self.state();
+        let arch = state.arch;
         for old in gone {
             if arch.owes_data(&old.leaf) {
                 state.caches.owe(old.leaf.pa, old.leaf.pa + old.size);
-                state.taken.push(old);
+                let taken = state
+                    .taken
+                    .entry((old.at.wrapping_sub(old.leaf.pa), old.leaf.mem));
+                taken.or_default().insert(old.at, old.at + old.size);
             }
         }
-        for table in tables {
+        for (table, _, _) in tables {
             state.linked.remove(&table);
         }
     }
@@ -497,27 +481,13 @@ impl FakeMachine {
         if is == RawEntry::Invalid {
             return;
         }
-        let arch = self.state().arch;
-        let (mut leaves, mut tables) = (Vec::new(), Vec::new());
-        arch.enumerate(
-            self,
-            new,
-            at,
-            level,
-            &mut |at, level, leaf| leaves.push((at, level, leaf)),
-            &mut |pa, at, level| tables.push((pa, at, level)),
-        );
+        let (leaves, tables) = self.below(new, at, level);
         let mut state = self.state();
         for (pa, at, level) in tables {
             state.link(pa, at, level);
         }
-        for (at, level, leaf) in leaves {
-            state.expose(Cached {
-                at,
-                size: 1 << arch.shift(level),
-                level,
-                leaf,
-            });
+        for leaf in leaves {
+            state.expose(leaf);
         }
     }
 }
@@ -535,19 +505,25 @@ impl State {
         }
     }
 
+    /// A word that a concurrent zap claimed may only go when the memory behind it is clean: the
+    /// next fault takes it for granted. (Exclusive operations keep faults out until they return.)
+    fn check_emptied(&mut self, old: u64, level: i8) {
+        let (kind, owes, claim) = (old >> 60, old >> 59 & 1, old >> 4 & 0x1f);
+        if kind == 1 && owes == 1 && claim != 0 {
+            let pa = old & 0xf_ffff_ffff_f000;
+            let size = 1 << self.arch.shift(level);
+            if !self.caches.is_clean(pa, pa + size) {
+                self.violations
+                    .push(format!("{pa:#x} given up before it is clean"));
+            }
+        }
+    }
+
     /// Whether a leaf continues what stood there before; it then owes again when it goes.
     fn comes_back(&mut self, new: &Cached) -> bool {
-        let continues = |old: &Cached| {
-            let (low, high) = (
-                old.at.max(new.at),
-                (old.at + old.size).min(new.at + new.size),
-            );
-            low < high
-                && old.at.wrapping_sub(old.leaf.pa) == new.at.wrapping_sub(new.leaf.pa)
-                && old.leaf.mem == new.leaf.mem
-                && (low, high) == (new.at, new.at + new.size)
-        };
-        let found = self.taken.iter().any(continues);
+        let key = (new.at.wrapping_sub(new.leaf.pa), new.leaf.mem);
+        let taken = self.taken.get(&key);
+        let found = taken.is_some_and(|set| set.contains(new.at, new.at + new.size));
         if found {
             self.caches.forgive(new.leaf.pa, new.leaf.pa + new.size);
         }
@@ -588,8 +564,13 @@ impl State {
         if self.deferred {
             return;
         }
-        if self.arch.owes_data(&new.leaf) && !self.comes_back(&new) {
-            self.check_clean(start, end);
+        if self.arch.owes_data(&new.leaf) {
+            if !self.comes_back(&new) {
+                self.check_clean(start, end);
+            }
+        } else if self.caches.is_owed(start, end) {
+            self.violations
+                .push(format!("{start:#x}..{end:#x} mapped while owed"));
         }
         if self.arch.executable(&new.leaf) && !self.caches.is_fetchable(start, end) {
             self.violations.push(format!(
@@ -666,6 +647,7 @@ unsafe impl TableMemory for FakeMachine {
             .find(|s| pages(*s).all(|pa| is_free(&state, pa)))?;
         state.free.retain(|pa| !(start..start + size).contains(pa));
         state.live.extend(pages(start));
+        state.unpublished = true;
         Some(Pa::new(start))
     }
 

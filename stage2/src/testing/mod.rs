@@ -9,14 +9,18 @@
 //! A [`Mutation`] takes one maintenance step away, or delays it behind the next one; the
 //! scenarios in `tests/` show that every such step is missed.
 
+mod arm;
 mod caches;
 mod machine;
+mod mutation;
 mod ranges;
 mod tlb;
 mod walker;
 
+pub use arm::{FakeArm, Wrong};
 pub use caches::Caches;
-pub use machine::{Event, FakeMachine, Mutation, Op, Site};
+pub use machine::{Event, FakeMachine};
+pub use mutation::{Mutation, Op, Site};
 pub use ranges::RangeSet;
 pub use tlb::{Cached, FakeTlb};
 pub use walker::{Arch, HighBits, RawEntry, RawLeaf, Tables};

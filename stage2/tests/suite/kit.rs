@@ -6,14 +6,14 @@ use stage2::{
     Level, MapOutcome, MapRequest, Pa, Perms, Stage2,
 };
 
-pub const PAGE: u64 = 0x1000;
-pub const BLOCK: u64 = 0x20_0000;
-pub const GIB: u64 = 0x4000_0000;
+pub(crate) const PAGE: u64 = 0x1000;
+pub(crate) const BLOCK: u64 = 0x20_0000;
+pub(crate) const GIB: u64 = 0x4000_0000;
 
-pub type Space<'m> = Stage2<ArmStage2, &'m FakeMachine>;
+pub(crate) type Space<'m> = Stage2<ArmStage2, &'m FakeMachine>;
 
 /// 39 input bits from level 1, no forced write-back.
-pub fn arm(fwb: ForceWriteBack) -> ArmStage2 {
+pub(crate) fn arm(fwb: ForceWriteBack) -> ArmStage2 {
     ArmStage2::new(&ArmConfig {
         granule: Granule::K4,
         input_bits: 39,
@@ -24,10 +24,10 @@ pub fn arm(fwb: ForceWriteBack) -> ArmStage2 {
         },
         start: Some(Level::L1),
     })
-    .unwrap()
+    .expect("a valid set-up")
 }
 
-pub fn machine(tables: usize) -> FakeMachine {
+pub(crate) fn machine(tables: usize) -> FakeMachine {
     FakeMachine::new(
         Arch {
             xnx: false,
@@ -37,7 +37,7 @@ pub fn machine(tables: usize) -> FakeMachine {
     )
 }
 
-pub fn machine_fwb(tables: usize) -> FakeMachine {
+pub(crate) fn machine_fwb(tables: usize) -> FakeMachine {
     FakeMachine::new(
         Arch {
             xnx: false,
@@ -48,42 +48,42 @@ pub fn machine_fwb(tables: usize) -> FakeMachine {
 }
 
 /// An attached space.
-pub fn space(machine: &FakeMachine) -> Space<'_> {
-    let space = Stage2::new(arm(ForceWriteBack::Off), machine, 5).unwrap();
+pub(crate) fn space(machine: &FakeMachine) -> Space<'_> {
+    let space = Stage2::new(arm(ForceWriteBack::Off), machine, 5).expect("a valid set-up");
     machine.attach(space.root());
     space
 }
 
-pub fn space_fwb(machine: &FakeMachine) -> Space<'_> {
-    let space = Stage2::new(arm(ForceWriteBack::On), machine, 5).unwrap();
+pub(crate) fn space_fwb(machine: &FakeMachine) -> Space<'_> {
+    let space = Stage2::new(arm(ForceWriteBack::On), machine, 5).expect("a valid set-up");
     machine.attach(space.root());
     space
 }
 
-pub fn range(start: u64, size: u64) -> IpaRange {
-    IpaRange::new(Ipa::new(start), size).unwrap()
+pub(crate) fn range(start: u64, size: u64) -> IpaRange {
+    IpaRange::new(Ipa::new(start), size).expect("a valid set-up")
 }
 
-pub fn normal() -> LeafAttrs {
+pub(crate) fn normal() -> LeafAttrs {
     LeafAttrs::normal(Perms::RWX)
 }
 
-pub fn request(ipa: u64, size: u64, pa: u64) -> MapRequest {
+pub(crate) fn request(ipa: u64, size: u64, pa: u64) -> MapRequest {
     MapRequest::new(Ipa::new(ipa), size, Pa::new(pa), normal())
 }
 
-pub fn map(space: &mut Space<'_>, ipa: u64, size: u64, pa: u64) -> MapOutcome {
-    space.map(&request(ipa, size, pa)).unwrap()
+pub(crate) fn map(space: &mut Space<'_>, ipa: u64, size: u64, pa: u64) -> MapOutcome {
+    space.map(&request(ipa, size, pa)).expect("a valid set-up")
 }
 
-pub fn map_pages(space: &mut Space<'_>, ipa: u64, size: u64, pa: u64) -> MapOutcome {
+pub(crate) fn map_pages(space: &mut Space<'_>, ipa: u64, size: u64, pa: u64) -> MapOutcome {
     space
         .map(&request(ipa, size, pa).with_blocks(Blocks::Never))
-        .unwrap()
+        .expect("a valid set-up")
 }
 
 /// Leaves as (input, level, output), read from raw memory.
-pub fn mapped(machine: &FakeMachine) -> Vec<(u64, i8, u64)> {
+pub(crate) fn mapped(machine: &FakeMachine) -> Vec<(u64, i8, u64)> {
     machine
         .leaves()
         .into_iter()
@@ -92,15 +92,15 @@ pub fn mapped(machine: &FakeMachine) -> Vec<(u64, i8, u64)> {
 }
 
 /// The raw leaf at an address.
-pub fn leaf_at(machine: &FakeMachine, at: u64) -> RawLeaf {
+pub(crate) fn leaf_at(machine: &FakeMachine, at: u64) -> RawLeaf {
     let found = machine.leaves().into_iter().find(|(start, level, _)| {
         let size = 1u64 << (12 + 9 * (3 - i32::from(*level)));
         (*start..*start + size).contains(&at)
     });
-    found.map(|(_, _, leaf)| leaf).unwrap()
+    found.map(|(_, _, leaf)| leaf).expect("a valid set-up")
 }
 
 /// Nothing was done against the rules, and nothing is left to do.
-pub fn assert_clean(machine: &FakeMachine) {
+pub(crate) fn assert_clean(machine: &FakeMachine) {
     assert_eq!(machine.finish(), Vec::<String>::new());
 }

@@ -288,12 +288,7 @@ fn dropping_a_space_gives_every_table_back_once() {
     machine.detach();
     drop(space);
     assert_eq!(machine.tables_in_use(), 0);
-    let twice: Vec<String> = machine
-        .finish()
-        .into_iter()
-        .filter(|text| text.contains("twice"))
-        .collect();
-    assert_eq!(twice, Vec::<String>::new());
+    assert_clean(&machine);
 }
 
 #[test]

@@ -1,0 +1,383 @@
+//! Locking and unlocking slots.
+//!
+//! A locked slot has all its pages pinned and mapped, so that an access that cannot wait for a
+//! fault (a profiling buffer, a device that shares the table) always finds them. The mappings
+//! are made without cache maintenance: what the host writes between lock and first run must
+//! reach the guest, so maintenance is pending until then.
+//!
+//! Everything that can fail comes before the first store: pins, charge, bookkeeping. The map is
+//! last; if it fails half-way, the slot's range is emptied, and only after the invalidation has
+//! completed are pages unpinned and the charge taken back. Slot flags and pending bits have not
+//! been touched by then.
+
+use alloc::vec::Vec;
+
+use stage2::{Blocks, LeafAttrs, MapRequest, Perms};
+
+use crate::account::{LockedMemory, Privilege};
+use crate::addr::GfnRange;
+use crate::error::Error;
+use crate::frames::{FrameRun, FrameSource, PinIntent};
+use crate::pending::Work;
+use crate::policy::{LeafType, MemTypePolicy, TypeQuery};
+use crate::slot::{LockFlags, LockGranule, Memslot, SlotFlags, SlotId, SlotLock};
+use crate::table::GuestTable;
+use crate::vm::{GuestMemory, Locked, Mmu, SlotTable, slot_bytes};
+
+/// A decoded lock hypercall.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockCall {
+    /// Lock a slot.
+    Lock {
+        /// Which.
+        id: SlotId,
+        /// Permissions; validated by the operation.
+        perms: LockFlags,
+    },
+    /// Unlock a slot.
+    Unlock(SlotId),
+    /// Unlock every locked slot.
+    UnlockAll,
+}
+
+impl LockCall {
+    const LOCK: u64 = 1 << 0;
+    const UNLOCK: u64 = 1 << 1;
+    const UNLOCK_ALL: u64 = 1 << 0;
+
+    /// Decodes the action word and its four arguments.
+    ///
+    /// # Errors
+    /// [`Error::BadLockRequest`] with the offending word: not exactly one action, an unknown
+    /// bit, a reserved argument; [`Error::SlotOutOfRange`]'s counterpart for a slot number that
+    /// no VM has is the same error with that number.
+    pub fn parse(action: u64, args: [u64; 4]) -> Result<Self, Error> {
+        let [slot, flags, reserved @ ..] = args;
+        if let Some(word) = reserved.into_iter().find(|w| *w != 0) {
+            return Err(Error::BadLockRequest(word));
+        }
+        let id = || {
+            u16::try_from(slot)
+                .map(SlotId)
+                .map_err(|_| Error::BadLockRequest(slot))
+        };
+        match (action, flags) {
+            (Self::LOCK, _) => {
+                let perms = LockFlags::from_bits(flags).ok_or(Error::BadLockRequest(flags))?;
+                Ok(Self::Lock { id: id()?, perms })
+            }
+            (Self::UNLOCK, 0) => Ok(Self::Unlock(id()?)),
+            (Self::UNLOCK, Self::UNLOCK_ALL) => Ok(Self::UnlockAll),
+            (Self::UNLOCK, _) => Err(Error::BadLockRequest(flags)),
+            _ => Err(Error::BadLockRequest(action)),
+        }
+    }
+}
+
+/// One lock.
+#[derive(Clone, Copy, Debug)]
+pub struct LockRequest {
+    /// Which slot.
+    pub id: SlotId,
+    /// Initial permissions; READ is mandatory.
+    pub perms: LockFlags,
+    /// Largest leaves.
+    pub granule: LockGranule,
+    /// Whether the limit holds for the caller.
+    pub privilege: Privilege,
+}
+
+impl LockRequest {
+    /// A lock with base pages by an ordinary caller.
+    #[must_use]
+    pub const fn new(id: SlotId, perms: LockFlags) -> Self {
+        Self {
+            id,
+            perms,
+            granule: LockGranule::BasePages,
+            privilege: Privilege::Ordinary,
+        }
+    }
+}
+
+/// The state of a slot, as the host sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockState {
+    /// Mapped on demand.
+    Unlocked,
+    /// Mapped and pinned; data maintenance is pending.
+    LockedDirty,
+    /// Mapped and pinned; nothing is pending.
+    LockedClean,
+    /// Mapped and pinned, kept across a reset; maintenance is pending.
+    LockedReset,
+}
+
+impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
+    /// Locks a slot: pins and maps all of it, readable or writable, never executable.
+    ///
+    /// # Errors
+    /// In this order: number out of range, no READ, a vCPU inside, no such slot, a write lock on
+    /// a read-only or logged slot, locked already, over the limit, out of memory, a page that
+    /// cannot be pinned, a backing that changed meanwhile, no table memory. After every one of
+    /// them pins, charge, flags and pending work are what they were, and no leaf is there that
+    /// was not before.
+    pub fn lock_slot(&self, request: &LockRequest) -> Result<(), Error> {
+        self.check_id(request.id)?;
+        if !request.perms.contains(LockFlags::READ) {
+            return Err(Error::LockNeedsRead);
+        }
+        let _closed = self.gate.close()?;
+        let mut slots = self.slots.write();
+        let slot = lockable(&slots, request)?;
+        let npages = slot.range.npages();
+        self.frames.account().check(npages, request.privilege)?;
+        slots.locked.try_reserve(1)?;
+        let sequence = self.frames.sequence();
+        let pins = Pins::take(&self.frames, &slot, intent(request.perms))?;
+        let charge = Charge::take(self.frames.account(), npages, request.privilege)?;
+        let mut mmu = self.mmu.write();
+        if self.frames.sequence() != sequence {
+            return Err(Error::BackingChanged);
+        }
+        let (attrs, work) = self.locked_leaf(&slot, &mmu, request.perms)?;
+        let lock = SlotLock {
+            flags: request.perms,
+            granule: request.granule,
+        };
+        map_runs(&mut mmu, &slot, lock, &pins.runs, attrs)?;
+        // Nothing fails from here on.
+        let pins = pins.keep();
+        charge.keep();
+        slots.locked.push(Locked {
+            id: slot.id,
+            pins,
+            work,
+        });
+        mmu.generation = slots.set.relock(slot.id, Some(lock));
+        self.pending.publish(work);
+        Ok(())
+    }
+
+    /// Unlocks a slot: unpins and un-charges its pages. Leaves stay, unless they never got
+    /// their maintenance; then they go, and a fault will do it.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSlot`], [`Error::NotLocked`] or [`Error::SlotOutOfRange`].
+    pub fn unlock_slot(&self, id: SlotId) -> Result<(), Error> {
+        self.check_id(id)?;
+        let mut slots = self.slots.write();
+        self.unlock_one(&mut slots, id)
+    }
+
+    /// Unlocks every locked slot; success if there is none.
+    ///
+    /// # Errors
+    /// Those of the page table, which unmapping whole slots does not meet.
+    pub fn unlock_all(&self) -> Result<(), Error> {
+        let mut slots = self.slots.write();
+        while let Some(id) = slots.locked.last().map(|l| l.id) {
+            self.unlock_one(&mut slots, id)?;
+        }
+        Ok(())
+    }
+
+    /// The state of a slot; `None` if there is no such slot.
+    #[must_use]
+    pub fn lock_state(&self, id: SlotId) -> Option<LockState> {
+        let slots = self.slots.read();
+        slots.set.get(id)?;
+        Some(match slots.locked(id).map(|l| l.work) {
+            None => LockState::Unlocked,
+            Some(work) if work.contains(Work::INVAL_ICACHE) => LockState::LockedReset,
+            Some(work) if work.contains(Work::FLUSH_DCACHE) => LockState::LockedDirty,
+            Some(_) => LockState::LockedClean,
+        })
+    }
+
+    /// Gives up the VM's memory: first no leaf is left, then nothing is pinned or charged.
+    ///
+    /// # Errors
+    /// Those of the page table; the VM stays as it is then, as far as it was not emptied.
+    pub fn empty(&self) -> Result<(), Error> {
+        let mut slots = self.slots.write();
+        let mut mmu = self.mmu.write();
+        for slot in slots.set.iter() {
+            mmu.unmap(slot.range)?;
+        }
+        drop(mmu);
+        while let Some(id) = slots.locked.last().map(|l| l.id) {
+            self.unlock_one(&mut slots, id)?;
+        }
+        Ok(())
+    }
+
+    fn unlock_one(&self, slots: &mut SlotTable, id: SlotId) -> Result<(), Error> {
+        let slot = *slots.set.get(id).ok_or(Error::NoSuchSlot(id))?;
+        let lock = slot.lock.ok_or(Error::NotLocked(id))?;
+        let mut mmu = self.mmu.write();
+        if slots.locked(id).is_some_and(|l| !l.work.is_empty()) {
+            mmu.unmap(slot.range)?;
+        }
+        mmu.generation = slots.set.relock(id, None);
+        drop(mmu);
+        if let Some(at) = slots.locked.iter().position(|l| l.id == id) {
+            let locked = slots.locked.swap_remove(at);
+            for run in locked.pins {
+                self.frames.unpin(&slot, run, intent(lock.flags));
+            }
+        }
+        self.frames.account().uncharge(slot.range.npages());
+        self.pending.replace(slots.work());
+        Ok(())
+    }
+
+    /// What the leaves of a lock say, and what they will need.
+    fn locked_leaf(
+        &self,
+        slot: &Memslot,
+        mmu: &Mmu<T>,
+        perms: LockFlags,
+    ) -> Result<(LeafAttrs, Work), Error> {
+        let leaf = self.locked_type(slot, mmu.noncoherent.any())?;
+        let perms = match intent(perms) {
+            PinIntent::Read => Perms::READ,
+            PinIntent::Write => Perms::RW,
+        };
+        let (mem, combine) = self.policy.encode(leaf);
+        Ok((LeafAttrs::new(perms, mem, combine), self.flush_work(leaf)))
+    }
+
+    /// The type of all of a locked slot. It must not depend on a vCPU, because a vCPU's write to
+    /// a register would remove leaves that must not go.
+    pub(crate) fn locked_type(&self, slot: &Memslot, noncoherent: bool) -> Result<LeafType, Error> {
+        let query = TypeQuery::of(slot, slot.range.start(), noncoherent);
+        self.policy.slot_type(&query).ok_or(Error::NonCoherent)
+    }
+
+    /// FLUSH only where a leaf needs it.
+    pub(crate) fn flush_work(&self, leaf: LeafType) -> Work {
+        if self.policy.needs_maintenance(leaf) {
+            Work::FLUSH_DCACHE
+        } else {
+            Work::empty()
+        }
+    }
+}
+
+/// Checks 6 to 9: what the slot itself refuses.
+fn lockable(slots: &SlotTable, request: &LockRequest) -> Result<Memslot, Error> {
+    let id = request.id;
+    let slot = *slots.set.get(id).ok_or(Error::NoSuchSlot(id))?;
+    let logs = slot.flags.contains(SlotFlags::DIRTY_LOG);
+    let refuses_writes = !slot.is_writable() || logs;
+    if request.perms.contains(LockFlags::WRITE) && refuses_writes {
+        return Err(Error::WriteLockRefused(id));
+    }
+    if slot.lock.is_some() {
+        Err(Error::Locked(id))
+    } else {
+        Ok(slot)
+    }
+}
+
+fn intent(perms: LockFlags) -> PinIntent {
+    if perms.contains(LockFlags::WRITE) {
+        PinIntent::Write
+    } else {
+        PinIntent::Read
+    }
+}
+
+/// Maps all runs without cache maintenance, or none.
+fn map_runs<T: GuestTable>(
+    mmu: &mut Mmu<T>,
+    slot: &Memslot,
+    lock: SlotLock,
+    runs: &[FrameRun],
+    attrs: LeafAttrs,
+) -> Result<(), Error> {
+    let locked = Memslot {
+        lock: Some(lock),
+        ..*slot
+    };
+    let blocks = if locked.needs_base_pages() {
+        Blocks::Never
+    } else {
+        Blocks::Largest
+    };
+    for run in runs {
+        let range = slot_bytes(run.range)?;
+        let request = MapRequest::new(range.start(), range.len(), run.pfn.start(), attrs);
+        if let Err(error) = mmu.table.map(&request.with_blocks(blocks).deferred()) {
+            // Whole slots cut no block, so this takes no memory and does not fail.
+            mmu.unmap(slot.range)?;
+            return Err(error.into());
+        }
+    }
+    Ok(())
+}
+
+/// Pins that are let go of unless kept.
+struct Pins<'a, S: FrameSource> {
+    frames: &'a S,
+    slot: &'a Memslot,
+    runs: Vec<FrameRun>,
+}
+
+impl<'a, S: FrameSource> Pins<'a, S> {
+    fn take(frames: &'a S, slot: &'a Memslot, intent: PinIntent) -> Result<Self, Error> {
+        let mut pins = Self {
+            frames,
+            slot,
+            runs: Vec::new(),
+        };
+        let mut rest = Some(slot.range);
+        while let Some(want) = rest {
+            // Room first: a pin without a place in the list would leak.
+            pins.runs.try_reserve(1)?;
+            let run = frames.pin(slot, want, intent).map_err(|missing| {
+                Error::PinFailed(missing.0.get().saturating_sub(slot.range.start().get()))
+            })?;
+            pins.runs.push(run);
+            rest = GfnRange::new(run.range.end(), want.end());
+        }
+        Ok(pins)
+    }
+
+    fn keep(mut self) -> Vec<FrameRun> {
+        core::mem::take(&mut self.runs)
+    }
+}
+
+impl<S: FrameSource> Drop for Pins<'_, S> {
+    fn drop(&mut self) {
+        for run in self.runs.drain(..) {
+            // Nobody has written through a lock that failed.
+            self.frames.unpin(self.slot, run, PinIntent::Read);
+        }
+    }
+}
+
+/// A charge that is taken back unless kept.
+struct Charge<'a> {
+    account: &'a LockedMemory,
+    npages: u64,
+}
+
+impl<'a> Charge<'a> {
+    fn take(account: &'a LockedMemory, npages: u64, privilege: Privilege) -> Result<Self, Error> {
+        account.charge(npages, privilege)?;
+        Ok(Self { account, npages })
+    }
+
+    fn keep(mut self) {
+        self.npages = 0;
+    }
+}
+
+impl Drop for Charge<'_> {
+    fn drop(&mut self) {
+        self.account.uncharge(self.npages);
+    }
+}

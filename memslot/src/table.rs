@@ -1,0 +1,153 @@
+//! What this crate asks of a page table.
+//!
+//! The rule of the core holds here, too: `&self` may run beside faults, `&mut self` excludes
+//! them. [`stage2::Stage2`] is the table of every machine; tests put others in its place to
+//! fail at a chosen step and to look inside.
+
+use stage2::{
+    Blocks, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level, MapError, MapRequest, Pa,
+    PaRange, Platform, RunKind, Stage2, TableFormat,
+};
+
+use crate::addr::GfnRange;
+
+/// Consecutive leaves that say the same about consecutive memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeafRun {
+    /// Guest addresses.
+    pub range: IpaRange,
+    /// Memory behind the first of them.
+    pub pa: Pa,
+    /// What each leaf says.
+    pub attrs: LeafAttrs,
+    /// Level of each leaf.
+    pub level: Level,
+}
+
+impl LeafRun {
+    /// The memory, if the run describes any.
+    #[must_use]
+    pub fn memory(&self) -> Option<PaRange> {
+        PaRange::new(self.pa, self.range.len()).ok()
+    }
+
+    /// The part that lies in `within`.
+    #[must_use]
+    pub fn clipped(self, within: IpaRange) -> Option<Self> {
+        let start = within.start().max(self.range.start());
+        let end = within.end().min(self.range.end());
+        let range = IpaRange::new(start, end.get().checked_sub(start.get())?).ok()?;
+        let pa = self
+            .pa
+            .checked_add(start.get() - self.range.start().get())?;
+        Some(Self { range, pa, ..self })
+    }
+}
+
+/// A second-stage page table with its machine.
+pub trait GuestTable {
+    /// Installs a leaf, or adds permissions to the one that is there.
+    ///
+    /// # Errors
+    /// The table's; nothing has changed then.
+    fn fault(&self, request: &FaultRequest) -> Result<FaultOutcome, MapError>;
+
+    /// Maps a range, replacing what stands there.
+    ///
+    /// # Errors
+    /// The table's; nothing has changed then.
+    fn map(&mut self, request: &MapRequest) -> Result<(), MapError>;
+
+    /// Removes leaves and tables of a range, completely before it returns.
+    ///
+    /// # Errors
+    /// The table's; nothing has changed then.
+    fn unmap(&mut self, range: IpaRange) -> Result<(), MapError>;
+
+    /// Removes leaves of a range, completely before it returns; tables stay.
+    ///
+    /// # Errors
+    /// The table's; nothing has changed then.
+    fn zap(&self, range: IpaRange) -> Result<(), MapError>;
+
+    /// The first run of equal leaves in the range, clipped to it.
+    fn next_run(&self, range: IpaRange) -> Option<LeafRun>;
+
+    /// Cleans and invalidates memory to the point of coherency.
+    fn clean_invalidate_data(&self, range: PaRange);
+
+    /// Makes memory fit to be fetched from.
+    fn invalidate_fetch(&self, range: PaRange);
+}
+
+impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
+    fn fault(&self, request: &FaultRequest) -> Result<FaultOutcome, MapError> {
+        Self::fault(self, request)
+    }
+
+    fn map(&mut self, request: &MapRequest) -> Result<(), MapError> {
+        Self::map(self, request).map(|_| ())
+    }
+
+    fn unmap(&mut self, range: IpaRange) -> Result<(), MapError> {
+        Self::unmap(self, range)
+    }
+
+    fn zap(&self, range: IpaRange) -> Result<(), MapError> {
+        Self::zap(self, range)
+    }
+
+    fn next_run(&self, range: IpaRange) -> Option<LeafRun> {
+        let mapped = |run: stage2::Run| match run.kind {
+            RunKind::Mapped { pa, attrs } => {
+                let whole = LeafRun {
+                    range: run.range,
+                    pa,
+                    attrs,
+                    level: run.level,
+                };
+                whole.clipped(range)
+            }
+            RunKind::Annotated(_) => None,
+        };
+        self.runs(range).ok()?.find_map(mapped)
+    }
+
+    fn clean_invalidate_data(&self, range: PaRange) {
+        self.platform().clean_invalidate_data(range);
+    }
+
+    fn invalidate_fetch(&self, range: PaRange) {
+        self.platform().invalidate_fetch(range);
+    }
+}
+
+/// The bytes of a range of frames; `None` if they do not fit 64 bits.
+pub(crate) fn bytes(range: GfnRange) -> Option<IpaRange> {
+    let size = range.npages().checked_mul(1 << stage2::addr::FRAME_SHIFT)?;
+    IpaRange::new(range.start().start(), size).ok()
+}
+
+/// Rewrites the leaves of a range that `change` changes, each in the way and with the
+/// maintenance that the old and the new one ask for. Same addresses, same sizes: takes no memory.
+pub(crate) fn rewrite<T: GuestTable>(
+    table: &mut T,
+    range: IpaRange,
+    change: impl Fn(LeafAttrs) -> LeafAttrs,
+) -> Result<(), MapError> {
+    let mut rest = Some(range);
+    while let Some(run) = rest.and_then(|r| table.next_run(r)) {
+        rest = behind(range, run.range.end());
+        let attrs = change(run.attrs);
+        if attrs != run.attrs {
+            let request = MapRequest::new(run.range.start(), run.range.len(), run.pa, attrs);
+            table.map(&request.with_blocks(Blocks::UpTo(run.level)))?;
+        }
+    }
+    Ok(())
+}
+
+/// The part of a range from `at` on.
+pub(crate) fn behind(range: IpaRange, at: Ipa) -> Option<IpaRange> {
+    IpaRange::new(at, range.end().get().checked_sub(at.get())?).ok()
+}

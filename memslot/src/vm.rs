@@ -1,0 +1,245 @@
+//! A VM's memory: slots, page table, policy, and the order in which they are locked.
+//!
+//! ```text
+//! run gate  →  slots  →  page table (mmu)  →  frame pool
+//! ```
+//!
+//! The gate never waits: it is closed or refused. `slots` is held for reading only as long as a
+//! look-up takes, and for writing while slots change, lock, unlock, or pending work is done.
+//! `mmu` is shared by faults and zaps and exclusive for everything that frees tables or changes
+//! an input of the memory type. A fault reads the slots, lets go, finds its frame, and then
+//! compares the generation under `mmu`: if the slots have changed, it starts over.
+
+use alloc::vec::Vec;
+
+use stage2::{IpaRange, MapError};
+
+use crate::addr::{Gfn, GfnRange};
+use crate::dirty::DirtyBitmap;
+use crate::error::Error;
+use crate::frames::{FrameRun, FrameSource};
+use crate::gate::RunGate;
+use crate::noncoherent::NoncoherentDma;
+use crate::pending::{PendingOps, Work};
+use crate::policy::MemTypePolicy;
+use crate::slot::{Memslot, SlotId};
+use crate::slots::Memslots;
+use crate::sync::{Mutex, RwLock};
+use crate::table::{GuestTable, bytes};
+use crate::zap::ZapList;
+
+/// Whether the host may see the VM's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmKind {
+    /// The host sees everything; dirty logging and non-coherent slots are possible.
+    Unprotected,
+    /// The host sees only what the guest shares.
+    Protected,
+}
+
+/// Fixed properties of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmConfig {
+    /// Slot numbers are below this.
+    pub max_slots: u16,
+    /// Guest frames are below this.
+    pub gfn_limit: u64,
+    /// Whether the host may see the VM's memory.
+    pub kind: VmKind,
+}
+
+/// What the mmu lock guards.
+#[derive(Debug)]
+pub(crate) struct Mmu<T> {
+    pub(crate) table: T,
+    /// Devices that do not snoop: an input of the memory type.
+    pub(crate) noncoherent: NoncoherentDma,
+    /// Devices that snoop: they make locked leaves immovable.
+    pub(crate) snooping: u32,
+    /// Importers of the exported root.
+    pub(crate) importers: u32,
+    /// Generation of the slots that the table agrees with.
+    pub(crate) generation: u64,
+    /// Bitmaps of logged slots; here because a bit and a leaf change together.
+    pub(crate) dirty: Vec<(SlotId, DirtyBitmap)>,
+}
+
+/// What belongs to a locked slot.
+#[derive(Debug)]
+pub(crate) struct Locked {
+    pub(crate) id: SlotId,
+    pub(crate) pins: Vec<FrameRun>,
+    /// What must be done for this slot before the next run.
+    pub(crate) work: Work,
+}
+
+/// What the slots lock guards.
+#[derive(Debug)]
+pub(crate) struct SlotTable {
+    pub(crate) set: Memslots,
+    pub(crate) locked: Vec<Locked>,
+}
+
+/// A VM's memory.
+#[derive(Debug)]
+pub struct GuestMemory<T, P, S> {
+    pub(crate) config: VmConfig,
+    pub(crate) policy: P,
+    pub(crate) frames: S,
+    pub(crate) gate: RunGate,
+    pub(crate) slots: RwLock<SlotTable>,
+    pub(crate) mmu: RwLock<Mmu<T>>,
+    pub(crate) pending: PendingOps,
+    pub(crate) zaps: ZapList,
+    pub(crate) counters: Mutex<Counters>,
+}
+
+/// What has happened, for the console and the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Times that pending work was done.
+    pub pending_runs: u64,
+    /// Slots whose data was cleaned and invalidated by them.
+    pub slots_flushed: u64,
+    /// Faults on locked slots that should not have happened.
+    pub unexpected_faults: u64,
+    /// Edges of the non-coherent count that removed or rewrote leaves.
+    pub edges: u64,
+    /// Passes over ranges after register writes.
+    pub zap_passes: u64,
+}
+
+impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
+    /// A VM without slots, over an empty page table.
+    #[must_use]
+    pub fn new(config: VmConfig, policy: P, frames: S, table: T) -> Self {
+        let mmu = Mmu {
+            table,
+            noncoherent: NoncoherentDma::new(),
+            snooping: 0,
+            importers: 0,
+            generation: 0,
+            dirty: Vec::new(),
+        };
+        Self {
+            config,
+            policy,
+            frames,
+            gate: RunGate::new(),
+            slots: RwLock::new(SlotTable {
+                set: Memslots::new(),
+                locked: Vec::new(),
+            }),
+            mmu: RwLock::new(mmu),
+            pending: PendingOps::new(),
+            zaps: ZapList::new(),
+            counters: Mutex::new(Counters::default()),
+        }
+    }
+
+    /// The frame source.
+    pub fn frames(&self) -> &S {
+        &self.frames
+    }
+
+    /// The policy.
+    pub fn policy(&self) -> &P {
+        &self.policy
+    }
+
+    /// What has happened so far.
+    pub fn counters(&self) -> Counters {
+        *self.counters.lock()
+    }
+
+    /// Work to be done before the next run.
+    pub fn pending(&self) -> Work {
+        self.pending.load()
+    }
+
+    /// The slot that holds `gfn`, and the generation of the slots.
+    pub fn find_slot(&self, gfn: Gfn) -> Option<(Memslot, u64)> {
+        let slots = self.slots.read();
+        slots
+            .set
+            .find(gfn)
+            .map(|slot| (*slot, slots.set.generation()))
+    }
+
+    /// The slot with number `id`.
+    pub fn slot(&self, id: SlotId) -> Option<Memslot> {
+        self.slots.read().set.get(id).copied()
+    }
+
+    /// Lends the page table for reading, beside faults.
+    pub fn with_table<R>(&self, f: impl FnOnce(&T) -> R) -> R {
+        f(&self.mmu.read().table)
+    }
+
+    pub(crate) fn count(&self, f: impl FnOnce(&mut Counters)) {
+        f(&mut self.counters.lock());
+    }
+
+    /// Refuses slot numbers that this VM does not have.
+    pub(crate) fn check_id(&self, id: SlotId) -> Result<(), Error> {
+        if id.0 < self.config.max_slots {
+            Ok(())
+        } else {
+            Err(Error::SlotOutOfRange(id))
+        }
+    }
+}
+
+impl SlotTable {
+    /// Union of what the locked slots need.
+    pub(crate) fn work(&self) -> Work {
+        self.locked
+            .iter()
+            .fold(Work::empty(), |all, l| all | l.work)
+    }
+
+    pub(crate) fn locked(&self, id: SlotId) -> Option<&Locked> {
+        self.locked.iter().find(|l| l.id == id)
+    }
+
+    /// The slot, if it may be changed.
+    pub(crate) fn unlocked(&self, id: SlotId) -> Result<Memslot, Error> {
+        let slot = self.set.get(id).ok_or(Error::NoSuchSlot(id))?;
+        if slot.lock.is_some() {
+            Err(Error::Locked(id))
+        } else {
+            Ok(*slot)
+        }
+    }
+}
+
+impl<T: GuestTable> Mmu<T> {
+    /// Removes all leaves of a slot's range.
+    pub(crate) fn unmap(&mut self, range: GfnRange) -> Result<(), Error> {
+        self.table.unmap(slot_bytes(range)?).map_err(Error::from)
+    }
+
+    pub(crate) fn bitmap(&self, id: SlotId) -> Option<&DirtyBitmap> {
+        self.dirty
+            .iter()
+            .find(|(of, _)| *of == id)
+            .map(|(_, bitmap)| bitmap)
+    }
+}
+
+/// The bytes of a slot. Creation has refused ranges that do not fit.
+pub(crate) fn slot_bytes(range: GfnRange) -> Result<IpaRange, Error> {
+    bytes(range).ok_or(Error::BadRange {
+        base: range.start().get(),
+        npages: range.npages(),
+    })
+}
+
+impl From<MapError> for Error {
+    fn from(error: MapError) -> Self {
+        match error {
+            MapError::NoMemory { needed } => Self::NeedTables(needed),
+            other => Self::Table(other),
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! Behaviour of slots, locks, faults and edges over a page table that a test can read and break.
+
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod caches;
+mod changes;
+mod edges;
+mod faults;
+mod kit;
+mod lock;
+mod machine;
+mod observers;
+mod properties;
+mod real;
+mod runs;
+mod unlock;
