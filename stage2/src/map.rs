@@ -105,10 +105,10 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Nothing has changed after an error. [`MapError::NoMemory`] names the tables that are
     /// needed; any other says what is wrong with the request.
     pub fn map(&mut self, request: &MapRequest) -> Result<MapOutcome, MapError> {
-        if request.size == self.geometry().page_size() {
-            if let Some(done) = self.map_page(request)? {
-                return Ok(done);
-            }
+        if request.size == self.geometry().page_size()
+            && let Some(done) = self.map_page(request)?
+        {
+            return Ok(done);
         }
         let (job, span) = self.prepare_map(request)?;
         let (table, level) = self.common_table(span);

@@ -110,6 +110,10 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     ///
     /// # Errors
     /// The space itself while its root is exported: an importer may still be walking it.
+    #[expect(
+        clippy::result_large_err,
+        reason = "the error is the space, which lives on"
+    )]
     pub fn destroy(mut self) -> Result<(), Self> {
         if self.exports.is_exported() {
             return Err(self);
