@@ -378,7 +378,7 @@ fn ept_flags_and_refusals() {
         none.encode_attrs(&device),
         Err(EncodeError::UnsupportedType(_))
     ));
-    assert_eq!(none.supports_leaf(Level::L0), false);
+    assert!(!none.supports_leaf(Level::L0));
 }
 
 #[test]

@@ -89,7 +89,7 @@ fn at_ipa(page: u64) -> u64 {
 /// The frame a page gets: no two pages share one, as sharing has owners of its own. One of the
 /// choices is not aligned for blocks.
 fn frame(page: u64, choice: u64) -> u64 {
-    FIRST + page + [0x10_0000, 0x20_0000, 0x30_0001][choice as usize]
+    FIRST + page + [0x10_0000, 0x20_0000, 0x30_0001][usize::try_from(choice).expect("one of three")]
 }
 
 fn span(at: u64, pages: u64) -> stage2::IpaRange {
@@ -101,7 +101,7 @@ fn perms(write: bool) -> Perms {
 }
 
 fn erase(model: &mut Model, at: u64, pages: u64) {
-    (at..at + pages).for_each(|page| drop(model.remove(&page)));
+    model.retain(|page, _| !(at..at + pages).contains(page));
 }
 
 fn apply(space: &mut Space<'_>, model: &mut Model, action: &Action) -> Result<(), MapError> {
@@ -143,7 +143,7 @@ fn apply(space: &mut Space<'_>, model: &mut Model, action: &Action) -> Result<()
         Action::Zap { at } => zap(space, model, at)?,
         Action::Note { at, pages, note } => {
             space.annotate(span(at, pages), Annotation::try_new(note).expect("small"))?;
-            (at..at + pages).for_each(|page| drop(model.insert(page, Page::Noted(note))));
+            model.extend((at..at + pages).map(|page| (page, Page::Noted(note))));
         }
         Action::Fault { at, pa } => fault(space, model, at, pa)?,
         Action::Protect { at, pages } => protect(space, model, at, pages)?,
@@ -171,9 +171,7 @@ fn leaf_pages(space: &Space<'_>, at: u64) -> Option<std::ops::Range<u64>> {
 fn zap(space: &mut Space<'_>, model: &mut Model, at: u64) -> Result<(), MapError> {
     let gone = leaf_pages(space, at);
     space.zap(span(at, 1))?;
-    gone.into_iter()
-        .flatten()
-        .for_each(|page| drop(model.remove(&page)));
+    model.retain(|page, _| !gone.as_ref().is_some_and(|gone| gone.contains(page)));
     Ok(())
 }
 
