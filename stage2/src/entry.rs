@@ -88,7 +88,6 @@ impl Claim {
     pub(crate) const SHARED: u32 = 31;
 
     /// The claim of bit `slot` in the set of claims, 0 to 30.
-    #[expect(clippy::cast_possible_truncation, reason = "masked to five bits")]
     #[inline]
     pub(crate) const fn from_slot(slot: u32) -> Self {
         Self((slot & 0x1f) as u8 + 1)

@@ -93,7 +93,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let at = request.ipa.get() & !(self.geometry().page_size() - 1);
         loop {
             let here = self.descend(at);
-            let old = here.table.load(here.index);
+            let old = here.raw;
             if self.format.kind(old, here.level) == WordKind::Leaf {
                 if let Some(outcome) = self.meet_leaf(&job, at, &here, old, &request.attrs) {
                     return Ok(outcome);
@@ -298,7 +298,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         self.check_input(&IpaRange::new(Ipa::new(page), self.geometry().page_size())?)?;
         loop {
             let here = self.descend(page);
-            let old = here.table.load(here.index);
+            let old = here.raw;
             if self.format.kind(old, here.level) != WordKind::Leaf {
                 return match self.format.decode(old, here.level) {
                     Entry::Broken => Ok(FaultOutcome::Retry),

@@ -126,6 +126,12 @@ impl Geometry {
         self.page_shift as u32
     }
 
+    /// log2 of the entries of a table.
+    #[inline]
+    pub(crate) const fn index_bits(&self) -> u32 {
+        self.index_bits as u32
+    }
+
     /// Bytes of a page, and of every table that is not the root.
     #[must_use]
     #[inline]

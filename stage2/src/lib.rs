@@ -1,4 +1,4 @@
-//! Arm stage-2 and EPT page tables whose maintenance order is tested.
+#![doc = include_str!("../README.md")]
 #![no_std]
 #![deny(unsafe_code)]
 

@@ -3,7 +3,7 @@
 use crate::addr::{Ipa, IpaRange, Pa, PaRange};
 use crate::attr::{LeafAttrs, Maintenance};
 use crate::bbm::Flush;
-use crate::entry::UpdateKind;
+use crate::entry::{SoftWord, UpdateKind};
 use crate::erase::Sweep;
 use crate::error::{EncodeError, MapError};
 use crate::format::{TableFormat, WordKind};
@@ -105,6 +105,11 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Nothing has changed after an error. [`MapError::NoMemory`] names the tables that are
     /// needed; any other says what is wrong with the request.
     pub fn map(&mut self, request: &MapRequest) -> Result<MapOutcome, MapError> {
+        if request.size == self.geometry().page_size()
+            && let Some(done) = self.map_page(request)?
+        {
+            return Ok(done);
+        }
         let (job, span) = self.prepare_map(request)?;
         let (table, level) = self.common_table(span);
         let needed = if level.is_page() {
@@ -120,6 +125,33 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         };
         self.map_table(&job, &table, level, span, &mut progress);
         self.finish_map(progress)
+    }
+
+    /// The short way for one page into an empty entry of a table that exists. Nothing when there
+    /// is more to do.
+    #[inline]
+    fn map_page(&self, request: &MapRequest) -> Result<Option<MapOutcome>, MapError> {
+        let (ipa, pa) = (request.ipa.get(), request.pa.get());
+        self.check_aligned(ipa | request.size | pa)?;
+        if ipa >> self.geometry().input_bits() != 0 {
+            return Ok(None); // the long way says what is wrong
+        }
+        let here = self.descend(ipa);
+        if !here.level.is_page() || here.raw != SoftWord::EMPTY {
+            return Ok(None);
+        }
+        let attrs = self.format.encode_attrs(&request.attrs)?;
+        let out = PaRange::new(request.pa, request.size)?;
+        self.check_leaves(attrs, &out)?;
+        let owed = request.attrs.maintenance();
+        self.note_owed(owed.data);
+        if request.cmo == CmoMode::Now {
+            self.clean_before_make(out, owed);
+        }
+        let leaf = self.format.leaf_word(attrs, request.pa, Level::PAGE);
+        self.make(here.table.entry(here.index), leaf);
+        self.platform.publish();
+        Ok(Some(MapOutcome::Mapped))
     }
 
     #[inline]

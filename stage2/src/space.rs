@@ -94,10 +94,11 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     ///
     /// # Errors
     /// [`MapError::OutOfInput`] past the input size.
+    #[inline]
     pub fn lookup(&self, ipa: Ipa) -> Result<Lookup, MapError> {
         self.check_input(&IpaRange::from_bounds(ipa.get() & !1, (ipa.get() & !1) + 1))?;
         let at = self.descend(ipa.get());
-        let entry = self.format.decode(at.table.load(at.index), at.level);
+        let entry = self.format.decode(at.raw, at.level);
         Ok(Lookup {
             entry,
             level: at.level,
@@ -109,6 +110,10 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     ///
     /// # Errors
     /// The space itself while its root is exported: an importer may still be walking it.
+    #[expect(
+        clippy::result_large_err,
+        reason = "the error is the space, which lives on"
+    )]
     pub fn destroy(mut self) -> Result<(), Self> {
         if self.exports.is_exported() {
             return Err(self);
@@ -157,18 +162,25 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     pub(crate) fn descend(&self, at: u64) -> Position<'_> {
         let mut table = self.root_table();
         let mut level = self.geometry().start_level();
+        let mut shift = self.geometry().shift(level);
         loop {
-            let index = self.index(&table, at, level);
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "masked to the table's entries"
+            )]
+            let index = (at >> shift) as usize & (table.entries() - 1);
             let raw = table.load(index);
-            if self.format.kind(raw, level) != WordKind::Table {
+            if level.is_page() || self.format.kind(raw, level) != WordKind::Table {
                 return Position {
                     table,
                     index,
                     level,
+                    raw,
                 };
             }
             table = self.child(raw, level);
             level = level.finer();
+            shift -= self.geometry().index_bits();
         }
     }
 
@@ -235,6 +247,8 @@ pub(crate) struct Position<'a> {
     pub(crate) table: Table<'a>,
     pub(crate) index: usize,
     pub(crate) level: Level,
+    /// The entry as the walk read it.
+    pub(crate) raw: u64,
 }
 
 impl<F: TableFormat, P: Platform> Drop for Stage2<F, P> {

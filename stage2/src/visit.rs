@@ -139,7 +139,7 @@ impl<F: TableFormat, P: Platform> Runs<'_, F, P> {
     fn slot(&self) -> (Option<Run>, u64) {
         let at = self.space.descend(self.next);
         let range = self.space.geometry().slot(Ipa::new(self.next), at.level);
-        let kind = match self.space.format.decode(at.table.load(at.index), at.level) {
+        let kind = match self.space.format.decode(at.raw, at.level) {
             Entry::Leaf { pa, attrs } => Some(RunKind::Mapped { pa, attrs }),
             Entry::Annotated(note) => Some(RunKind::Annotated(note)),
             Entry::Invalid | Entry::Broken | Entry::Table(_) => None,

@@ -7,7 +7,7 @@
 //! it with its own invalidation and cleaning, so that nothing of its range is left when it
 //! returns, but leaves the word to its owner, who may not have got that far.
 
-use crate::addr::{IpaRange, PaRange};
+use crate::addr::IpaRange;
 use crate::bbm::Flush;
 use crate::entry::{Claim, SoftWord};
 use crate::error::MapError;

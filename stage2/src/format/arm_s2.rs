@@ -101,6 +101,8 @@ pub struct ArmStage2 {
     granule: Granule,
     output_bits: u8,
     address: AddressField,
+    /// Address bits that are in place in a table or page descriptor.
+    in_place: u64,
     features: ArmFeatures,
 }
 
@@ -144,6 +146,9 @@ mod mem_attr {
     pub(super) const NORMAL_WB: u64 = 0b1111;
     pub(super) const FWB_FORCE_WB: u64 = 0b0110;
     pub(super) const FWB_AS_STAGE_1: u64 = 0b0111;
+    /// Values that are memory and not a device, one bit each.
+    pub(super) const RAM: u64 = 1 << NORMAL_NC | 1 << NORMAL_WT | 1 << NORMAL_WB;
+    pub(super) const RAM_WITH_FWB: u64 = 1 << NORMAL_NC | 1 << FWB_FORCE_WB | 1 << FWB_AS_STAGE_1;
 }
 
 impl ArmStage2 {
@@ -182,11 +187,18 @@ impl ArmStage2 {
             Granule::K4 | Granule::K16 if wide => AddressField::Lpa2,
             _ => AddressField::Narrow,
         };
+        let high = if address == AddressField::Lpa2 {
+            ADDRESS_49
+        } else {
+            ADDRESS_47
+        };
+        let in_place = high & !(geometry.page_size() - 1);
         Ok(Self {
             geometry,
             granule,
             output_bits,
             address,
+            in_place,
             features,
         })
     }
@@ -480,12 +492,11 @@ unsafe impl TableFormat for ArmStage2 {
 
     #[inline]
     fn output(&self, raw: u64, _level: Level) -> Pa {
+        let pa = raw & self.in_place;
         Pa::new(match self.address {
-            AddressField::Narrow => raw & ADDRESS_47 & !(self.geometry.page_size() - 1),
-            AddressField::Lpa2 => {
-                raw & ADDRESS_49 & !(self.geometry.page_size() - 1) | (raw >> 8 & 0b11) << 50
-            }
-            AddressField::Lpa => raw & ADDRESS_47 & !0xffff | (raw >> 12 & 0xf) << 48,
+            AddressField::Narrow => pa,
+            AddressField::Lpa2 => pa | (raw >> 8 & 0b11) << 50,
+            AddressField::Lpa => pa | (raw >> 12 & 0xf) << 48,
         })
     }
 
@@ -508,9 +519,14 @@ unsafe impl TableFormat for ArmStage2 {
     #[inline]
     fn maintenance(&self, raw: u64) -> Maintenance {
         let mem = raw >> MEM_ATTR_SHIFT & 0xf;
-        // Everything below NORMAL_NC is a device type, and so is what is reserved with FWB.
         let fwb = self.forces_write_back();
-        let ram = mem >= mem_attr::NORMAL_NC && (!fwb || mem <= mem_attr::FWB_AS_STAGE_1);
+        let ram = (if fwb {
+            mem_attr::RAM_WITH_FWB
+        } else {
+            mem_attr::RAM
+        }) >> mem
+            & 1
+            != 0;
         let forced = fwb && mem == mem_attr::FWB_FORCE_WB;
         let fetch = raw & XN_HIGH == 0 || raw & XN_LOW != 0;
         let split = self.features.execute == Execute::Split;

@@ -159,7 +159,7 @@ impl Arch {
             leaf.mem != 0 && leaf.mem != (6 | 8)
         } else {
             let device = leaf.mem & 0b1100 == 0;
-            !device && !(self.fwb && leaf.mem == 0b0110)
+            !(device || self.fwb && leaf.mem == 0b0110)
         }
     }
 

@@ -125,11 +125,21 @@ impl AarchPaging {
         })
     }
 
-    /// It splits by mapping a page inside.
+    /// It splits by mapping a page inside that says something else.
     pub fn split() -> Duration {
         let mut map = Self::empty();
         (0..512).for_each(|n| Self::fill(&mut map, n * BLOCK, BLOCK, BLOCK));
-        time(|| (0..512).for_each(|n| Self::fill(&mut map, n * BLOCK, PAGE, PAGE)))
+        let other = attributes() | Stage2Attributes::XN;
+        time(|| {
+            for n in 0..512 {
+                let at = (n * BLOCK) as usize;
+                let region = MemoryRegion::new(at, at + PAGE as usize);
+                let pa = PhysicalAddress(4 * GIB as usize + at);
+                let limits = Constraints::NO_BLOCK_MAPPINGS | Constraints::NO_CONTIGUOUS_HINT;
+                map.map_range(black_box(&region), pa, other, limits)
+                    .expect("memory suffices");
+            }
+        })
     }
 }
 
