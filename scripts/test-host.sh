@@ -30,7 +30,7 @@ RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom "$CARGO" test --quiet --rele
 if [ "$RUST_ROUTE" = rustup ] && rustup run nightly cargo miri --version >/dev/null 2>&1; then
     step "miri"
     env -u RUSTC -u CARGO CARGO_TARGET_DIR=target/miri MIRIFLAGS="-Zmiri-disable-isolation" \
-        rustup run nightly cargo miri test --quiet -p ravelin-stage2 -p ravelin-memslot --lib
+        rustup run nightly cargo miri test --quiet -p ravelin-stage2 -p ravelin-abi --lib
 else
     skip "miri" "no nightly toolchain with miri here"
 fi

@@ -113,7 +113,7 @@ mod tests {
         fn read(&self, offset: usize) -> u32 {
             assert_eq!(offset, self.status);
             self.polls.set(self.polls.get() + 1);
-            if self.polls.get() % (self.busy + 1) == 0 {
+            if self.polls.get().is_multiple_of(self.busy + 1) {
                 self.ready
             } else {
                 self.blocked

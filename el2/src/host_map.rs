@@ -217,7 +217,8 @@ fn ipa_range(range: AddrRange) -> Option<IpaRange> {
     IpaRange::new(Ipa::new(range.start()), range.size()).ok()
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use proptest::prelude::*;
     use stage2::testing::{Arch, FakeMachine};

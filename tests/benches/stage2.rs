@@ -4,6 +4,13 @@
 //! writes the table and a plot there. `ROW=name CASE=name` runs one measurement once, for
 //! `valgrind --tool=callgrind --toggle-collect='*measured*'`.
 
+#![expect(
+    unreachable_pub,
+    missing_docs,
+    clippy::cast_possible_truncation,
+    reason = "a program for 64-bit hosts, no library"
+)]
+
 mod stage2_memory;
 mod stage2_peers;
 mod stage2_report;
@@ -114,10 +121,10 @@ fn ours_lookup() -> Duration {
     time(|| {
         let mut sum = 0;
         for at in shuffled() {
-            if let Ok(found) = space.lookup(Ipa::new(black_box(at))) {
-                if let stage2::Entry::Leaf { pa, .. } = found.entry {
-                    sum += pa.get();
-                }
+            if let Ok(found) = space.lookup(Ipa::new(black_box(at)))
+                && let stage2::Entry::Leaf { pa, .. } = found.entry
+            {
+                sum += pa.get();
             }
         }
         sum
@@ -170,7 +177,7 @@ fn floor(count: usize) -> Duration {
     let machine = Machine::fresh();
     let tables = machine.zeroed(count);
     time(|| {
-        let mut raw = 4 * GIB | 0x7ff;
+        let mut raw = (4 * GIB) | 0x7ff;
         for word in tables {
             word.store(raw, std::sync::atomic::Ordering::Relaxed);
             raw += PAGE;
