@@ -251,6 +251,8 @@ fn main(cpu: &'static CpuData, boot: &mut Boot) -> ! {
     if let Some(test) = boot.board.chosen.self_test {
         self_test::provoke(test);
     }
+    // The parked cores may turn themselves off in firmware now that they can see there is one.
+    cpu::send_event();
     let order = load_host(boot, hypervisor);
     report(boot, hypervisor);
     smp::run_host(hypervisor, cpu, order)
