@@ -37,12 +37,12 @@ kernel="$(apt-cache -t "$release-backports" show --no-all-versions linux-image-a
 say "fetching $kernel and busybox-static for arm64"
 rm -rf "${OUT:?}"/*
 (cd "$OUT" && apt-get download -q "$kernel" busybox-static/"$release")
-for deb in "$OUT"/*.deb; do dpkg-deb -x "$deb" "$OUT/root"; rm "$deb"; done
+for deb in "$OUT"/*.deb; do dpkg-deb -x "$deb" "$OUT/unpacked"; rm "$deb"; done
 load_env
 say "unpacking the kernel (builds the project's tool first, about a minute)"
-scripts/ravelin.sh kernel-image "$OUT"/root/boot/vmlinuz-* "$OUT/Image"
+scripts/ravelin.sh kernel-image "$OUT"/unpacked/boot/vmlinuz-* "$OUT/Image"
 mkdir -p "$OUT/dtb"
-mv "$OUT"/root/usr/lib/linux-image-*/broadcom "$OUT/dtb/"
-mv "$OUT/root/bin/busybox" "$OUT/busybox"
-rm -rf "$OUT/root"
+mv "$OUT"/unpacked/usr/lib/linux-image-*/broadcom "$OUT/dtb/"
+mv "$OUT/unpacked/bin/busybox" "$OUT/busybox"
+rm -rf "$OUT/unpacked"
 echo "${kernel#linux-image-}" > "$OUT/version"

@@ -52,6 +52,8 @@ pub struct Features {
     pub tlbi_range: bool,
     /// Level hints in TLBI (FEAT_TTL).
     pub ttl: bool,
+    /// Erratum 1286807, Cortex-A76 up to r3p0: a TLBI and its barrier must be issued twice.
+    pub repeat_tlbi: bool,
     /// FEAT_SVE.
     pub sve: bool,
     /// FEAT_SME.
@@ -108,6 +110,7 @@ impl Features {
             mte: field(id.pfr1, 8) >= 2,
             tlbi_range: field(id.isar0, 56) >= 2,
             ttl: field(id.mmfr2, 48) != 0,
+            repeat_tlbi: is_a76_before_r4(id.midr),
             sve: field(id.pfr0, 32) != 0,
             sme: field(id.pfr1, 24) != 0,
             hcx: field(id.mmfr1, 40) != 0,
@@ -156,6 +159,11 @@ const fn granule_4k(stage2: u8, stage1: u8) -> bool {
         1 => false,
         _ => true,
     }
+}
+
+/// MIDR_EL1: implementer Arm, part 0xd0b, variant at most 3.
+const fn is_a76_before_r4(midr: u64) -> bool {
+    midr >> 24 & 0xff == 0x41 && midr >> 4 & 0xfff == 0xd0b && midr >> 20 & 0xf <= 3
 }
 
 /// CTR_EL0.DminLine or IminLine: log2 of the number of 4-byte words.
@@ -211,6 +219,13 @@ mod tests {
         );
         assert!(features.idc && features.dic && features.ttl && features.haf);
         assert!(features.sve && features.sme && features.mte && features.gic_sysregs);
+    }
+
+    #[test]
+    fn only_early_a76_repeat_their_tlbi() {
+        assert!(is_a76_before_r4(0x413f_d0b0));
+        assert!(!is_a76_before_r4(0x414f_d0b1));
+        assert!(!is_a76_before_r4(0x410f_d083));
     }
 
     #[test]

@@ -7,7 +7,8 @@ use el2::host_map::{self, Answer, HostMap, HostMapError};
 
 use crate::arch::frames::FramePool;
 use crate::arch::host_regs::{self, Stage2Regs};
-use crate::arch::host_tables::{HostTables, HostVmid};
+use crate::arch::host_tables::HostTables;
+use crate::arch::tlb::HostVmid;
 use crate::hypervisor::Hypervisor;
 
 /// The host's address space and the register values that select it.
@@ -30,7 +31,13 @@ impl HostMemory {
         // Annotating invalidates by VMID: the host's must be the current one by then. VMID 0 with
         // no table yet is enough, as nothing translates through it.
         host_regs::select(Stage2Regs { vtcr, vttbr: 0 });
-        let map = HostMap::new(format, HostTables::new(pool), HostVmid, memory.clone(), el2)?;
+        let map = HostMap::new(
+            format,
+            HostTables::new(pool, features),
+            HostVmid,
+            memory.clone(),
+            el2,
+        )?;
         let vttbr = map.root();
         Ok(Self {
             map,

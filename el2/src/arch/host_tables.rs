@@ -8,31 +8,31 @@
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use el2::features::Features;
+use stage2::arm::{ArmTlb, ArmTlbOps};
 use stage2::{
     AtomicEntry, CacheMaintenance, DetachedTable, IpaRange, Level, Pa, PaRange, TableMemory,
-    TlbInvalidate,
+    TlbCaps, TlbInvalidate,
 };
 
 use super::frames::FramePool;
-use super::tlb;
-
-/// VMID of the host (design: 0; guests have their index in the VM table plus one).
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct HostVmid;
+use super::tlb::{self, HostVmid, TlbOps};
 
 /// The machine underneath the host's stage 2.
 #[derive(Debug)]
 pub(crate) struct HostTables {
     pool: FramePool,
     in_use: AtomicU64,
+    tlb: ArmTlb<TlbOps>,
 }
 
 impl HostTables {
-    /// Tables from `pool`.
-    pub(crate) fn new(pool: FramePool) -> Self {
+    /// Tables from `pool`, for cores with `features`.
+    pub(crate) fn new(pool: FramePool, features: &Features) -> Self {
         Self {
             pool,
             in_use: AtomicU64::new(0),
+            tlb: tlb::for_host(features),
         }
     }
 
@@ -84,19 +84,16 @@ unsafe impl TableMemory for HostTables {
 impl TlbInvalidate for HostTables {
     type Context = HostVmid;
 
-    fn invalidate_range(&self, _: HostVmid, range: IpaRange, _: Option<Level>) {
-        // One operation a page covers blocks, too: a block's entry matches any IPA in it. Beyond
-        // the core's limit (`caps`) it asks for everything instead.
-        let pages = range.len() >> 12;
-        if pages > self.caps().whole_beyond {
-            tlb::invalidate_vmid();
-        } else {
-            tlb::invalidate_ipa_pages(range.start().get(), pages);
-        }
+    fn invalidate_range(&self, context: HostVmid, range: IpaRange, level: Option<Level>) {
+        self.tlb.invalidate_range(context, range, level);
     }
 
-    fn invalidate_all(&self, _: HostVmid) {
-        tlb::invalidate_vmid();
+    fn invalidate_all(&self, context: HostVmid) {
+        self.tlb.invalidate_all(context);
+    }
+
+    fn caps(&self) -> TlbCaps {
+        self.tlb.caps()
     }
 }
 
@@ -106,6 +103,6 @@ impl CacheMaintenance for HostTables {
     fn invalidate_fetch(&self, _: PaRange) {}
 
     fn publish(&self) {
-        tlb::publish();
+        self.tlb.ops().dsb_ishst();
     }
 }
