@@ -71,7 +71,7 @@ image: build ## the SD card's folder: make image BOARD=rpi4|rpi5
 doc: setup ## the crates' documentation, in target/doc
 	@. scripts/lib.sh && load_env && "$$CARGO" doc --workspace --no-deps
 
-lint: setup ## formatting, clippy and documentation with warnings denied
+lint: build ## formatting, clippy and documentation with warnings denied
 	@scripts/lint.sh
 
 clean: ## remove what was built; downloads stay (rm -rf build removes them, too)

@@ -4,6 +4,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 load_env
 BARE_TARGET=aarch64-unknown-none-softfloat
+export RAVELIN_SHIM="$BUILD/host-shim.img" # EL2 links the shim in
 
 step() { printf '\n== lint: %s\n' "$1"; }
 have cargo-clippy && have cargo-fmt || die "clippy and rustfmt come with rustup, or as Debian's rust-clippy and rustfmt"
