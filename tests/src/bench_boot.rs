@@ -95,9 +95,6 @@ pub fn run() -> Result<ExitCode> {
     })
 }
 
-/// Linux places itself by its seed, and its boot differs by up to three percent with that: the median counts.
-const SEEDS: [&str; 5] = ["1", "2", "3", "4", "5"];
-
 fn measure(cpu: &'static str, payloads: &Payloads) -> Result<Measurement> {
     let machine = Machine {
         clock: Clock::Instructions,
@@ -107,59 +104,22 @@ fn measure(cpu: &'static str, payloads: &Payloads) -> Result<Measurement> {
         folder: files::build("logs/bench-boot").join(cpu),
         patience: 1,
     };
-    println!(
-        "{cpu}: booting bare at EL1, bare at EL2, and under the hypervisor, {} seeds each ...",
-        SEEDS.len()
-    );
-    let (mut bare_el1, mut bare_el2, mut under) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut el2_boot, mut resident_kib) = (0, 0);
-    for seed in SEEDS {
-        let extra = ["-seed", seed];
-        let boot = |mut boot: Boot<'_>, place: Machine, log: &str| {
-            boot.machine = place;
-            Boot {
-                extra: &extra,
-                ..boot
-            }
-            .run(&context, &format!("{log}-{seed}"))
-        };
-        let linux = || Boot::linux_bare(&machine, payloads, "ticks");
-        bare_el1.push(in_instructions(ticks(&boot(
-            linux(),
-            machine.clone(),
-            "bare-el1",
-        )?)?));
-        bare_el2.push(in_instructions(ticks(&boot(
-            linux(),
-            machine.entered_at(Entry::El2),
-            "bare-el2",
-        )?)?));
-        let hosted = Boot::linux_host(&machine, payloads, "ticks");
-        let place = hosted.machine.clone();
-        let console = boot(hosted, place, "under")?;
-        let (total, frequency) = ticks(&console)?;
-        under.push(in_instructions((total, frequency)));
-        let el2 = number_after(verdict::line_with(&console, "ravelin: boot: ")?, "boot: ")?;
-        el2_boot = in_instructions((el2, frequency)).max(el2_boot);
-        resident_kib = number_after(
-            verdict::line_with(&console, "ravelin: memory: ")?,
-            "memory: ",
-        )?;
-    }
+    println!("{cpu}: booting bare at EL1, bare at EL2, and under the hypervisor ...");
+    let bare = Boot::linux_bare(&machine, payloads, "ticks");
+    let mut at_el2 = Boot::linux_bare(&machine, payloads, "ticks");
+    at_el2.machine = machine.entered_at(Entry::El2);
+    let under = Boot::linux_host(&machine, payloads, "ticks").run(&context, "under")?;
+    let el2_ticks = number_after(verdict::line_with(&under, "ravelin: boot: ")?, "boot: ")?;
+    let resident = number_after(verdict::line_with(&under, "ravelin: memory: ")?, "memory: ")?;
+    let (under, frequency) = ticks(&under)?;
     Ok(Measurement {
         cpu,
-        bare_el1: median(bare_el1),
-        bare_el2: median(bare_el2),
-        under: median(under),
-        el2_boot,
-        resident_kib,
+        bare_el1: in_instructions(ticks(&bare.run(&context, "bare-el1")?)?),
+        bare_el2: in_instructions(ticks(&at_el2.run(&context, "bare-el2")?)?),
+        under: in_instructions((under, frequency)),
+        el2_boot: in_instructions((el2_ticks, frequency)),
+        resident_kib: resident,
     })
-}
-
-/// The middle one; the list is not empty.
-fn median(mut counts: Vec<u64>) -> u64 {
-    counts.sort_unstable();
-    counts.get(counts.len() / 2).copied().unwrap_or(0)
 }
 
 /// Reads `ticks N of F Hz`.
