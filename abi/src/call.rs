@@ -1,28 +1,110 @@
 //! Function ids and their arguments.
 
-/// The host's calls.
-///
-/// Ids: fast, SMC64, owner 6 (vendor-specific hypervisor service), numbers from 0x100 so that
-/// KVM's vendor calls (0x00 to 0x3f), which guests use, never meet ours.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-#[repr(u32)]
-#[non_exhaustive]
-pub enum Call {
+/// Declares the calls: their ids, and the list that [`Call::from_id`] searches.
+macro_rules! calls {
+    ($($(#[$doc:meta])* $name:ident = $id:literal,)*) => {
+        /// The host's calls.
+        ///
+        /// Ids: fast, SMC64, owner 6 (vendor-specific hypervisor service), numbers from 0x100 so
+        /// that KVM's vendor calls (0x00 to 0x3f), which guests use, never meet ours.
+        ///
+        /// Arguments are in `x1` to `x6`; those that a call does not name must be zero. "Pages"
+        /// are 4 KiB; addresses of memory are physical, addresses of a guest are IPAs; both in
+        /// bytes, page-aligned.
+        #[derive(Clone, Copy, Debug, Eq, PartialEq)]
+        #[repr(u32)]
+        #[non_exhaustive]
+        pub enum Call {
+            $($(#[$doc])* $name = $id,)*
+        }
+
+        impl Call {
+            /// All of them, in the order of their ids.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+        }
+    };
+}
+
+calls! {
     /// No argument; gives [`crate::VERSION`].
     Version = 0xc600_0100,
     /// No argument; gives [`Features`].
     Features = 0xc600_0101,
     /// `x1`: a [`Counter`]; gives its value since boot, summed over all CPUs.
     HostCounter = 0xc600_0102,
+    /// `x1`: address, `x2`: pages. Gives memory to EL2's own heap, for good: what bookkeeping of
+    /// VMs is made of. Calls that lack it fail with [`crate::ErrorCode::NoHeap`].
+    DonateHeap = 0xc600_0103,
+
+    /// No argument; gives a free handle, which is the caller's until [`Call::VmDestroy`].
+    /// [`crate::ErrorCode::NoSpace`] if there is none.
+    VmReserve = 0xc600_0110,
+    /// `x1`: handle, reserved; `x2`: address and `x3`: pages, donated to the VM for its state and
+    /// tables; `x4`: [`crate::VmConfig`]. Gives the number of pages that were used at once.
+    /// [`crate::ErrorCode::NoMemory`] if they are too few: nothing was donated then.
+    VmCreate = 0xc600_0111,
+    /// `x1`: handle, `x2`: address, `x3`: pages. Donates more pages to the VM.
+    VmTopUp = 0xc600_0112,
+    /// `x1`: handle. Ends the VM: its guests never run again, its memory loses its mappings. The
+    /// handle stays until everything is reclaimed. [`crate::ErrorCode::Again`]: call again, the
+    /// work is done in steps. [`crate::ErrorCode::Busy`] while a vCPU runs.
+    VmDestroy = 0xc600_0113,
+    /// `x1`: handle, destroyed or only reserved. Gives back one range that was donated, zeroed:
+    /// its address, and in `x2` its pages. When nothing is left: 0 and 0, and the handle is free.
+    VmReclaim = 0xc600_0114,
+    /// `x1`: handle. Resets the VM's memory (on-demand leaves go, locked slots keep theirs and owe
+    /// their maintenance again), interrupt controller and vCPUs; the entry must be set anew.
+    VmReset = 0xc600_0115,
+    /// `x1`: handle, `x2`: a [`crate::VmCounter`]; gives its value.
+    VmCounter = 0xc600_0116,
+    /// `x1`: handle, `x2`: IPA. Gives the first run of equal leaves that ends behind the IPA: its
+    /// IPA, in `x2` its physical address, in `x3` a [`crate::LeafInfo`]. Without one:
+    /// [`crate::ErrorCode::NotFound`].
+    VmMapping = 0xc600_0117,
+
+    /// `x1`: handle; `x2`: a [`crate::SlotWord`]; `x3`: IPA; `x4`: pages; `x5`: physical address.
+    /// Gives the guest a slot of the host's memory. Unprotected: the host keeps its access.
+    SlotCreate = 0xc600_0120,
+    /// `x1`: handle, `x2`: slot number. Removes it and its mappings.
+    SlotDelete = 0xc600_0121,
+    /// `x1`: handle, `x2`: slot number, `x3`: its new IPA.
+    SlotMove = 0xc600_0122,
+    /// `x1`: handle, `x2`: a [`crate::SlotWord`]: the new flags of an existing slot.
+    SlotFlags = 0xc600_0123,
+    /// `x1`: handle, `x2`: action (bit 0 lock, bit 1 unlock), `x3`: slot number, `x4`: for lock
+    /// bit 0 read, bit 1 write, bit 8 blocks where they stay one mapping; for unlock bit 0: all
+    /// locked slots.
+    SlotLock = 0xc600_0124,
+    /// `x1`: handle, `x2`: slot number; gives a [`crate::SlotState`].
+    SlotState = 0xc600_0125,
+    /// `x1`: handle, `x2`: slot number, `x3`: index of a 64-bit word. Gives the bitmap of the 64
+    /// pages from there in `x2` (1: written since the last call) and protects them again.
+    SlotDirty = 0xc600_0126,
+    /// `x1`: handle, `x2`: 0 for a device whose DMA is snooped, 1 for one whose is not; `x3`: 1 to
+    /// register, 0 to take it back. Gives the devices of that kind.
+    DmaDevice = 0xc600_0127,
+
+    /// `x1`: handle, `x2`: index, below the number in the VM's [`crate::VmConfig`].
+    VcpuCreate = 0xc600_0130,
+    /// `x1`: handle, `x2`: index, `x3`: PC (an IPA), `x4`: `x0` of the guest. Turns on a vCPU that
+    /// is off. A protected VM refuses it after its first run.
+    VcpuStart = 0xc600_0131,
+    /// `x1`: handle, `x2`: index, `x3`: what an [`crate::Exit::MmioRead`] before asked for. Runs
+    /// the guest until something needs the host. `x1`: an [`crate::Exit`], `x2` to `x4`: its
+    /// values. The host's FP and SIMD registers survive; the higher parts of SVE's don't.
+    VcpuRun = 0xc600_0132,
+    /// `x1`: handle, `x2`: index; gives bit 0: on, bit 1: an interrupt is pending.
+    VcpuState = 0xc600_0133,
+
+    /// `x1`: handle, `x2`: INTID of an SPI, `x3`: 1 high or pulse, 0 low. Sets a device's line.
+    IrqLine = 0xc600_0140,
 }
 
 impl Call {
-    const ALL: [Self; 3] = [Self::Version, Self::Features, Self::HostCounter];
-
     /// The call with this function id.
     #[must_use]
     pub fn from_id(id: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|call| *call as u32 == id)
+        Self::ALL.iter().copied().find(|call| *call as u32 == id)
     }
 }
 
@@ -37,6 +119,10 @@ impl Features {
     pub const FORCE_WRITE_BACK: Self = Self(1 << 1);
     /// Firmware serves the SMCs of the allow-list; without it they are not supported.
     pub const FIRMWARE_CALLS: Self = Self(1 << 2);
+    /// VMs can be created: the interrupt controller has a virtual interface that EL2 knows.
+    pub const GUESTS: Self = Self(1 << 3);
+    /// Guests have a GICv3; without it, with [`Features::GUESTS`], a GICv2.
+    pub const GUEST_GIC_V3: Self = Self(1 << 4);
 
     /// From the value of [`Call::Features`].
     #[must_use]
@@ -107,7 +193,7 @@ mod tests {
 
     #[test]
     fn every_call_is_a_fast_64_bit_vendor_hypervisor_call() {
-        for call in Call::ALL {
+        for call in Call::ALL.iter().copied() {
             assert_eq!(call as u32 & 0xff00_0000, 0xc600_0000);
             assert_eq!(Call::from_id(call as u32), Some(call));
         }

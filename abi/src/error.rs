@@ -14,22 +14,32 @@ pub enum ErrorCode {
     NotFound = -2,
     /// Try again.
     Again = -11,
-    /// Memory or table pages are lacking.
+    /// Pages of the VM are lacking: give it some by [`crate::Call::VmTopUp`] and try again. `x2`
+    /// holds how many are enough, if EL2 knows.
     NoMemory = -12,
     /// The object is in use.
     Busy = -16,
+    /// The range or the number is taken.
+    Exists = -17,
     /// An argument is wrong.
     Invalid = -22,
+    /// No handle is free.
+    NoSpace = -28,
+    /// EL2's own heap is used up: give it pages by [`crate::Call::DonateHeap`] and try again.
+    NoHeap = -105,
 }
 
 impl ErrorCode {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 9] = [
         Self::NotPermitted,
         Self::NotFound,
         Self::Again,
         Self::NoMemory,
         Self::Busy,
+        Self::Exists,
         Self::Invalid,
+        Self::NoSpace,
+        Self::NoHeap,
     ];
 
     /// The value for `x1`.

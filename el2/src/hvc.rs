@@ -65,7 +65,7 @@ mod tests {
 
     #[test]
     fn version_and_features_are_told() {
-        assert_eq!(ask(0, 0xc600_0100, 0), [0, 0x1_0000, 0, 0]);
+        assert_eq!(ask(0, 0xc600_0100, 0), [0, 0x1_0001, 0, 0]);
         assert_eq!(ask(0, 0xc600_0101, 0), [0, 1, 0, 0]);
     }
 
@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn strange_ids_and_immediates_are_not_supported() {
-        for id in [0, 0x8600_0000, 0xc600_0103, 0x1_c600_0100, u64::MAX] {
+        for id in [0, 0x8600_0000, 0xc600_01ff, 0x1_c600_0100, u64::MAX] {
             assert_eq!(ask(0, id, 0)[0], u64::MAX, "{id:#x}");
         }
         assert_eq!(ask(1, 0xc600_0100, 0)[0], u64::MAX);
