@@ -11,6 +11,7 @@ extern crate std;
 pub mod counters;
 pub mod esr;
 pub mod features;
+pub mod guest;
 pub mod host_map;
 pub mod hvc;
 pub mod inject;

@@ -1,0 +1,3 @@
+//! What EL2 decides about a guest's exceptions, without touching a register.
+
+pub mod idregs;
