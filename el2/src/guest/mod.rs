@@ -2,6 +2,7 @@
 
 pub mod idregs;
 pub mod mmio;
+pub mod psci;
 pub mod sgi;
 pub mod sysreg;
 pub mod timer;
