@@ -32,18 +32,19 @@ calls! {
     Features = 0xc600_0101,
     /// `x1`: a [`Counter`]; gives its value since boot, summed over all CPUs.
     HostCounter = 0xc600_0102,
-    /// `x1`: address, `x2`: pages. Gives memory to EL2's own heap, for good: what bookkeeping of
-    /// VMs is made of. Calls that lack it fail with [`crate::ErrorCode::NoHeap`].
+    /// `x1`: address, `x2`: pages, at most 512. Gives memory to EL2 itself, for good: what the
+    /// bookkeeping of VMs and the tables of the host's stage 2 are made of. Calls that lack it
+    /// fail with [`crate::ErrorCode::NoHeap`].
     DonateHeap = 0xc600_0103,
 
     /// No argument; gives a free handle, which is the caller's until [`Call::VmDestroy`].
     /// [`crate::ErrorCode::NoSpace`] if there is none.
     VmReserve = 0xc600_0110,
-    /// `x1`: handle, reserved; `x2`: address and `x3`: pages, donated to the VM for its state and
-    /// tables; `x4`: [`crate::VmConfig`]. Gives the number of pages that were used at once.
+    /// `x1`: handle, reserved; `x2`: address and `x3`: pages, at most 512, donated to the VM for its
+    /// state and tables; `x4`: [`crate::VmConfig`]. Gives the number of pages that were used at once.
     /// [`crate::ErrorCode::NoMemory`] if they are too few: nothing was donated then.
     VmCreate = 0xc600_0111,
-    /// `x1`: handle, `x2`: address, `x3`: pages. Donates more pages to the VM.
+    /// `x1`: handle, `x2`: address, `x3`: pages, at most 512. Donates more pages to the VM.
     VmTopUp = 0xc600_0112,
     /// `x1`: handle. Ends the VM: its guests never run again, its memory loses its mappings. The
     /// handle stays until everything is reclaimed. [`crate::ErrorCode::Again`]: call again, the

@@ -156,6 +156,28 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         Ok(())
     }
 
+    /// [`GuestMemory::take_dirty_log`] for 64 pages: word `at` of the bitmap.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSlot`], [`Error::NotLogging`], or [`Error::BadBuffer`] with the number of
+    /// words for a word that the slot does not have.
+    pub fn take_dirty_word(&self, id: SlotId, at: u64) -> Result<u64, Error> {
+        let slots = self.slots.read();
+        let slot = *slots.set.get(id).ok_or(Error::NoSuchSlot(id))?;
+        let mut mmu = self.mmu.write();
+        let words = mmu.bitmap(id).ok_or(Error::NotLogging(id))?.len();
+        if at >= words as u64 {
+            return Err(Error::BadBuffer(words));
+        }
+        let first = slot.range.start().get();
+        let pages = GfnRange::new(first + 64 * at, first + 64 * (at + 1));
+        let pages = pages.and_then(|p| p.intersection(slot.range));
+        if let Some(pages) = pages.filter(|_| mmu.is_dirty(id, at)) {
+            mmu.write_protect(pages)?;
+        }
+        Ok(mmu.bitmap(id).map_or(0, |bitmap| bitmap.take_word(at)))
+    }
+
     /// Removes the leaves of a range because the host wants the memory back.
     ///
     /// # Errors

@@ -1,0 +1,494 @@
+//! The physical interrupt controller, as far as EL2 uses it: the virtual CPU interface, one SGI to
+//! fetch a vCPU out of its guest, and the guest timer's interrupt.
+//!
+//! Everything else is the host's. Sources: GICv2 (Arm IHI 0048B), GICv3 and v4 (IHI 0069H).
+
+use abi::{GUEST_TIMER_PPI, KICK_SGI};
+use board::uart::UartRegs;
+use board::{AddrRange, Gic};
+use el2::vgic::CpuInterface;
+
+use super::cpu::CpuData;
+use super::mmio::Mmio;
+use super::regs::{mrs, msr};
+
+/// INTID of the maintenance interrupt (PPI 9 on all boards that we know; IHI 0069H 3.1 recommends
+/// it).
+const MAINTENANCE: u32 = 25;
+
+/// The controller.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum PhysicalGic {
+    /// None that can serve guests, and why.
+    None(&'static str),
+    /// GICv2 with its virtualization extensions.
+    V2(V2),
+    /// GICv3 or v4.
+    V3(V3),
+}
+
+/// GICv2.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct V2 {
+    gicd: AddrRange,
+    gicc: AddrRange,
+    gich: AddrRange,
+    gicv: AddrRange,
+    lists: u8,
+}
+
+/// GICv3.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct V3 {
+    gicd: AddrRange,
+    gicr: AddrRange,
+    lists: u8,
+    /// Active-priority registers per group: 1, 2 or 4.
+    priorities: u8,
+}
+
+const GICH_HCR: usize = 0x0;
+const GICH_VTR: usize = 0x4;
+const GICH_VMCR: usize = 0x8;
+const GICH_MISR: usize = 0x10;
+const GICH_APR: usize = 0xf0;
+const GICH_LR: usize = 0x100;
+const GICC_CTLR: usize = 0x0;
+const GICC_IAR: usize = 0xc;
+const GICC_EOIR: usize = 0x10;
+const GICC_HPPIR: usize = 0x18;
+const GICC_AIAR: usize = 0x20;
+const GICC_AEOIR: usize = 0x24;
+const GICC_DIR: usize = 0x1000;
+/// GICC_CTLR.EOImodeNS.
+const GICC_EOI_MODE: u32 = 1 << 9;
+const GICD_IGROUPR: usize = 0x80;
+const GICD_ISENABLER: usize = 0x100;
+const GICD_ISACTIVER: usize = 0x300;
+const GICD_ICACTIVER: usize = 0x380;
+const GICD_SGIR: usize = 0xf00;
+const GICR_STRIDE: u64 = 0x2_0000;
+const GICR_SGI_FRAME: u64 = 0x1_0000;
+const GICR_TYPER_HIGH: usize = 0xc;
+const GICR_TYPER: usize = 0x8;
+/// GICR_TYPER.Last.
+const LAST: u32 = 1 << 4;
+const TIMER_BIT: u32 = 1 << GUEST_TIMER_PPI;
+/// The private interrupts that EL2 needs.
+const OURS: u32 = TIMER_BIT | 1 << MAINTENANCE | 1 << KICK_SGI;
+
+/// Bits of an INTID in acknowledge registers (GICv2).
+const INTID_V2: u32 = 0x3ff;
+
+fn isb() {
+    // SAFETY: a barrier.
+    unsafe { core::arch::asm!("isb", options(nostack, preserves_flags)) };
+}
+
+/// Reads or writes list register n of ICH_LR<n>_EL2: their numbers are in the instruction.
+macro_rules! list_registers {
+    ($do:ident, $n:expr) => {
+        match $n {
+            0 => $do!("s3_4_c12_c12_0"),
+            1 => $do!("s3_4_c12_c12_1"),
+            2 => $do!("s3_4_c12_c12_2"),
+            3 => $do!("s3_4_c12_c12_3"),
+            4 => $do!("s3_4_c12_c12_4"),
+            5 => $do!("s3_4_c12_c12_5"),
+            6 => $do!("s3_4_c12_c12_6"),
+            7 => $do!("s3_4_c12_c12_7"),
+            8 => $do!("s3_4_c12_c13_0"),
+            9 => $do!("s3_4_c12_c13_1"),
+            10 => $do!("s3_4_c12_c13_2"),
+            11 => $do!("s3_4_c12_c13_3"),
+            12 => $do!("s3_4_c12_c13_4"),
+            13 => $do!("s3_4_c12_c13_5"),
+            14 => $do!("s3_4_c12_c13_6"),
+            _ => $do!("s3_4_c12_c13_7"),
+        }
+    };
+}
+
+/// Active-priority registers ICH_AP0R<n>_EL2 and ICH_AP1R<n>_EL2.
+macro_rules! priority_registers {
+    ($do:ident, $group:expr, $n:expr) => {
+        match ($group, $n) {
+            (0, 0) => $do!("s3_4_c12_c8_0"),
+            (0, 1) => $do!("s3_4_c12_c8_1"),
+            (0, 2) => $do!("s3_4_c12_c8_2"),
+            (0, _) => $do!("s3_4_c12_c8_3"),
+            (_, 0) => $do!("s3_4_c12_c9_0"),
+            (_, 1) => $do!("s3_4_c12_c9_1"),
+            (_, 2) => $do!("s3_4_c12_c9_2"),
+            (_, _) => $do!("s3_4_c12_c9_3"),
+        }
+    };
+}
+
+/// Writes a register of the virtual CPU interface.
+macro_rules! set {
+    ($name:literal, $value:expr) => {
+        // SAFETY: governs what EL1 gets from the virtual interface; EL2 masks its interrupts.
+        unsafe { msr!($name, $value) }
+    };
+}
+
+impl PhysicalGic {
+    /// Looks at what the device tree names.
+    pub(crate) fn probe(gic: Option<&Gic>, has_sysregs: bool) -> Self {
+        match gic {
+            Some(&Gic::V3 { gicd, gicr }) if has_sysregs => {
+                let vtr = mrs!("s3_4_c12_c11_1"); // ICH_VTR_EL2
+                let preemption_bits = (vtr >> 26 & 7) as u32 + 1;
+                Self::V3(V3 {
+                    gicd,
+                    gicr,
+                    lists: (vtr & 0xf) as u8 + 1,
+                    priorities: 1 << preemption_bits.saturating_sub(5).min(2),
+                })
+            }
+            Some(&Gic::V3 { .. }) => Self::None("a GICv3 whose registers the core does not have"),
+            Some(&Gic::V2 {
+                gicd,
+                gicc,
+                gich: Some(gich),
+                gicv: Some(gicv),
+            }) => {
+                if !gicv.start().is_multiple_of(board::PAGE_SIZE) {
+                    return Self::None("GICV shares its page with something else");
+                }
+                let vtr = Mmio::gic(gich.start()).read(GICH_VTR);
+                Self::V2(V2 {
+                    gicd,
+                    gicc,
+                    gich,
+                    gicv,
+                    lists: ((vtr & 0x3f) as u8 + 1).min(16),
+                })
+            }
+            Some(&Gic::V2 { .. }) => Self::None("a GICv2 without virtualization extensions"),
+            None => Self::None("the device tree names no interrupt controller that EL2 knows"),
+        }
+    }
+
+    /// Registers that EL2 maps.
+    pub(crate) fn mapped(gic: Option<&Gic>) -> impl Iterator<Item = AddrRange> {
+        let ranges = match gic {
+            Some(&Gic::V2 {
+                gicd, gicc, gich, ..
+            }) => [Some(gicd), Some(gicc), gich],
+            Some(&Gic::V3 { gicd, gicr }) => [Some(gicd), Some(gicr), None],
+            None => [None; 3],
+        };
+        ranges.into_iter().flatten().map(AddrRange::grow_to_pages)
+    }
+
+    /// Registers that no guest may get, and the host loses those of the virtual interface.
+    pub(crate) fn owned(&self) -> [Option<AddrRange>; 3] {
+        match self {
+            Self::None(_) => [None; 3],
+            Self::V2(v2) => [Some(v2.gicd), Some(v2.gicc), Some(v2.gich)],
+            Self::V3(v3) => [Some(v3.gicd), Some(v3.gicr), None],
+        }
+    }
+
+    /// GICv2's control registers of the virtual interface: nobody's but EL2's.
+    pub(crate) fn private(&self) -> Option<AddrRange> {
+        match self {
+            Self::V2(v2) => Some(v2.gich.grow_to_pages()),
+            Self::None(_) | Self::V3(_) => None,
+        }
+    }
+
+    /// GICv2's virtual CPU interface, which guests get as their GICC.
+    pub(crate) fn guest_interface(&self) -> Option<AddrRange> {
+        match self {
+            Self::V2(v2) => AddrRange::with_size(v2.gicv.start(), 2 * board::PAGE_SIZE),
+            Self::None(_) | Self::V3(_) => None,
+        }
+    }
+
+    /// 2 or 3; 0 if there are no guests on this machine.
+    pub(crate) const fn version(&self) -> u8 {
+        match self {
+            Self::None(_) => 0,
+            Self::V2(_) => 2,
+            Self::V3(_) => 3,
+        }
+    }
+
+    /// A vCPU's interface after reset.
+    pub(crate) const fn new_interface(&self) -> CpuInterface {
+        CpuInterface::new(match self {
+            Self::None(_) => 1,
+            Self::V2(v2) => v2.lists,
+            Self::V3(v3) => v3.lists,
+        })
+    }
+
+    /// This core's frame of private interrupts.
+    fn private_frame(&self, cpu: &CpuData) -> Option<Mmio> {
+        match self {
+            Self::None(_) => None,
+            // Banked: each core sees its own.
+            Self::V2(v2) => Some(Mmio::gic(v2.gicd.start())),
+            Self::V3(v3) => v3.redistributor(cpu.mpidr),
+        }
+    }
+
+    /// Makes this core take the private interrupts that EL2 needs, once.
+    pub(crate) fn prepare_cpu(&self, cpu: &CpuData) {
+        use core::sync::atomic::Ordering;
+        if cpu.gic_frame.load(Ordering::Relaxed) != 0 {
+            return;
+        }
+        let Some(frame) = self.private_frame(cpu) else {
+            return;
+        };
+        let groups = frame.read(GICD_IGROUPR);
+        frame.write(GICD_IGROUPR, groups | OURS);
+        frame.write(GICD_ISENABLER, OURS);
+        cpu.gic_frame.store(frame.base(), Ordering::Relaxed);
+    }
+
+    /// Makes the guest timer's physical interrupt active, so that it does not fire, or not.
+    pub(crate) fn set_timer_active(&self, cpu: &CpuData, active: bool) {
+        use core::sync::atomic::Ordering;
+        if cpu.timer_active.load(Ordering::Relaxed) == active {
+            return;
+        }
+        cpu.timer_active.store(active, Ordering::Relaxed);
+        let base = cpu.gic_frame.load(Ordering::Relaxed);
+        if base != 0 {
+            let register = if active {
+                GICD_ISACTIVER
+            } else {
+                GICD_ICACTIVER
+            };
+            Mmio::gic(base).write(register, TIMER_BIT);
+        }
+    }
+
+    /// Interrupts the core with this affinity.
+    pub(crate) fn kick(&self, target: &CpuData) {
+        super::mem::data_barrier();
+        match self {
+            Self::None(_) => {}
+            Self::V2(v2) => {
+                // The interface's number is the core's place on the boards that have a GICv2.
+                let target = 1u32 << ((target.mpidr & 7) + 16);
+                Mmio::gic(v2.gicd.start()).write(GICD_SGIR, target | KICK_SGI);
+            }
+            Self::V3(_) => {
+                let affinity = target.mpidr;
+                let list = 1 << (affinity & 0xf);
+                let range = (affinity >> 4 & 0xf) << 44;
+                let cluster = (affinity >> 8 & 0xff) << 16
+                    | (affinity >> 16 & 0xff) << 32
+                    | (affinity >> 32 & 0xff) << 48;
+                set!(
+                    "s3_0_c12_c11_5", // ICC_SGI1R_EL1
+                    u64::from(KICK_SGI) << 24 | cluster | range | list
+                );
+                isb();
+            }
+        }
+    }
+
+    /// Takes EL2's own SGI, if it is what is pending; anything else is the host's and stays.
+    pub(crate) fn take_kick(&self) -> bool {
+        match self {
+            Self::None(_) => false,
+            Self::V2(v2) => v2.take_kick(),
+            Self::V3(_) => take_kick_v3(),
+        }
+    }
+
+    /// Whether the virtual interface asks for maintenance.
+    pub(crate) fn maintenance_pending(&self) -> bool {
+        match self {
+            Self::None(_) => false,
+            Self::V2(v2) => Mmio::gic(v2.gich.start()).read(GICH_MISR) != 0,
+            Self::V3(_) => mrs!("s3_4_c12_c11_2") != 0, // ICH_MISR_EL2
+        }
+    }
+
+    /// Loads a vCPU's interface.
+    pub(crate) fn enter(&self, interface: &CpuInterface) {
+        match self {
+            Self::None(_) => {}
+            Self::V2(v2) => v2.enter(interface),
+            Self::V3(_) => enter_lists(interface),
+        }
+    }
+
+    /// Reads a vCPU's list registers back; the interface is off then.
+    pub(crate) fn leave(&self, interface: &mut CpuInterface) {
+        match self {
+            Self::None(_) => {}
+            Self::V2(v2) => v2.leave(interface),
+            Self::V3(_) => leave_lists(interface),
+        }
+    }
+
+    /// Loads what only the guest changes: its masks and running priorities.
+    pub(crate) fn load(&self, interface: &CpuInterface) {
+        match self {
+            Self::None(_) => {}
+            Self::V2(v2) => {
+                let gich = Mmio::gic(v2.gich.start());
+                gich.write(GICH_VMCR, interface.vmcr);
+                gich.write(GICH_APR, interface.active_priorities[0][0]);
+            }
+            Self::V3(v3) => v3.load(interface),
+        }
+    }
+
+    /// Saves it.
+    pub(crate) fn unload(&self, interface: &mut CpuInterface) {
+        match self {
+            Self::None(_) => {}
+            Self::V2(v2) => {
+                let gich = Mmio::gic(v2.gich.start());
+                interface.vmcr = gich.read(GICH_VMCR);
+                interface.active_priorities[0][0] = gich.read(GICH_APR);
+            }
+            Self::V3(v3) => v3.unload(interface),
+        }
+    }
+}
+
+impl V2 {
+    fn enter(&self, interface: &CpuInterface) {
+        let gich = Mmio::gic(self.gich.start());
+        for (n, list) in interface.lists.iter().enumerate().take(interface.used.into()) {
+            gich.write(GICH_LR + 4 * n, *list as u32);
+        }
+        gich.write(GICH_HCR, interface.hcr);
+    }
+
+    fn leave(&self, interface: &mut CpuInterface) {
+        let gich = Mmio::gic(self.gich.start());
+        interface.hcr = gich.read(GICH_HCR);
+        gich.write(GICH_HCR, 0);
+        let used = usize::from(interface.used);
+        for (n, list) in interface.lists.iter_mut().enumerate().take(used) {
+            *list = gich.read(GICH_LR + 4 * n).into();
+            gich.write(GICH_LR + 4 * n, 0);
+        }
+    }
+
+    fn take_kick(&self) -> bool {
+        let gicc = Mmio::gic(self.gicc.start());
+        if gicc.read(GICC_HPPIR) & INTID_V2 != KICK_SGI {
+            return false;
+        }
+        let id = gicc.read(GICC_IAR);
+        if id & INTID_V2 >= 1020 {
+            // Group 1 seen from the secure side: a machine without security extensions.
+            let id = gicc.read(GICC_AIAR);
+            gicc.write(GICC_AEOIR, id);
+            return true;
+        }
+        gicc.write(GICC_EOIR, id);
+        if gicc.read(GICC_CTLR) & GICC_EOI_MODE != 0 {
+            gicc.write(GICC_DIR, id);
+        }
+        true
+    }
+}
+
+impl V3 {
+    /// The frame with the private interrupts of the core with this affinity.
+    fn redistributor(&self, mpidr: u64) -> Option<Mmio> {
+        let affinity = (mpidr & 0xff_ffff | mpidr >> 8 & 0xff00_0000) as u32;
+        let mut base = self.gicr.start();
+        while base + GICR_STRIDE <= self.gicr.end() {
+            let frame = Mmio::gic(base);
+            if frame.read(GICR_TYPER_HIGH) == affinity {
+                return Some(Mmio::gic(base + GICR_SGI_FRAME));
+            }
+            if frame.read(GICR_TYPER) & LAST != 0 {
+                return None;
+            }
+            base += GICR_STRIDE;
+        }
+        None
+    }
+
+    fn load(&self, interface: &CpuInterface) {
+        // System registers for EL1, no memory-mapped interface: as the host has them.
+        set!("s3_4_c12_c11_7", u64::from(interface.vmcr)); // ICH_VMCR_EL2
+        for (group, values) in interface.active_priorities.iter().enumerate() {
+            for (n, value) in values.iter().enumerate().take(self.priorities.into()) {
+                macro_rules! write {
+                    ($name:literal) => {
+                        set!($name, u64::from(*value))
+                    };
+                }
+                priority_registers!(write, group, n);
+            }
+        }
+    }
+
+    fn unload(&self, interface: &mut CpuInterface) {
+        interface.vmcr = mrs!("s3_4_c12_c11_7") as u32;
+        for (group, values) in interface.active_priorities.iter_mut().enumerate() {
+            for (n, value) in values.iter_mut().enumerate().take(self.priorities.into()) {
+                macro_rules! read {
+                    ($name:literal) => {
+                        mrs!($name) as u32
+                    };
+                }
+                *value = priority_registers!(read, group, n);
+            }
+        }
+    }
+}
+
+fn enter_lists(interface: &CpuInterface) {
+    for (n, list) in interface.lists.iter().enumerate().take(interface.used.into()) {
+        macro_rules! write {
+            ($name:literal) => {
+                set!($name, *list)
+            };
+        }
+        list_registers!(write, n);
+    }
+    set!("s3_4_c12_c11_0", u64::from(interface.hcr)); // ICH_HCR_EL2
+}
+
+fn leave_lists(interface: &mut CpuInterface) {
+    interface.hcr = mrs!("s3_4_c12_c11_0") as u32;
+    set!("s3_4_c12_c11_0", 0);
+    for (n, list) in interface.lists.iter_mut().enumerate().take(interface.used.into()) {
+        macro_rules! read {
+            ($name:literal) => {
+                mrs!($name)
+            };
+        }
+        macro_rules! clear {
+            ($name:literal) => {
+                set!($name, 0)
+            };
+        }
+        *list = list_registers!(read, n);
+        list_registers!(clear, n);
+    }
+}
+
+/// With HCR_EL2.IMO set these names mean the physical interface at EL2.
+fn take_kick_v3() -> bool {
+    let highest = mrs!("s3_0_c12_c12_2"); // ICC_HPPIR1_EL1
+    if highest != u64::from(KICK_SGI) {
+        return false;
+    }
+    let id = mrs!("s3_0_c12_c12_0"); // ICC_IAR1_EL1
+    set!("s3_0_c12_c12_1", id); // ICC_EOIR1_EL1
+    let split = mrs!("s3_0_c12_c12_4") & 2 != 0; // ICC_CTLR_EL1.EOImode
+    if split {
+        set!("s3_0_c12_c11_1", id); // ICC_DIR_EL1
+    }
+    isb();
+    id == u64::from(KICK_SGI)
+}

@@ -1,0 +1,157 @@
+// Entering a guest and coming back: a call that returns at the guest's next exception.
+//
+// While a guest is loaded VBAR_EL2 points to guest_vectors. The stack holds EL2's callee-saved
+// registers and, on top of them, the address of the guest's: GuestRegs of world.rs.
+
+.equ GUEST_PC, 248
+.equ GUEST_FRAME, 112                   // x19..x30, the registers' address, padding
+
+.section .text.guest, "ax"
+
+// u64 guest_enter(GuestRegs *registers): the vector's number
+.global guest_enter
+guest_enter:
+    sub     sp, sp, #GUEST_FRAME
+    stp     x29, x30, [sp, #16]
+    stp     x19, x20, [sp, #32]
+    stp     x21, x22, [sp, #48]
+    stp     x23, x24, [sp, #64]
+    stp     x25, x26, [sp, #80]
+    stp     x27, x28, [sp, #96]
+    str     x0, [sp]
+    ldp     x1, x2, [x0, #GUEST_PC]
+    msr     elr_el2, x1
+    msr     spsr_el2, x2
+    ldp     x2, x3, [x0, #16]
+    ldp     x4, x5, [x0, #32]
+    ldp     x6, x7, [x0, #48]
+    ldp     x8, x9, [x0, #64]
+    ldp     x10, x11, [x0, #80]
+    ldp     x12, x13, [x0, #96]
+    ldp     x14, x15, [x0, #112]
+    ldp     x16, x17, [x0, #128]
+    ldp     x18, x19, [x0, #144]
+    ldp     x20, x21, [x0, #160]
+    ldp     x22, x23, [x0, #176]
+    ldp     x24, x25, [x0, #192]
+    ldp     x26, x27, [x0, #208]
+    ldp     x28, x29, [x0, #224]
+    ldr     x30, [x0, #240]
+    ldp     x0, x1, [x0]
+    eret
+    dsb     nsh                         // no speculation past the exception return
+    isb
+
+guest_left:                             // x0: vector, x1: registers; the guest's x0, x1 on the stack
+    stp     x2, x3, [x1, #16]
+    stp     x4, x5, [x1, #32]
+    stp     x6, x7, [x1, #48]
+    stp     x8, x9, [x1, #64]
+    stp     x10, x11, [x1, #80]
+    stp     x12, x13, [x1, #96]
+    stp     x14, x15, [x1, #112]
+    stp     x16, x17, [x1, #128]
+    stp     x18, x19, [x1, #144]
+    stp     x20, x21, [x1, #160]
+    stp     x22, x23, [x1, #176]
+    stp     x24, x25, [x1, #192]
+    stp     x26, x27, [x1, #208]
+    stp     x28, x29, [x1, #224]
+    str     x30, [x1, #240]
+    ldp     x2, x3, [sp], #16
+    stp     x2, x3, [x1]
+    mrs     x2, elr_el2
+    mrs     x3, spsr_el2
+    stp     x2, x3, [x1, #GUEST_PC]
+    ldp     x29, x30, [sp, #16]
+    ldp     x19, x20, [sp, #32]
+    ldp     x21, x22, [sp, #48]
+    ldp     x23, x24, [sp, #64]
+    ldp     x25, x26, [sp, #80]
+    ldp     x27, x28, [sp, #96]
+    add     sp, sp, #GUEST_FRAME
+    ret
+
+.macro from_guest, vector
+    .balign 128
+    stp     x0, x1, [sp, #-16]!
+    ldr     x1, [sp, #16]
+    mov     x0, #\vector
+    b       guest_left
+.endm
+
+.balign 2048
+.global guest_vectors
+guest_vectors:
+    from_el2    0
+    from_el2    1
+    from_el2    2
+    from_el2    3
+    from_el2    4
+    from_el2    5
+    from_el2    6
+    from_el2    7
+    from_guest  8
+    from_guest  9
+    from_guest  10
+    from_guest  11
+    from_guest  12
+    from_guest  13
+    from_guest  14
+    from_guest  15
+    .balign 128
+
+// FP and SIMD: 32 registers of 128 bits, then FPSR and FPCR. Writing a vector register clears what
+// SVE has above it.
+.arch_extension fp
+.arch_extension simd
+
+// void fp_save(FpState *)
+.global fp_save
+fp_save:
+    stp     q0, q1, [x0, #0]
+    stp     q2, q3, [x0, #32]
+    stp     q4, q5, [x0, #64]
+    stp     q6, q7, [x0, #96]
+    stp     q8, q9, [x0, #128]
+    stp     q10, q11, [x0, #160]
+    stp     q12, q13, [x0, #192]
+    stp     q14, q15, [x0, #224]
+    stp     q16, q17, [x0, #256]
+    stp     q18, q19, [x0, #288]
+    stp     q20, q21, [x0, #320]
+    stp     q22, q23, [x0, #352]
+    stp     q24, q25, [x0, #384]
+    stp     q26, q27, [x0, #416]
+    stp     q28, q29, [x0, #448]
+    stp     q30, q31, [x0, #480]
+    mrs     x1, fpsr
+    mrs     x2, fpcr
+    stp     x1, x2, [x0, #512]
+    ret
+
+// void fp_load(const FpState *)
+.global fp_load
+fp_load:
+    ldp     q0, q1, [x0, #0]
+    ldp     q2, q3, [x0, #32]
+    ldp     q4, q5, [x0, #64]
+    ldp     q6, q7, [x0, #96]
+    ldp     q8, q9, [x0, #128]
+    ldp     q10, q11, [x0, #160]
+    ldp     q12, q13, [x0, #192]
+    ldp     q14, q15, [x0, #224]
+    ldp     q16, q17, [x0, #256]
+    ldp     q18, q19, [x0, #288]
+    ldp     q20, q21, [x0, #320]
+    ldp     q22, q23, [x0, #352]
+    ldp     q24, q25, [x0, #384]
+    ldp     q26, q27, [x0, #416]
+    ldp     q28, q29, [x0, #448]
+    ldp     q30, q31, [x0, #480]
+    ldp     x1, x2, [x0, #512]
+    msr     fpsr, x1
+    msr     fpcr, x2
+    ret
+.arch_extension nosimd
+.arch_extension nofp

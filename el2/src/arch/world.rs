@@ -1,0 +1,586 @@
+//! The world switch: a guest's registers in, the host's out, and back.
+//!
+//! Without VHE the two share EL1's registers, so all of them change places. What differs between
+//! the worlds is in three groups: EL1's own registers ([`El1`]), what EL2 tells the core about EL1
+//! (stage 2, traps, timer offset: [`Controls`]), and FP, which changes only when the guest uses it.
+//!
+//! Order (spec/arm.md 3.9; errata 1319367 and 1165522): going in, walks are off before the first
+//! foreign register is loaded, and come on with TCR_EL1 as the last one; going out the same.
+
+use el2::features::Features;
+
+use super::host_regs::Stage2Regs;
+use super::regs::{mrs, msr};
+use super::tlb::{MMU_ON, NO_WALKS};
+
+/// General registers, PC and PSTATE; guest.S knows the layout.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct GuestRegs {
+    /// x0 to x30.
+    pub(crate) x: [u64; 31],
+    pub(crate) pc: u64,
+    pub(crate) pstate: u64,
+}
+
+const _: () = assert!(core::mem::offset_of!(GuestRegs, pc) == 248);
+
+impl GuestRegs {
+    /// Register `number` as an instruction names it: 31 is the zero register.
+    pub(crate) fn get(&self, number: u8) -> u64 {
+        self.x.get(usize::from(number)).copied().unwrap_or(0)
+    }
+
+    /// Writes it.
+    pub(crate) fn set(&mut self, number: u8, value: u64) {
+        if let Some(register) = self.x.get_mut(usize::from(number)) {
+            *register = value;
+        }
+    }
+
+    /// Steps over the instruction.
+    pub(crate) fn skip(&mut self) {
+        self.pc = self.pc.wrapping_add(4);
+    }
+}
+
+unsafe extern "C" {
+    fn guest_enter(registers: *mut GuestRegs) -> u64;
+    fn fp_save(state: *mut FpState);
+    fn fp_load(state: *const FpState);
+    static guest_vectors: u8;
+    static vectors: u8;
+}
+
+/// FP and SIMD; guest.S knows the layout.
+#[derive(Clone, Debug)]
+#[repr(C, align(16))]
+pub(crate) struct FpState {
+    q: [u128; 32],
+    fpsr: u64,
+    fpcr: u64,
+}
+
+impl FpState {
+    /// All zero.
+    pub(crate) const fn new() -> Self {
+        Self {
+            q: [0; 32],
+            fpsr: 0,
+            fpcr: 0,
+        }
+    }
+}
+
+macro_rules! context {
+    ($(#[$doc:meta])* $name:ident { $($field:ident = $register:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default)]
+        pub(crate) struct $name {
+            $(pub(crate) $field: u64,)*
+        }
+
+        impl $name {
+            /// Reads the core's.
+            #[inline]
+            fn read() -> Self {
+                Self { $($field: mrs!($register),)* }
+            }
+
+            /// Writes the core's.
+            #[inline]
+            fn write(&self) {
+                $(
+                    // SAFETY: a register of EL1 and EL0, or one that only governs them: EL2's own
+                    // execution does not depend on it.
+                    unsafe { msr!($register, self.$field) };
+                )*
+            }
+        }
+    };
+}
+
+context! {
+    /// EL1's and EL0's own registers, but SCTLR_EL1 and TCR_EL1, which have an order.
+    El1 {
+        cpacr = "cpacr_el1",
+        ttbr0 = "ttbr0_el1",
+        ttbr1 = "ttbr1_el1",
+        esr = "esr_el1",
+        afsr0 = "afsr0_el1",
+        afsr1 = "afsr1_el1",
+        far = "far_el1",
+        mair = "mair_el1",
+        vbar = "vbar_el1",
+        contextidr = "contextidr_el1",
+        amair = "amair_el1",
+        cntkctl = "cntkctl_el1",
+        par = "par_el1",
+        tpidr_el1 = "tpidr_el1",
+        tpidr_el0 = "tpidr_el0",
+        tpidrro_el0 = "tpidrro_el0",
+        sp_el1 = "sp_el1",
+        sp_el0 = "sp_el0",
+        elr = "elr_el1",
+        spsr = "spsr_el1",
+        csselr = "csselr_el1",
+        mdscr = "mdscr_el1",
+    }
+}
+
+context! {
+    /// Pointer authentication keys.
+    Keys {
+        ia_low = "s3_0_c2_c1_0",
+        ia_high = "s3_0_c2_c1_1",
+        ib_low = "s3_0_c2_c1_2",
+        ib_high = "s3_0_c2_c1_3",
+        da_low = "s3_0_c2_c2_0",
+        da_high = "s3_0_c2_c2_1",
+        db_low = "s3_0_c2_c2_2",
+        db_high = "s3_0_c2_c2_3",
+        ga_low = "s3_0_c2_c3_0",
+        ga_high = "s3_0_c2_c3_1",
+    }
+}
+
+context! {
+    /// What EL2 tells the core about EL1; stage 2 and HCR_EL2 have their own place.
+    Controls {
+        cptr = "cptr_el2",
+        mdcr = "mdcr_el2",
+        hstr = "hstr_el2",
+        cnthctl = "cnthctl_el2",
+        cntvoff = "cntvoff_el2",
+        vmpidr = "vmpidr_el2",
+        vpidr = "vpidr_el2",
+    }
+}
+
+context! {
+    /// The virtual timer.
+    Timer {
+        cval = "cntv_cval_el0",
+        ctl = "cntv_ctl_el0",
+    }
+}
+
+/// What a vCPU keeps between its runs.
+#[derive(Clone, Debug)]
+pub(crate) struct Context {
+    pub(crate) regs: GuestRegs,
+    pub(crate) el1: El1,
+    pub(crate) sctlr: u64,
+    pub(crate) tcr: u64,
+    keys: Keys,
+    fp: FpState,
+    /// CNTV_CTL_EL0 and CNTV_CVAL_EL0.
+    pub(crate) timer: Timer,
+    /// HCR_EL2 while it runs.
+    pub(crate) hcr: u64,
+}
+
+/// HCR_EL2 bits (Arm ARM D24.2.53).
+pub(crate) mod hcr {
+    pub(crate) const VM: u64 = 1;
+    pub(crate) const PTW: u64 = 1 << 2;
+    pub(crate) const SWIO: u64 = 1 << 1;
+    pub(crate) const FMO: u64 = 1 << 3;
+    pub(crate) const IMO: u64 = 1 << 4;
+    pub(crate) const AMO: u64 = 1 << 5;
+    pub(crate) const VSE: u64 = 1 << 8;
+    pub(crate) const FB: u64 = 1 << 9;
+    pub(crate) const BSU_INNER: u64 = 1 << 10;
+    pub(crate) const TWI: u64 = 1 << 13;
+    pub(crate) const TID3: u64 = 1 << 18;
+    pub(crate) const TSC: u64 = 1 << 19;
+    pub(crate) const TIDCP: u64 = 1 << 20;
+    pub(crate) const TACR: u64 = 1 << 21;
+    pub(crate) const TSW: u64 = 1 << 22;
+    pub(crate) const TVM: u64 = 1 << 26;
+    pub(crate) const RW: u64 = 1 << 31;
+    pub(crate) const TLOR: u64 = 1 << 35;
+    pub(crate) const POINTER_AUTH: u64 = 1 << 40 | 1 << 41;
+    pub(crate) const FWB: u64 = 1 << 46;
+}
+
+/// HCR_EL2 of a guest (spec/arm.md 2.13); TVM comes and goes with the guest's caches.
+pub(crate) fn guest_hcr(features: &Features) -> u64 {
+    let fwb = if features.fwb { hcr::FWB } else { 0 };
+    let keys = if features.pauth { hcr::POINTER_AUTH } else { 0 };
+    let lor = if features.lor { hcr::TLOR } else { 0 };
+    hcr::VM
+        | hcr::PTW
+        | hcr::SWIO
+        | hcr::FMO
+        | hcr::IMO
+        | hcr::AMO
+        | hcr::FB
+        | hcr::BSU_INNER
+        | hcr::TWI
+        | hcr::TID3
+        | hcr::TSC
+        | hcr::TIDCP
+        | hcr::TACR
+        | hcr::TSW
+        | hcr::RW
+        | fwb
+        | keys
+        | lor
+}
+
+/// SCTLR_EL1 of a core that starts: RES1 bits, MMU and caches off.
+const SCTLR_START: u64 = 0x30d0_0800;
+/// EL1h, D, A, I and F masked.
+const PSTATE_START: u64 = 0b00101 | 0xf << 6;
+
+impl Context {
+    /// A vCPU that has just been turned on: everything zero but what the architecture defines.
+    pub(crate) fn new(features: &Features) -> Self {
+        Self {
+            regs: GuestRegs::default(),
+            el1: El1::default(),
+            sctlr: SCTLR_START,
+            tcr: 0,
+            keys: Keys::default(),
+            fp: FpState::new(),
+            timer: Timer::default(),
+            hcr: guest_hcr(features),
+        }
+    }
+
+    /// Starts over at `entry` with `x0`, as CPU_ON does.
+    pub(crate) fn restart(&mut self, features: &Features, entry: u64, x0: u64) {
+        *self = Self::new(features);
+        self.regs.x[0] = x0;
+        self.regs.pc = entry;
+        self.regs.pstate = PSTATE_START;
+    }
+}
+
+/// What belongs to the VM rather than to one of its vCPUs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VmWorld {
+    pub(crate) stage2: Stage2Regs,
+    /// CNTVOFF_EL2: what the virtual counter is behind the physical one.
+    pub(crate) time_offset: u64,
+}
+
+/// The host's side while a guest is loaded.
+#[derive(Debug)]
+pub(crate) struct HostWorld {
+    el1: El1,
+    sctlr: u64,
+    tcr: u64,
+    keys: Keys,
+    controls: Controls,
+    timer: Timer,
+    stage2: Stage2Regs,
+    hcr: u64,
+    hcrx: u64,
+    traps: FineTraps,
+    pc: u64,
+    pstate: u64,
+    fp: FpState,
+    /// The guest's FP registers are in the core.
+    fp_is_guests: bool,
+}
+
+/// CPTR_EL2 of a guest that has not used FP yet: TCPAC (no trap of CPACR_EL1 is needed: clear),
+/// TAM, TTA, TSM, TFP, TZ, RES1 bits (Arm ARM D24.2.33, without VHE).
+const CPTR_GUEST: u64 = 0x22ff | 1 << 8 | 1 << 10 | 1 << 12 | 1 << 20 | 1 << 30;
+/// CPTR_EL2.TFP.
+const CPTR_TFP: u64 = 1 << 10;
+/// MDCR_EL2 of a guest: TPMCR, TPM, TDE clear, TDA, TDOSA, TDRA, TPMS, TTRF, TDCC (Arm ARM
+/// D24.2.103). HPMN keeps the host's value.
+const MDCR_TRAPS: u64 = 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 14 | 1 << 19 | 1 << 27;
+const MDCR_HPMN: u64 = 0x1f;
+/// CNTHCTL_EL2: the physical counter can be read (EL1PCTEN), the physical timer traps.
+const CNTHCTL_GUEST: u64 = 1;
+/// VMPIDR_EL2: RES1 bit 31.
+const MPIDR_RES1: u64 = 1 << 31;
+
+fn isb() {
+    // SAFETY: a barrier.
+    unsafe { core::arch::asm!("isb", options(nostack, preserves_flags)) };
+}
+
+/// Fine-grained traps, where they exist. A guest's are all zero: what has a negative name traps.
+#[derive(Clone, Copy, Debug, Default)]
+struct FineTraps {
+    registers: [u64; 5],
+    second: [u64; 5],
+}
+
+macro_rules! each_trap {
+    ($array:expr, $do:ident, $($register:literal),+) => {{
+        let mut values = $array.iter_mut();
+        $(if let Some(value) = values.next() { $do!($register, value); })+
+    }};
+}
+
+macro_rules! read_trap {
+    ($register:literal, $value:ident) => {
+        *$value = mrs!($register)
+    };
+}
+macro_rules! write_trap {
+    ($register:literal, $value:ident) => {
+        // SAFETY: it only governs EL1 and EL0.
+        unsafe { msr!($register, *$value) }
+    };
+}
+
+impl FineTraps {
+    fn read(features: &Features) -> Self {
+        let mut traps = Self::default();
+        if features.fgt {
+            each_trap!(
+                traps.registers,
+                read_trap,
+                "s3_4_c1_c1_4",
+                "s3_4_c1_c1_5",
+                "s3_4_c1_c1_6",
+                "s3_4_c3_c1_4",
+                "s3_4_c3_c1_5"
+            );
+        }
+        if features.fgt2 {
+            each_trap!(
+                traps.second,
+                read_trap,
+                "s3_4_c3_c1_2",
+                "s3_4_c3_c1_3",
+                "s3_4_c3_c1_7",
+                "s3_4_c3_c1_0",
+                "s3_4_c3_c1_1"
+            );
+        }
+        traps
+    }
+
+    fn write(mut self, features: &Features) {
+        if features.fgt {
+            each_trap!(
+                self.registers,
+                write_trap,
+                "s3_4_c1_c1_4",
+                "s3_4_c1_c1_5",
+                "s3_4_c1_c1_6",
+                "s3_4_c3_c1_4",
+                "s3_4_c3_c1_5"
+            );
+        }
+        if features.fgt2 {
+            each_trap!(
+                self.second,
+                write_trap,
+                "s3_4_c3_c1_2",
+                "s3_4_c3_c1_3",
+                "s3_4_c3_c1_7",
+                "s3_4_c3_c1_0",
+                "s3_4_c3_c1_1"
+            );
+        }
+    }
+}
+
+impl HostWorld {
+    /// Reads everything of the host that the guest will replace, then loads the guest.
+    pub(crate) fn load_guest(
+        features: &Features,
+        vm: &VmWorld,
+        index: u8,
+        guest: &Context,
+    ) -> Self {
+        let host = Self::read(features);
+        if features.speculative_at {
+            // SAFETY: for EL1 only, which does not run.
+            unsafe { msr!("tcr_el1", host.tcr | NO_WALKS) };
+            isb();
+            // SAFETY: as above.
+            unsafe { msr!("sctlr_el1", host.sctlr | MMU_ON) };
+            isb();
+        }
+        guest.el1.write();
+        if features.pauth {
+            guest.keys.write();
+        }
+        load_controls(features, vm, index, &host.controls);
+        FineTraps::default().write(features);
+        // SAFETY: registers that only govern EL1 and EL0; the tables behind VTTBR are the guest's.
+        unsafe {
+            msr!("vtcr_el2", vm.stage2.vtcr);
+            msr!("vttbr_el2", vm.stage2.vttbr);
+            msr!("hcr_el2", guest.hcr);
+            if features.hcx {
+                msr!("s3_4_c1_c2_2", 0); // HCRX_EL2
+            }
+        }
+        guest.timer.write();
+        load_walk_registers(features, guest.sctlr, guest.tcr);
+        set_vectors((&raw const guest_vectors).addr() as u64);
+        host
+    }
+
+    fn read(features: &Features) -> Self {
+        let timer = Timer::read();
+        // SAFETY: the host's timer must not fire for the guest.
+        unsafe { msr!("cntv_ctl_el0", 0) };
+        Self {
+            el1: El1::read(),
+            sctlr: mrs!("sctlr_el1"),
+            tcr: mrs!("tcr_el1"),
+            keys: if features.pauth {
+                Keys::read()
+            } else {
+                Keys::default()
+            },
+            controls: Controls::read(),
+            timer,
+            stage2: Stage2Regs {
+                vtcr: mrs!("vtcr_el2"),
+                vttbr: mrs!("vttbr_el2"),
+            },
+            hcr: mrs!("hcr_el2"),
+            hcrx: if features.hcx {
+                mrs!("s3_4_c1_c2_2")
+            } else {
+                0
+            },
+            traps: FineTraps::read(features),
+            pc: mrs!("elr_el2"),
+            pstate: mrs!("spsr_el2"),
+            fp: FpState::new(),
+            fp_is_guests: false,
+        }
+    }
+
+    /// Saves the guest and loads the host.
+    pub(crate) fn load_host(mut self, features: &Features, guest: &mut Context) {
+        self.return_fp(guest);
+        guest.timer = Timer::read();
+        // SAFETY: the guest's timer must not fire for the host.
+        unsafe { msr!("cntv_ctl_el0", 0) };
+        guest.el1 = El1::read();
+        guest.sctlr = mrs!("sctlr_el1");
+        guest.tcr = mrs!("tcr_el1");
+        if features.pauth {
+            guest.keys = Keys::read();
+        }
+        if features.speculative_at {
+            // SAFETY: for EL1 only, which does not run.
+            unsafe { msr!("tcr_el1", guest.tcr | NO_WALKS) };
+            isb();
+            // SAFETY: as above.
+            unsafe { msr!("sctlr_el1", guest.sctlr | MMU_ON) };
+            isb();
+        }
+        self.el1.write();
+        if features.pauth {
+            self.keys.write();
+        }
+        self.controls.write();
+        self.traps.write(features);
+        // SAFETY: what was there when the guest was loaded.
+        unsafe {
+            msr!("vtcr_el2", self.stage2.vtcr);
+            msr!("vttbr_el2", self.stage2.vttbr);
+            msr!("hcr_el2", self.hcr);
+            if features.hcx {
+                msr!("s3_4_c1_c2_2", self.hcrx);
+            }
+            msr!("elr_el2", self.pc);
+            msr!("spsr_el2", self.pstate);
+        }
+        self.timer.write();
+        load_walk_registers(features, self.sctlr, self.tcr);
+        set_vectors((&raw const vectors).addr() as u64);
+    }
+
+    /// The guest uses FP for the first time in this run: its registers in, the host's out.
+    pub(crate) fn lend_fp(&mut self, guest: &Context) {
+        // SAFETY: opens FP for EL2 and the guest.
+        unsafe { msr!("cptr_el2", CPTR_GUEST & !CPTR_TFP) };
+        isb();
+        // SAFETY: as large as guest.S expects; FP is open.
+        unsafe { fp_save(&raw mut self.fp) };
+        // SAFETY: as above.
+        unsafe { fp_load(&raw const guest.fp) };
+        self.fp_is_guests = true;
+    }
+
+    fn return_fp(&mut self, guest: &mut Context) {
+        if !self.fp_is_guests {
+            return;
+        }
+        // SAFETY: as in `lend_fp`, which has opened FP.
+        unsafe { fp_save(&raw mut guest.fp) };
+        // SAFETY: as above.
+        unsafe { fp_load(&raw const self.fp) };
+        self.fp_is_guests = false;
+    }
+}
+
+fn load_controls(features: &Features, vm: &VmWorld, index: u8, host: &Controls) {
+    let spe = if features.spe { 0 } else { 1 << 14 };
+    let trace = 1 << 19;
+    let controls = Controls {
+        cptr: CPTR_GUEST,
+        mdcr: host.mdcr & MDCR_HPMN | MDCR_TRAPS & !(spe | if features.trbe { 0 } else { trace }),
+        hstr: 0,
+        cnthctl: CNTHCTL_GUEST,
+        cntvoff: vm.time_offset,
+        vmpidr: MPIDR_RES1 | u64::from(index),
+        vpidr: host.vpidr,
+    };
+    controls.write();
+}
+
+/// Walks come on as the last thing.
+fn load_walk_registers(features: &Features, sctlr: u64, tcr: u64) {
+    if features.speculative_at {
+        isb();
+    }
+    // SAFETY: for EL1 only, which does not run.
+    unsafe { msr!("sctlr_el1", sctlr) };
+    if features.speculative_at {
+        isb();
+    }
+    // SAFETY: as above.
+    unsafe { msr!("tcr_el1", tcr) };
+    isb();
+}
+
+fn set_vectors(address: u64) {
+    // SAFETY: both tables are EL2's code, aligned to 2 KiB.
+    unsafe { msr!("vbar_el2", address) };
+    isb();
+}
+
+/// Runs the guest until its next exception; gives the vector's number.
+pub(crate) fn enter(guest: &mut Context) -> u64 {
+    // SAFETY: the guest is loaded (the caller holds a `HostWorld`), behind its own stage 2; guest.S
+    // saves and restores what a call must preserve.
+    unsafe { guest_enter(&raw mut guest.regs) }
+}
+
+/// Writes HCR_EL2 of the guest that is loaded.
+pub(crate) fn set_hcr(value: u64) {
+    // SAFETY: it only governs EL1 and EL0.
+    unsafe { msr!("hcr_el2", value) };
+}
+
+/// What `AT S1E1R` says about a virtual address of the guest that is loaded: its IPA page, if stage
+/// 1 translates it. PAR_EL1 is the guest's, and comes back.
+pub(crate) fn translate_stage1(address: u64) -> Option<u64> {
+    let saved = mrs!("par_el1");
+    // SAFETY: an address translation instruction reads tables only.
+    unsafe {
+        core::arch::asm!("at s1e1r, {}", "isb", in(reg) address, options(nostack, preserves_flags));
+    }
+    let par = mrs!("par_el1");
+    // SAFETY: restores what was there.
+    unsafe { msr!("par_el1", saved) };
+    (par & 1 == 0).then_some(par & 0x000f_ffff_ffff_f000)
+}

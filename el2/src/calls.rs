@@ -1,0 +1,282 @@
+//! The host's calls about VMs: arguments checked here, work done by [`crate::vm`].
+
+use abi::{Call, ErrorCode, LeafInfo, SlotWord, VmConfig, VmCounter};
+use board::{AddrRange, PAGE_SIZE};
+use el2::psci::{PsciError, StartOrder};
+use el2::vm_error::Refusal;
+use memslot::addr::Gfn;
+use memslot::edge::Dma;
+use memslot::lock::{LockCall, LockRequest};
+use memslot::slot::{LockGranule, SlotFlags, SlotId};
+use stage2::{Ipa, IpaRange, RunKind};
+
+use crate::arch::frames;
+use crate::hypervisor::Hypervisor;
+use crate::vm::{self, Vm};
+
+/// What a call gives: `x1` to `x4`.
+type Answer = Result<[u64; 4], Refusal>;
+
+/// SlotLock's bit that asks for blocks.
+const LOCK_BLOCKS: u64 = 1 << 8;
+
+/// Performs a call about VMs; `args` are `x1` to `x6`.
+pub(crate) fn perform(hypervisor: &'static Hypervisor, call: Call, args: [u64; 6]) -> [u64; 4] {
+    let answer = if args[arguments(call)..].iter().any(|arg| *arg != 0) {
+        Err(ErrorCode::Invalid.into())
+    } else {
+        dispatch(hypervisor, call, args)
+    };
+    answer.unwrap_or_else(|refusal| [refusal.code.to_register(), refusal.pages, 0, 0])
+}
+
+/// How many arguments a call has.
+const fn arguments(call: Call) -> usize {
+    match call {
+        Call::VmReserve => 0,
+        Call::VmDestroy | Call::VmReclaim | Call::VmReset => 1,
+        Call::DonateHeap
+        | Call::VmCounter
+        | Call::VmMapping
+        | Call::SlotDelete
+        | Call::SlotFlags
+        | Call::SlotState
+        | Call::VcpuCreate
+        | Call::VcpuState => 2,
+        Call::VmTopUp
+        | Call::SlotMove
+        | Call::SlotDirty
+        | Call::DmaDevice
+        | Call::VcpuRun
+        | Call::IrqLine => 3,
+        Call::VmCreate | Call::SlotLock | Call::VcpuStart => 4,
+        Call::SlotCreate => 5,
+        _ => 6,
+    }
+}
+
+const fn one(value: u64) -> [u64; 4] {
+    [value, 0, 0, 0]
+}
+
+/// Pages at an address, as a range.
+fn pages(address: u64, count: u64) -> Result<AddrRange, Refusal> {
+    let size = count.checked_mul(PAGE_SIZE).ok_or(ErrorCode::Invalid)?;
+    let range = AddrRange::with_size(address, size).ok_or(ErrorCode::Invalid)?;
+    if address.is_multiple_of(PAGE_SIZE) {
+        Ok(range)
+    } else {
+        Err(ErrorCode::Invalid.into())
+    }
+}
+
+fn slot_id(number: u64) -> Result<u16, Refusal> {
+    let id = u16::try_from(number).map_err(|_| ErrorCode::Invalid)?;
+    if id < vm::HOST_SLOTS {
+        Ok(id)
+    } else {
+        Err(ErrorCode::Invalid.into())
+    }
+}
+
+fn dispatch(hypervisor: &'static Hypervisor, call: Call, args: [u64; 6]) -> Answer {
+    let [handle, a, b, c, d, _] = args;
+    let vms = &hypervisor.vms;
+    if hypervisor.gic.version() == 0 {
+        return Err(ErrorCode::NotPermitted.into());
+    }
+    match call {
+        Call::DonateHeap => donate_heap(hypervisor, handle, a).map(one),
+        Call::VmReserve => Ok(one(vms.reserve()?)),
+        Call::VmCreate => {
+            let config = VmConfig::from_bits(c).ok_or(ErrorCode::Invalid)?;
+            vms.create(hypervisor, handle, pages(a, b)?, config).map(one)
+        }
+        Call::VmTopUp => vms.top_up(hypervisor, handle, pages(a, b)?).map(one),
+        Call::VmDestroy => vms.destroy(hypervisor, handle).map(one),
+        Call::VmReclaim => {
+            let (address, count) = vms.reclaim(hypervisor, handle)?;
+            Ok([address, count, 0, 0])
+        }
+        Call::VcpuRun => vms.with(handle, |vm| {
+            let exit = vm.vcpu(a)?.run(hypervisor, vm, b)?;
+            Ok(exit.to_registers())
+        }),
+        Call::VmMapping => vms.with(handle, |vm| mapping(vm, a)),
+        Call::SlotDirty => vms.with(handle, |vm| dirty(vm, a, b)),
+        _ => vms
+            .with(handle, |vm| in_vm(hypervisor, vm, call, [a, b, c, d]))
+            .map(one),
+    }
+}
+
+/// Calls about one VM that give one value.
+fn in_vm(
+    hypervisor: &'static Hypervisor,
+    vm: &Vm,
+    call: Call,
+    [a, b, c, d]: [u64; 4],
+) -> Result<u64, Refusal> {
+    match call {
+        Call::VmReset => vm.reset(hypervisor),
+        Call::VmCounter => {
+            let counter = VmCounter::from_number(a).ok_or(ErrorCode::Invalid)?;
+            Ok(vm.counter(counter))
+        }
+        Call::SlotCreate => {
+            let word = SlotWord::from_bits(a).ok_or(ErrorCode::Invalid)?;
+            slot_id(word.id.into())?;
+            pages(b, c)?;
+            vm.create_slot(hypervisor, word, b, pages(d, c)?)
+        }
+        Call::SlotDelete => vm.delete_slot(hypervisor, slot_id(a)?),
+        Call::SlotMove => {
+            pages(b, 1)?;
+            let base = Gfn::try_new(b / PAGE_SIZE).ok_or(ErrorCode::Invalid)?;
+            vm.memory.move_slot(SlotId(slot_id(a)?), base)?;
+            Ok(0)
+        }
+        Call::SlotFlags => {
+            let word = SlotWord::from_bits(a).ok_or(ErrorCode::Invalid)?;
+            let id = SlotId(slot_id(word.id.into())?);
+            vm.memory
+                .set_slot_flags(id, SlotFlags::from_word(word.flags)?)?;
+            Ok(0)
+        }
+        Call::SlotLock => lock(vm, a, b, c),
+        Call::SlotState => Ok(vm.slot_state(slot_id(a)?)?),
+        Call::DmaDevice => dma(vm, a, b),
+        Call::VcpuCreate => vm.create_vcpu(hypervisor, a),
+        Call::VcpuStart => {
+            let order = StartOrder {
+                entry: b,
+                context: c,
+            };
+            match vm.vcpu(a)?.turn_on(order) {
+                Ok(()) => Ok(0),
+                Err(PsciError::AlreadyOn | PsciError::OnPending) => Err(ErrorCode::Exists.into()),
+                Err(_) => Err(ErrorCode::Invalid.into()),
+            }
+        }
+        Call::VcpuState => {
+            let vcpu = vm.vcpu(a)?;
+            let pending = vm.vgic.has_pending(usize::from(vcpu.index));
+            Ok(u64::from(!vcpu.power.is_off()) | u64::from(pending) << 1)
+        }
+        Call::IrqLine => {
+            if b > 1 {
+                return Err(ErrorCode::Invalid.into());
+            }
+            let intid = u32::try_from(a).map_err(|_| ErrorCode::Invalid)?;
+            let kicks = vm.vgic.set_spi(intid, b == 1);
+            for index in kicks.map_err(|_| ErrorCode::Invalid)?.iter() {
+                if let Ok(vcpu) = vm.vcpu(index as u64) {
+                    vcpu.kick(hypervisor);
+                }
+            }
+            Ok(0)
+        }
+        _ => Err(ErrorCode::Invalid.into()),
+    }
+}
+
+fn donate_heap(hypervisor: &Hypervisor, address: u64, count: u64) -> Result<u64, Refusal> {
+    let range = pages(address, count)?;
+    vm::donate(hypervisor, range)?;
+    frames::add_to_el2_pool(range);
+    Ok(0)
+}
+
+fn lock(vm: &Vm, action: u64, slot: u64, flags: u64) -> Result<u64, Refusal> {
+    let blocks = action == 1 && flags & LOCK_BLOCKS != 0;
+    let flags = if blocks { flags & !LOCK_BLOCKS } else { flags };
+    match LockCall::parse(action, [slot, flags, 0, 0])? {
+        LockCall::Lock { id, perms } => {
+            slot_id(id.0.into())?;
+            let granule = if blocks {
+                LockGranule::Blocks
+            } else {
+                LockGranule::BasePages
+            };
+            vm.memory.lock_slot(&LockRequest {
+                granule,
+                ..LockRequest::new(id, perms)
+            })?;
+        }
+        LockCall::Unlock(id) => {
+            slot_id(id.0.into())?;
+            vm.memory.unlock_slot(id)?;
+        }
+        LockCall::UnlockAll => vm.memory.unlock_all()?,
+    }
+    Ok(0)
+}
+
+fn dma(vm: &Vm, kind: u64, register: u64) -> Result<u64, Refusal> {
+    let kind = match kind {
+        0 => Dma::Snooping,
+        1 => Dma::NonSnooping,
+        _ => return Err(ErrorCode::Invalid.into()),
+    };
+    match register {
+        0 => vm.memory.unregister_device(kind)?,
+        1 => vm.memory.register_device(kind)?,
+        _ => return Err(ErrorCode::Invalid.into()),
+    };
+    Ok(0)
+}
+
+/// The first run of equal leaves that ends behind an address.
+fn mapping(vm: &Vm, ipa: u64) -> Answer {
+    vm.memory.with_table(|table| {
+        let end = table.geometry().input_end();
+        let size = end.checked_sub(ipa).ok_or(ErrorCode::Invalid)?;
+        let start = Ipa::new(ipa - ipa % PAGE_SIZE);
+        let size = size + ipa % PAGE_SIZE;
+        let range = IpaRange::new(start, size).map_err(|_| ErrorCode::Invalid)?;
+        let runs = table.runs(range).map_err(|_| ErrorCode::Invalid)?;
+        for run in runs {
+            let RunKind::Mapped { pa, attrs } = run.kind else {
+                continue;
+            };
+            let lookup = table.lookup(run.range.start());
+            let mem_attr = lookup.map_or(0, |l| raw_mem_attr(table, &l));
+            let info = LeafInfo {
+                pages: run.range.len() / PAGE_SIZE,
+                level: 3 - run.level.height().to_le_bytes()[0],
+                permissions: permissions(attrs.perms),
+                mem_attr,
+            };
+            return Ok([run.range.start().get(), pa.get(), info.bits(), 0]);
+        }
+        Err(ErrorCode::NotFound.into())
+    })
+}
+
+fn permissions(perms: stage2::Perms) -> u8 {
+    use stage2::Perms;
+    let bit = |has: bool, at: u8| u8::from(has) << at;
+    bit(perms.contains(Perms::READ), 0)
+        | bit(perms.contains(Perms::WRITE), 1)
+        | bit(perms.may_execute(), 2)
+        | bit(perms.may_execute(), 3)
+}
+
+/// MemAttr of a leaf, descriptor bits 5:2, encoded again by the table's own format.
+fn raw_mem_attr(
+    table: &stage2::Stage2<stage2::ArmStage2, crate::arch::guest_tables::GuestTables>,
+    lookup: &stage2::Lookup,
+) -> u8 {
+    use stage2::TableFormat;
+    let stage2::Entry::Leaf { pa, attrs, .. } = lookup.entry else {
+        return 0;
+    };
+    let raw = table.format().encode_leaf(pa, &attrs, lookup.level);
+    raw.map_or(0, |raw| (raw >> 2).to_le_bytes()[0] & 0xf)
+}
+
+/// One word of a slot's dirty bitmap.
+fn dirty(vm: &Vm, slot: u64, word: u64) -> Answer {
+    let bits = vm.memory.take_dirty_word(SlotId(slot_id(slot)?), word)?;
+    Ok([0, bits, 0, 0])
+}

@@ -1,0 +1,284 @@
+//! List registers: what the hardware delivers while a vCPU runs.
+
+use core::sync::atomic::Ordering;
+
+use abi::GUEST_TIMER_PPI;
+
+use super::irq::{Irq, NOBODY};
+use super::{GicVersion, Kicks, PRIVATE, State, Vgic};
+
+/// Most list registers: GICv3 has at most 16, GICv2 (GIC-400) at most 64, of which we use 16.
+pub const MAX_LISTS: usize = 16;
+
+/// The virtual CPU interface of a vCPU: the values of GICH_* or ICH_* registers.
+#[derive(Clone, Debug)]
+pub struct CpuInterface {
+    /// List registers, in the hardware's format.
+    pub lists: [u64; MAX_LISTS],
+    /// How many the hardware has.
+    pub count: u8,
+    /// How many are in use; the rest is zero.
+    pub used: u8,
+    /// GICH_HCR or ICH_HCR_EL2.
+    pub hcr: u32,
+    /// GICH_VMCR or ICH_VMCR_EL2.
+    pub vmcr: u32,
+    /// GICH_APR, or ICH_AP0R and ICH_AP1R.
+    pub active_priorities: [[u32; 4]; 2],
+}
+
+impl CpuInterface {
+    /// As after reset, on hardware with `count` list registers.
+    #[must_use]
+    pub const fn new(count: u8) -> Self {
+        Self {
+            lists: [0; MAX_LISTS],
+            count: if count > 16 { 16 } else { count },
+            used: 0,
+            hcr: HCR_EN,
+            vmcr: 0,
+            active_priorities: [[0; 4]; 2],
+        }
+    }
+}
+
+/// HCR: the interface is on.
+const HCR_EN: u32 = 1;
+/// HCR.UIE: maintenance interrupt when at most one list register is in use.
+const HCR_UIE: u32 = 1 << 1;
+/// HCR.LRENPIE: maintenance interrupt when an interrupt that is in no list register was ended.
+const HCR_LRENPIE: u32 = 1 << 2;
+/// HCR.EOIcount: how many such ends there were.
+const HCR_EOI_COUNT: u32 = 27;
+
+/// A list register, taken apart.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct List {
+    pub(super) intid: u16,
+    pub(super) pending: bool,
+    pub(super) active: bool,
+    pub(super) group1: bool,
+    pub(super) priority: u8,
+    /// Ends it in the physical controller, too: INTID there.
+    pub(super) hardware: Option<u16>,
+    /// Maintenance interrupt when the guest ends it.
+    pub(super) tell_end: bool,
+    /// GICv2: sender of an SGI.
+    pub(super) source: u8,
+}
+
+impl List {
+    pub(super) fn encode(self, version: GicVersion) -> u64 {
+        let state = u64::from(self.active) << 1 | u64::from(self.pending);
+        let (hw, group) = (u64::from(self.hardware.is_some()), u64::from(self.group1));
+        let physical = self.hardware.map_or(0, u64::from);
+        let tell = u64::from(self.tell_end && self.hardware.is_none());
+        match version {
+            // ICH_LR<n>_EL2 (IHI 0069H 12.4.8).
+            GicVersion::V3 => {
+                state << 62
+                    | hw << 61
+                    | group << 60
+                    | u64::from(self.priority) << 48
+                    | physical << 32
+                    | tell << 41
+                    | u64::from(self.intid)
+            }
+            // GICH_LR<n> (IHI 0048B 5.3.?).
+            GicVersion::V2 => {
+                let source = if self.hardware.is_none() {
+                    u64::from(self.source & 7) << 10
+                } else {
+                    physical << 10
+                };
+                hw << 31
+                    | group << 30
+                    | state << 28
+                    | u64::from(self.priority >> 3) << 23
+                    | tell << 19
+                    | source
+                    | u64::from(self.intid)
+            }
+        }
+    }
+
+    /// INTID, and whether it is pending and active, of a register that was in use.
+    fn decode(value: u64, version: GicVersion) -> (usize, bool, bool) {
+        let (intid, state) = match version {
+            GicVersion::V3 => (value & 0x3ff, value >> 62),
+            GicVersion::V2 => (value & 0x3ff, value >> 28),
+        };
+        (intid as usize, state & 1 != 0, state & 2 != 0)
+    }
+}
+
+impl Vgic {
+    /// Puts what this vCPU must see into its list registers, the most urgent first.
+    pub fn load(&self, vcpu: usize, interface: &mut CpuInterface) {
+        interface.used = 0;
+        interface.hcr = HCR_EN;
+        if !self.is_busy(vcpu) {
+            return;
+        }
+        let mut state = self.state.lock();
+        let mut chosen = [(0u16, 0u16); MAX_LISTS];
+        let (count, all, left_active) = self.choose(&state, vcpu, interface.count, &mut chosen);
+        for (_, number) in chosen.iter().take(count) {
+            let list = self.place(&mut state, vcpu, usize::from(*number));
+            if let Some(place) = interface.lists.get_mut(usize::from(interface.used)) {
+                *place = list.encode(self.version);
+                interface.used += 1;
+            }
+        }
+        if !all {
+            interface.hcr |= HCR_UIE;
+        }
+        if left_active {
+            interface.hcr |= HCR_LRENPIE;
+        }
+        if count == 0 && !state.has_live(vcpu, self.version) {
+            self.busy.fetch_and(!(1 << vcpu), Ordering::Release);
+        }
+    }
+
+    /// The interrupts for the list registers, sorted; whether all are among them, and whether an
+    /// active one is not.
+    fn choose(
+        &self,
+        state: &State,
+        vcpu: usize,
+        room: u8,
+        chosen: &mut [(u16, u16); 16],
+    ) -> (usize, bool, bool) {
+        let (mut count, mut all, mut left_active) = (0, true, false);
+        let room = usize::from(room).min(chosen.len());
+        for number in state.live(vcpu) {
+            let irq = state.irq(vcpu, number);
+            if !self.concerns(irq, vcpu, number, state.enabled) {
+                continue;
+            }
+            // Active ones first: the guest may end them at any time.
+            let urgency = u16::from(irq.priority()) | u16::from(!irq.is_active()) << 8;
+            let entry = (urgency, number.to_le_bytes16());
+            let at = chosen[..count].partition_point(|other| *other <= entry);
+            if count == room {
+                all = false;
+                let dropped = if at == count {
+                    entry
+                } else {
+                    chosen[count - 1]
+                };
+                left_active |= dropped.0 < 0x100;
+                if at == count {
+                    continue;
+                }
+                count -= 1;
+            }
+            chosen.copy_within(at..count, at + 1);
+            chosen[at] = entry;
+            count += 1;
+        }
+        (count, all, left_active)
+    }
+
+    /// Whether this interrupt belongs into a list register of this vCPU now.
+    fn concerns(&self, irq: &Irq, vcpu: usize, number: usize, groups: u8) -> bool {
+        let mine = number < PRIVATE || usize::from(irq.target(self.version)) == vcpu;
+        let free = irq.holder() == NOBODY;
+        mine && free && (irq.is_active() || irq.is_deliverable(groups))
+    }
+
+    /// Makes an interrupt's list register.
+    fn place(&self, state: &mut State, vcpu: usize, number: usize) -> List {
+        let groups = state.enabled;
+        let irq = state.irq_mut(vcpu, number);
+        let hardware = (number == GUEST_TIMER_PPI as usize).then_some(number.to_le_bytes16());
+        let again = irq.is_pending() && irq.may_signal(groups);
+        // A level that is still high is seen again when the guest ends the interrupt; a pending
+        // and active one would be delivered twice.
+        let other_sender = self.version == GicVersion::V2 && irq.sources() != 0;
+        let pending = again && (!irq.is_active() || (irq.is_edge() && !other_sender));
+        let source = irq.next_source();
+        let list = List {
+            intid: number.to_le_bytes16(),
+            pending,
+            active: irq.is_active(),
+            group1: irq.is_group1(),
+            priority: irq.priority(),
+            hardware,
+            tell_end: false,
+            source,
+        };
+        if pending {
+            irq.take(vcpu.to_le_bytes()[0], self.version);
+        } else {
+            irq.hold(vcpu.to_le_bytes()[0]);
+        }
+        List {
+            tell_end: irq.wants_end(),
+            ..list
+        }
+    }
+
+    /// Takes back what the list registers say after the vCPU has left the guest.
+    pub fn save(&self, vcpu: usize, interface: &CpuInterface) -> Kicks {
+        let ended = interface.hcr >> HCR_EOI_COUNT;
+        if interface.used == 0 && ended == 0 {
+            return Kicks::NONE;
+        }
+        let mut kicks = Kicks::NONE;
+        let mut state = self.state.lock();
+        // First what was ended without a list register: what is in one is not among it.
+        for _ in 0..ended {
+            let Some(number) = state.most_urgent_active(vcpu, self.version) else {
+                break;
+            };
+            let changed = self.change_in(&mut state, vcpu, number, |irq| irq.set_active(false));
+            kicks.0 |= changed.0;
+        }
+        for list in interface.lists.iter().take(usize::from(interface.used)) {
+            let (number, pending, active) = List::decode(*list, self.version);
+            let version = self.version;
+            let changed = self.change_in(&mut state, vcpu, number, |irq| {
+                irq.release(pending, active, version);
+            });
+            kicks.0 |= changed.0;
+        }
+        // Itself it does not concern: it loads again before it runs.
+        kicks.0 &= !(1 << vcpu);
+        kicks
+    }
+}
+
+impl State {
+    /// Whether anything is left that this vCPU may get.
+    fn has_live(&self, vcpu: usize, version: GicVersion) -> bool {
+        self.live(vcpu).any(|number| {
+            number < PRIVATE || usize::from(self.irq(vcpu, number).target(version)) == vcpu
+        })
+    }
+
+    /// The active interrupt that an EOI without a list register ends (IHI 0069H 4.8: the one with
+    /// the highest priority).
+    fn most_urgent_active(&self, vcpu: usize, version: GicVersion) -> Option<usize> {
+        let mine = |number: &usize| {
+            let irq = self.irq(vcpu, *number);
+            let here = *number < PRIVATE || usize::from(irq.target(version)) == vcpu;
+            here && irq.is_active() && irq.holder() == NOBODY
+        };
+        let active = self.live(vcpu).filter(mine);
+        active.min_by_key(|number| self.irq(vcpu, *number).priority())
+    }
+}
+
+/// INTIDs have ten bits.
+trait Narrow {
+    fn to_le_bytes16(self) -> u16;
+}
+
+impl Narrow for usize {
+    fn to_le_bytes16(self) -> u16 {
+        let [low, high, ..] = self.to_le_bytes();
+        u16::from_le_bytes([low, high])
+    }
+}

@@ -1,0 +1,305 @@
+//! The virtual interrupt controller of one VM: distributor, redistributors, list registers.
+//!
+//! Invariant: an interrupt is in at most one list register of one vCPU, and only between that
+//! vCPU's [`Vgic::load`] and [`Vgic::save`]; everything else about it is in this object. So no
+//! interrupt is lost when a vCPU moves, and none is delivered twice.
+//!
+//! ```text
+//!            line or latch              guest acknowledges            guest ends it
+//! inactive ───────────────▶ pending ───────────────▶ active ───────────────────────▶ inactive
+//!                              ▲      (again while active: active and pending)  │
+//!                              └────────── the line is still high ──────────────┘
+//! ```
+//!
+//! The guest's CPU interface is the hardware's (GICV, or ICV_* registers). Distributor and
+//! redistributors are emulated here, in both versions with one security state. Sources: GICv2 (Arm
+//! IHI 0048B), GICv3 and v4 (IHI 0069H); docs/vgic.md.
+
+mod irq;
+mod lists;
+mod registers;
+#[cfg(test)]
+mod tests;
+
+use core::sync::atomic::{AtomicU8, Ordering};
+
+use abi::{GUEST_TIMER_PPI, MAX_VCPUS};
+use spin::Mutex;
+
+use irq::{Irq, NOBODY};
+pub use lists::CpuInterface;
+
+/// Number of shared interrupts: INTIDs 32 to 1019.
+pub const SPIS: usize = 988;
+/// INTIDs below this are private to a vCPU: 16 SGIs, 16 PPIs.
+const PRIVATE: usize = 32;
+const VCPUS: usize = MAX_VCPUS as usize;
+
+/// Architecture version of the guest's controller, which is the machine's.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum GicVersion {
+    /// Memory-mapped CPU interface, SGIs through the distributor.
+    V2,
+    /// System-register interface, one redistributor per vCPU.
+    V3,
+}
+
+/// vCPUs whose interrupts may have changed while they run elsewhere, or sleep.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[must_use]
+pub struct Kicks(u8);
+
+impl Kicks {
+    /// None.
+    pub const NONE: Self = Self(0);
+
+    /// Indices of the vCPUs.
+    pub fn iter(self) -> impl Iterator<Item = usize> {
+        (0..VCPUS).filter(move |index| self.0 & 1 << index != 0)
+    }
+
+    fn add(&mut self, vcpu: u8) {
+        if usize::from(vcpu) < VCPUS {
+            self.0 |= 1 << vcpu;
+        }
+    }
+}
+
+/// There is no such shared interrupt.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct NoSuchInterrupt(pub u32);
+
+/// The controller.
+#[derive(Debug)]
+pub struct Vgic {
+    version: GicVersion,
+    vcpus: u8,
+    /// vCPUs that have a live interrupt, or had one at their last load; written under the lock.
+    busy: AtomicU8,
+    state: Mutex<State>,
+}
+
+/// What the lock guards.
+#[derive(Debug)]
+struct State {
+    /// GICD_CTLR's enables: bit 0 group 0, bit 1 group 1.
+    enabled: u8,
+    private: [[Irq; PRIVATE]; VCPUS],
+    spis: [Irq; SPIS],
+    /// Private interrupts that are pending or active.
+    live_private: [u32; VCPUS],
+    /// Shared interrupts that are pending or active, INTID 32 in bit 0 of the first word.
+    live_spis: [u64; SPIS.div_ceil(64)],
+}
+
+impl Vgic {
+    /// A controller for `vcpus` vCPUs (1 to 8) after reset.
+    #[must_use]
+    pub const fn new(version: GicVersion, vcpus: u8) -> Self {
+        Self {
+            version,
+            vcpus,
+            busy: AtomicU8::new(0),
+            state: Mutex::new(State::new()),
+        }
+    }
+
+    /// Back to reset: nothing pending, nothing enabled. No vCPU is loaded.
+    pub fn reset(&self) {
+        let mut state = self.state.lock();
+        state.enabled = 0;
+        for irqs in &mut state.private {
+            *irqs = State::reset_private();
+        }
+        state.spis.fill(Irq::SPI);
+        state.live_private = [0; VCPUS];
+        state.live_spis.fill(0);
+        self.busy.store(0, Ordering::Relaxed);
+    }
+
+    /// Sets the line of a device's interrupt. For an edge-triggered one a high line is a pulse.
+    ///
+    /// # Errors
+    ///
+    /// [`NoSuchInterrupt`].
+    pub fn set_spi(&self, intid: u32, level: bool) -> Result<Kicks, NoSuchInterrupt> {
+        let number = intid as usize;
+        if !(PRIVATE..PRIVATE + SPIS).contains(&number) {
+            return Err(NoSuchInterrupt(intid));
+        }
+        Ok(self.change(0, number, |irq| irq.set_line(level)))
+    }
+
+    /// Sets the line of a private interrupt (16 to 31); others are ignored.
+    pub fn set_ppi(&self, vcpu: usize, intid: u32, level: bool) -> Kicks {
+        if vcpu >= usize::from(self.vcpus) || !(16..32).contains(&intid) {
+            return Kicks::NONE;
+        }
+        self.change(vcpu, intid as usize, |irq| irq.set_line(level))
+    }
+
+    /// Whether an interrupt could be delivered to this vCPU: what ends its WFI. The guest's own
+    /// priority mask is not looked at: it may wake for nothing, as the architecture allows.
+    pub fn has_pending(&self, vcpu: usize) -> bool {
+        if !self.is_busy(vcpu) {
+            return false;
+        }
+        let state = self.state.lock();
+        let deliverable = |number: usize| {
+            let irq = state.irq(vcpu, number);
+            let mine = number < PRIVATE || usize::from(irq.target(self.version)) == vcpu;
+            mine && irq.is_deliverable(state.enabled)
+        };
+        state.live(vcpu).any(deliverable)
+    }
+
+    /// Whether the virtual timer's interrupt is asserted or active: the physical one must not fire
+    /// meanwhile.
+    pub fn timer_in_flight(&self, vcpu: usize) -> bool {
+        if !self.is_busy(vcpu) {
+            return false;
+        }
+        let irq = *self.state.lock().irq(vcpu, GUEST_TIMER_PPI as usize);
+        irq.line() || irq.is_active()
+    }
+
+    /// ICC_SGI1R_EL1 of a GICv3 guest: affinities are vCPU n = 0.0.0.n (IHI 0069H 12.2.?).
+    pub fn sgi1r(&self, from: usize, value: u64) -> Kicks {
+        /// IRM: all but the sender.
+        const ALL_OTHERS: u64 = 1 << 40;
+        /// Aff3 (55:48), Aff2 (39:32), Aff1 (23:16), and RS (47:44): other clusters.
+        const ELSEWHERE: u64 = 0x00ff_f0ff_00ff_0000;
+        let number = (value >> 24 & 0xf) as usize;
+        let list = value.to_le_bytes()[0];
+        let targets = if value & ALL_OTHERS != 0 {
+            !(1 << from)
+        } else if value & ELSEWHERE != 0 {
+            0
+        } else {
+            list
+        };
+        self.send_sgi(from, number, targets)
+    }
+
+    /// Makes an SGI pending on each vCPU of `targets`.
+    fn send_sgi(&self, from: usize, number: usize, targets: u8) -> Kicks {
+        let mut kicks = Kicks::NONE;
+        for target in (0..usize::from(self.vcpus)).filter(|n| targets & 1 << n != 0) {
+            let changed = self.change(target, number, |irq| irq.add_source(from));
+            kicks.0 |= changed.0;
+        }
+        kicks
+    }
+
+    /// Changes one interrupt and says whom that concerns.
+    fn change(&self, vcpu: usize, number: usize, change: impl FnOnce(&mut Irq)) -> Kicks {
+        self.change_in(&mut self.state.lock(), vcpu, number, change)
+    }
+
+    fn change_in(
+        &self,
+        state: &mut State,
+        vcpu: usize,
+        number: usize,
+        change: impl FnOnce(&mut Irq),
+    ) -> Kicks {
+        let enabled = state.enabled;
+        let irq = state.irq_mut(vcpu, number);
+        let before = *irq;
+        change(irq);
+        let after = *irq;
+        if before == after {
+            return Kicks::NONE;
+        }
+        state.mark(vcpu, number, after.is_live());
+        let mut kicks = Kicks::NONE;
+        let target = if number < PRIVATE {
+            vcpu.to_le_bytes()[0]
+        } else {
+            after.target(self.version)
+        };
+        if after.is_live() && usize::from(target) < VCPUS {
+            self.busy.fetch_or(1 << target, Ordering::Release);
+        }
+        if before.holder() != NOBODY {
+            kicks.add(before.holder());
+        }
+        if after.is_deliverable(enabled) {
+            kicks.add(target);
+        }
+        kicks
+    }
+
+    fn is_busy(&self, vcpu: usize) -> bool {
+        self.busy.load(Ordering::Acquire) & 1 << vcpu != 0
+    }
+}
+
+impl State {
+    const fn new() -> Self {
+        Self {
+            enabled: 0,
+            private: [Self::reset_private(); VCPUS],
+            spis: [Irq::SPI; SPIS],
+            live_private: [0; VCPUS],
+            live_spis: [0; SPIS.div_ceil(64)],
+        }
+    }
+
+    /// SGIs are edge-triggered and, in a GICv2, always enabled or not as the guest says.
+    const fn reset_private() -> [Irq; PRIVATE] {
+        let mut irqs = [Irq::PPI; PRIVATE];
+        let mut number = 0;
+        while number < 16 {
+            irqs[number] = Irq::SGI;
+            number += 1;
+        }
+        irqs
+    }
+
+    /// The interrupt; numbers beyond the last are that of the last.
+    fn irq(&self, vcpu: usize, number: usize) -> &Irq {
+        match number.checked_sub(PRIVATE) {
+            None => &self.private[vcpu % VCPUS][number],
+            Some(spi) => &self.spis[spi.min(SPIS - 1)],
+        }
+    }
+
+    fn irq_mut(&mut self, vcpu: usize, number: usize) -> &mut Irq {
+        match number.checked_sub(PRIVATE) {
+            None => &mut self.private[vcpu % VCPUS][number],
+            Some(spi) => &mut self.spis[spi.min(SPIS - 1)],
+        }
+    }
+
+    fn mark(&mut self, vcpu: usize, number: usize, live: bool) {
+        match number.checked_sub(PRIVATE) {
+            None => set_bit32(&mut self.live_private[vcpu % VCPUS], number, live),
+            Some(spi) => {
+                let word = &mut self.live_spis[spi / 64];
+                *word = *word & !(1 << (spi % 64)) | u64::from(live) << (spi % 64);
+            }
+        }
+    }
+
+    /// INTIDs that are pending or active: the vCPU's private ones, and all shared ones.
+    fn live(&self, vcpu: usize) -> impl Iterator<Item = usize> {
+        let private = bits(u64::from(self.live_private[vcpu % VCPUS]));
+        let spis = self.live_spis.iter().zip(0..);
+        let spis = spis.flat_map(|(word, at)| bits(*word).map(move |bit| PRIVATE + at * 64 + bit));
+        private.chain(spis)
+    }
+}
+
+fn set_bit32(word: &mut u32, bit: usize, value: bool) {
+    *word = *word & !(1 << bit) | u32::from(value) << bit;
+}
+
+/// Numbers of the bits that are set.
+fn bits(mut word: u64) -> impl Iterator<Item = usize> {
+    core::iter::from_fn(move || {
+        let bit = word.trailing_zeros();
+        word &= word.wrapping_sub(1);
+        (bit < 64).then_some(bit as usize)
+    })
+}

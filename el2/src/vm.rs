@@ -1,0 +1,496 @@
+//! Virtual machines: their objects, the table that holds them, their memory.
+//!
+//! Everything of a VM lies in pages that the host has donated to it: this object, its vCPUs, its
+//! stage-2 tables. They go back, wiped, when the VM is destroyed.
+//!
+//! Lock order: entry of the VM table → the VM's memory (see `memslot::vm`) → ownership → the host's
+//! stage 2. The entry's lock is held for reading as long as anyone uses the VM, a running vCPU
+//! included, and is only ever tried for writing: who would end a VM in use gets BUSY.
+
+use abi::{ErrorCode, MAX_VCPUS, SlotState, SlotWord, VmConfig, VmCounter};
+use alloc::vec::Vec;
+use board::{AddrRange, PAGE_SIZE};
+use el2::host_map;
+use el2::ownership::OwnershipError;
+use el2::page_state::Owner;
+use el2::vgic::{GicVersion, Vgic};
+use el2::vm_counters::VmCounters;
+use el2::vm_error::Refusal;
+use memslot::account::LockedMemory;
+use memslot::addr::{Gfn, GfnRange};
+use memslot::fault::Access;
+use memslot::frames::{FrameMissing, FrameRun, FrameSource, PinIntent};
+use memslot::lock::LockState;
+use memslot::policy::{ArmCaches, ArmPolicy};
+use memslot::slot::{Memslot, SlotFlags, SlotId, SlotKind};
+use memslot::vm::{GuestMemory, VmConfig as MemoryConfig, VmKind};
+use spin::{Once, RwLock};
+use stage2::{
+    ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, Pfn, Stage2, WideAddresses,
+};
+
+use crate::arch::frames::FramePool;
+use crate::arch::guest_tables::GuestTables;
+use crate::arch::host_regs::Stage2Regs;
+use crate::arch::owned::{Owned, Place};
+use crate::arch::tlb::Vmid;
+use crate::arch::world::VmWorld;
+use crate::arch::{mem, regs};
+use crate::hypervisor::Hypervisor;
+use crate::vcpu::Vcpu;
+
+/// Most VMs: VMIDs have 8 bits on some cores, and 0 is the host's.
+pub(crate) const MAX_VMS: usize = 255;
+/// Handles start here, so that a forgotten 0 is none.
+const FIRST_HANDLE: u64 = 0x1000;
+/// Most pages in one donation: what one call wipes, cleans and annotates.
+const MAX_DONATION: u64 = 512;
+/// Most slots of a VM.
+const MAX_SLOTS: u16 = 64;
+/// Bits of a guest's addresses: 512 GiB, a walk of three levels from one page.
+const IPA_BITS: u8 = 39;
+
+/// What the tables of a VM refer to for as long as they live.
+#[derive(Debug)]
+pub(crate) struct VmShared {
+    pub(crate) pool: FramePool,
+    pub(crate) counters: VmCounters,
+}
+
+/// A VM. Fields are dropped in order: tables before the pool they came from.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    pub(crate) index: u8,
+    pub(crate) config: VmConfig,
+    pub(crate) world: VmWorld,
+    pub(crate) memory: GuestMemory<Stage2<ArmStage2, GuestTables>, ArmPolicy, HostFrames>,
+    pub(crate) vgic: Owned<Vgic>,
+    pub(crate) vcpus: [Once<Owned<Vcpu>>; MAX_VCPUS as usize],
+    pub(crate) shared: Owned<VmShared>,
+}
+
+/// The frames behind slots: `backing` of a slot is the first frame's number, the rest follow it.
+/// They are leased as long as the slot exists, so pinning has nothing to add.
+#[derive(Debug)]
+pub(crate) struct HostFrames {
+    account: LockedMemory,
+}
+
+impl HostFrames {
+    fn run(slot: &Memslot, range: GfnRange) -> Result<FrameRun, FrameMissing> {
+        let first = range.start();
+        let skip = first.get() - slot.range.start().get();
+        let frame = slot.backing.checked_add(skip).and_then(Pfn::try_new);
+        let pfn = frame.ok_or(FrameMissing(first))?;
+        Ok(FrameRun { range, pfn })
+    }
+}
+
+impl FrameSource for HostFrames {
+    fn resolve(&self, slot: &Memslot, _: Gfn, _: Access) -> Result<FrameRun, FrameMissing> {
+        Self::run(slot, slot.range)
+    }
+
+    fn pin(&self, slot: &Memslot, want: GfnRange, _: PinIntent) -> Result<FrameRun, FrameMissing> {
+        Self::run(slot, want)
+    }
+
+    fn unpin(&self, _: &Memslot, _: FrameRun, _: PinIntent) {}
+
+    fn sequence(&self) -> u64 {
+        0
+    }
+
+    fn account(&self) -> &LockedMemory {
+        &self.account
+    }
+}
+
+/// A place in the table.
+#[derive(Debug, Default)]
+pub(crate) enum Entry {
+    /// Nobody's.
+    #[default]
+    Free,
+    /// A handle without a VM.
+    Reserved,
+    /// A VM.
+    Live {
+        /// The VM; dropped before its memory goes.
+        vm: Owned<Vm>,
+        /// What the host has donated to it.
+        donated: Vec<AddrRange>,
+    },
+    /// A VM that was: its memory waits to be reclaimed.
+    Dead {
+        /// As above.
+        donated: Vec<AddrRange>,
+    },
+}
+
+/// All VMs.
+#[derive(Debug)]
+pub(crate) struct VmTable {
+    entries: [RwLock<Entry>; MAX_VMS],
+}
+
+impl VmTable {
+    /// An empty table.
+    pub(crate) const fn new() -> Self {
+        Self {
+            entries: [const { RwLock::new(Entry::Free) }; MAX_VMS],
+        }
+    }
+
+    fn entry(&self, handle: u64) -> Result<(u8, &RwLock<Entry>), ErrorCode> {
+        let index = handle
+            .checked_sub(FIRST_HANDLE)
+            .and_then(|index| u8::try_from(index).ok())
+            .ok_or(ErrorCode::NotFound)?;
+        let entry = self.entries.get(usize::from(index));
+        entry.map(|e| (index, e)).ok_or(ErrorCode::NotFound)
+    }
+
+    /// Lends the VM with this handle.
+    pub(crate) fn with<R>(
+        &self,
+        handle: u64,
+        use_vm: impl FnOnce(&Vm) -> Result<R, Refusal>,
+    ) -> Result<R, Refusal> {
+        let (_, entry) = self.entry(handle)?;
+        let entry = entry.try_read().ok_or(ErrorCode::Busy)?;
+        match &*entry {
+            Entry::Live { vm, .. } => use_vm(vm),
+            Entry::Free | Entry::Reserved | Entry::Dead { .. } => Err(ErrorCode::NotFound.into()),
+        }
+    }
+
+    /// Reserves a handle.
+    pub(crate) fn reserve(&self) -> Result<u64, ErrorCode> {
+        for (number, entry) in (FIRST_HANDLE..).zip(&self.entries) {
+            if let Some(mut entry) = entry.try_write()
+                && matches!(*entry, Entry::Free)
+            {
+                *entry = Entry::Reserved;
+                return Ok(number);
+            }
+        }
+        Err(ErrorCode::NoSpace)
+    }
+
+    /// Creates the VM of a reserved handle out of donated memory; gives the pages used at once.
+    pub(crate) fn create(
+        &self,
+        hypervisor: &'static Hypervisor,
+        handle: u64,
+        memory: AddrRange,
+        config: VmConfig,
+    ) -> Result<u64, Refusal> {
+        let (index, entry) = self.entry(handle)?;
+        let mut entry = entry.try_write().ok_or(ErrorCode::Busy)?;
+        if !matches!(*entry, Entry::Reserved) {
+            return Err(ErrorCode::Exists.into());
+        }
+        if memory.size() / PAGE_SIZE < Vm::PAGES {
+            return Err(Refusal {
+                code: ErrorCode::NoMemory,
+                pages: Vm::PAGES,
+            });
+        }
+        let mut donated = Vec::new();
+        donated.try_reserve(1).map_err(|_| ErrorCode::NoHeap)?;
+        donate(hypervisor, memory)?;
+        let pool = FramePool::over_donated(memory);
+        let Some(vm) = Vm::build(hypervisor, index, config, pool) else {
+            take_back(hypervisor, memory)?;
+            return Err(ErrorCode::Invalid.into());
+        };
+        donated.push(memory);
+        let used = memory.size() - vm.shared.pool.free_bytes();
+        *entry = Entry::Live { vm, donated };
+        Ok(used / PAGE_SIZE)
+    }
+
+    /// Donates more memory to a VM.
+    pub(crate) fn top_up(
+        &self,
+        hypervisor: &Hypervisor,
+        handle: u64,
+        memory: AddrRange,
+    ) -> Result<u64, Refusal> {
+        let (_, entry) = self.entry(handle)?;
+        let mut entry = entry.try_write().ok_or(ErrorCode::Busy)?;
+        let Entry::Live { vm, donated } = &mut *entry else {
+            return Err(ErrorCode::NotFound.into());
+        };
+        donated.try_reserve(1).map_err(|_| ErrorCode::NoHeap)?;
+        donate(hypervisor, memory)?;
+        donated.push(memory);
+        vm.shared.pool.add_donated(memory);
+        Ok(0)
+    }
+
+    /// Ends a VM: its mappings are gone and its memory is nobody's when this returns.
+    pub(crate) fn destroy(&self, hypervisor: &Hypervisor, handle: u64) -> Result<u64, Refusal> {
+        let (index, entry) = self.entry(handle)?;
+        let mut entry = entry.try_write().ok_or(ErrorCode::Busy)?;
+        match core::mem::take(&mut *entry) {
+            Entry::Free => Err(ErrorCode::NotFound.into()),
+            Entry::Reserved => Ok(0),
+            Entry::Dead { donated } => {
+                *entry = Entry::Dead { donated };
+                Ok(0)
+            }
+            Entry::Live { vm, donated } => {
+                // Dropping the VM drops its stage 2: every table is unreachable and every TLB
+                // entry of the VMID invalidated behind this line.
+                drop(vm);
+                hypervisor.ownership.end_all_leases(index);
+                *entry = Entry::Dead { donated };
+                Ok(0)
+            }
+        }
+    }
+
+    /// Gives one donated range back to the host, wiped: its address and its pages.
+    pub(crate) fn reclaim(
+        &self,
+        hypervisor: &Hypervisor,
+        handle: u64,
+    ) -> Result<(u64, u64), Refusal> {
+        let (_, entry) = self.entry(handle)?;
+        let mut entry = entry.try_write().ok_or(ErrorCode::Busy)?;
+        match &mut *entry {
+            Entry::Free | Entry::Live { .. } => return Err(ErrorCode::Invalid.into()),
+            Entry::Reserved => {}
+            Entry::Dead { donated } => {
+                if let Some(range) = donated.last().copied() {
+                    take_back(hypervisor, range)?;
+                    donated.pop();
+                    return Ok((range.start(), range.size() / PAGE_SIZE));
+                }
+            }
+        }
+        *entry = Entry::Free;
+        Ok((0, 0))
+    }
+}
+
+/// Takes memory from the host, out of its caches, too.
+pub(crate) fn donate(hypervisor: &Hypervisor, range: AddrRange) -> Result<(), OwnershipError> {
+    if range.size() / PAGE_SIZE > MAX_DONATION {
+        return Err(OwnershipError::NotOwned(range));
+    }
+    hypervisor
+        .ownership
+        .donate(hypervisor.host.map(), range, Owner::Hypervisor)?;
+    // The host may have written it past the cache, with lines of it still there.
+    mem::clean_invalidate_to_poc(range);
+    Ok(())
+}
+
+/// Wipes donated memory that nothing refers to any more and gives it back.
+fn take_back(hypervisor: &Hypervisor, range: AddrRange) -> Result<(), OwnershipError> {
+    mem::wipe_donated(range);
+    hypervisor
+        .ownership
+        .give_back(hypervisor.host.map(), range, Owner::Hypervisor)
+}
+
+fn format(hypervisor: &Hypervisor) -> Option<ArmStage2> {
+    let features = &hypervisor.features;
+    let output_bits = features.pa_bits.min(48);
+    ArmStage2::new(&ArmConfig {
+        granule: Granule::K4,
+        input_bits: IPA_BITS.min(output_bits),
+        output_bits,
+        features: ArmFeatures {
+            fwb: if features.fwb {
+                ForceWriteBack::On
+            } else {
+                ForceWriteBack::Off
+            },
+            execute: if features.xnx {
+                Execute::Split
+            } else {
+                Execute::Joint
+            },
+            wide: WideAddresses::Off,
+        },
+        start: None,
+    })
+    .ok()
+}
+
+impl Vm {
+    /// Pages that a VM needs at once, without vCPUs and tables below the root.
+    pub(crate) const PAGES: u64 =
+        (Place::<Self>::SIZE + Place::<VmShared>::SIZE + Place::<Vgic>::SIZE) / PAGE_SIZE + 4;
+
+    /// Builds a VM in `pool`; `None` if the pool is too fragmented or the sizes contradict.
+    fn build(
+        hypervisor: &'static Hypervisor,
+        index: u8,
+        config: VmConfig,
+        pool: FramePool,
+    ) -> Option<Owned<Self>> {
+        let features = &hypervisor.features;
+        let (shared, vgic) = (Place::<VmShared>::take(&pool)?, Place::take(&pool)?);
+        let place = Place::<Self>::take(&pool)?;
+        let shared = shared.fill(VmShared {
+            pool,
+            counters: VmCounters::new(),
+        });
+        let borrowed = shared.for_tables();
+        let format = format(hypervisor)?;
+        let vtcr = host_map::vtcr(&format, features.vmid16);
+        let vmid = u16::from(index) + 1;
+        let tables = GuestTables::new(
+            &borrowed.pool,
+            &borrowed.counters,
+            hypervisor.ownership.pages().memory(),
+            features,
+            vtcr,
+        );
+        let table = Stage2::new(format, tables, Vmid(vmid)).ok()?;
+        let vttbr = u64::from(vmid) << 48 | table.root().get();
+        table.platform().set_root(vttbr);
+        let policy = ArmPolicy {
+            caches: if features.fwb {
+                ArmCaches::ForcedWriteBack
+            } else {
+                ArmCaches::Maintenance
+            },
+        };
+        let memory_config = MemoryConfig {
+            max_slots: MAX_SLOTS,
+            gfn_limit: table.geometry().input_end() >> 12,
+            kind: VmKind::Unprotected,
+        };
+        let frames = HostFrames {
+            account: LockedMemory::new(hypervisor.ownership.pages().memory().total() >> 12),
+        };
+        let version = match hypervisor.gic.version() {
+            2 => GicVersion::V2,
+            _ => GicVersion::V3,
+        };
+        Some(place.fill(Self {
+            index,
+            config,
+            world: VmWorld {
+                stage2: Stage2Regs { vtcr, vttbr },
+                time_offset: regs::ticks(),
+            },
+            memory: GuestMemory::new(memory_config, policy, frames, table),
+            vgic: vgic.fill(Vgic::new(version, usize::from(config.vcpus))),
+            vcpus: [const { Once::new() }; MAX_VCPUS as usize],
+            shared,
+        }))
+    }
+
+    pub(crate) fn counters(&self) -> &VmCounters {
+        &self.shared.counters
+    }
+
+    /// The vCPU with this index.
+    pub(crate) fn vcpu(&self, index: u64) -> Result<&Vcpu, ErrorCode> {
+        let slot = usize::try_from(index).ok().and_then(|i| self.vcpus.get(i));
+        slot.and_then(Once::get)
+            .map(|vcpu| &**vcpu)
+            .ok_or(ErrorCode::NotFound)
+    }
+
+    /// Creates a vCPU.
+    pub(crate) fn create_vcpu(
+        &self,
+        hypervisor: &'static Hypervisor,
+        index: u64,
+    ) -> Result<u64, Refusal> {
+        let number = u8::try_from(index).ok().filter(|n| *n < self.config.vcpus);
+        let number = number.ok_or(ErrorCode::Invalid)?;
+        let slot = self.vcpus.get(usize::from(number));
+        let slot = slot.ok_or(ErrorCode::Invalid)?;
+        if slot.is_completed() {
+            return Err(ErrorCode::Exists.into());
+        }
+        let place = Place::take(&self.shared.pool).ok_or(Refusal {
+            code: ErrorCode::NoMemory,
+            pages: Place::<Vcpu>::SIZE / PAGE_SIZE,
+        })?;
+        // Two callers at once: the second place stays unused until the VM goes.
+        let vcpu = place.fill(Vcpu::new(hypervisor, number));
+        slot.call_once(|| vcpu);
+        Ok(0)
+    }
+
+    /// Creates a slot of the host's memory, or of a device that is not EL2's.
+    pub(crate) fn create_slot(
+        &self,
+        hypervisor: &Hypervisor,
+        word: SlotWord,
+        ipa: u64,
+        memory: AddrRange,
+    ) -> Result<u64, Refusal> {
+        let flags = SlotFlags::from_word(word.flags)?;
+        let kind = if word.device {
+            SlotKind::Mmio
+        } else {
+            SlotKind::Ram
+        };
+        let pages = memory.size() / PAGE_SIZE;
+        let slot = Memslot::new(
+            SlotId(word.id),
+            Gfn::try_new(ipa / PAGE_SIZE).ok_or(ErrorCode::Invalid)?,
+            pages,
+            memory.start() / PAGE_SIZE,
+            flags,
+            kind,
+        )?;
+        match kind {
+            SlotKind::Ram => hypervisor.ownership.lease(memory, self.index)?,
+            SlotKind::Mmio if hypervisor.is_free_device(memory) => {}
+            SlotKind::Mmio => return Err(ErrorCode::NotPermitted.into()),
+        }
+        let created = self.memory.create_slot(slot);
+        if created.is_err() && kind == SlotKind::Ram {
+            hypervisor.ownership.end_lease(memory, self.index)?;
+        }
+        created?;
+        Ok(0)
+    }
+
+    /// Deletes a slot; its memory is only the host's again.
+    pub(crate) fn delete_slot(&self, hypervisor: &Hypervisor, id: u16) -> Result<u64, Refusal> {
+        let slot = self.memory.slot(SlotId(id)).ok_or(ErrorCode::NotFound)?;
+        self.memory.delete_slot(slot.id)?;
+        let memory = AddrRange::with_size(
+            slot.backing * PAGE_SIZE,
+            slot.range.npages() * PAGE_SIZE,
+        );
+        if let Some(memory) = memory.filter(|_| slot.kind == SlotKind::Ram) {
+            hypervisor.ownership.end_lease(memory, self.index)?;
+        }
+        Ok(0)
+    }
+
+    /// State of a slot.
+    pub(crate) fn slot_state(&self, id: u16) -> Result<u64, ErrorCode> {
+        let state = match self.memory.lock_state(SlotId(id)) {
+            None => return Err(ErrorCode::NotFound),
+            Some(LockState::Unlocked) => SlotState::Unlocked,
+            Some(LockState::LockedDirty) => SlotState::LockedDirty,
+            Some(LockState::LockedClean) => SlotState::LockedClean,
+            Some(LockState::LockedReset) => SlotState::LockedReset,
+        };
+        Ok(state as u64)
+    }
+
+    /// The value of a counter.
+    pub(crate) fn counter(&self, counter: VmCounter) -> u64 {
+        match counter {
+            VmCounter::Tables => self.memory.with_table(|table| table.platform().in_use()),
+            VmCounter::PendingRuns => self.memory.counters().pending_runs,
+            other => self.counters().get(other),
+        }
+    }
+}
