@@ -14,21 +14,28 @@ use board::{
     check_header, highest_free, patch_for_host,
 };
 use el2::counters::Counters;
-use el2::features::Features;
+use el2::features::{Features, IdRegisters};
+use el2::guest::idregs::HardwareIds;
+use el2::guest::smccc::{Mitigation, Mitigations};
 use el2::layout::Layout;
+use el2::ownership::Ownership;
 use el2::page_state::{Owner, PageStates};
 use el2::psci::StartOrder;
 use heapless::Vec;
 
 use crate::arch::cpu::{self, CpuData};
-use crate::arch::frames::FramePool;
+use crate::arch::firmware;
+use crate::arch::frames;
+use crate::arch::gic::PhysicalGic;
 use crate::arch::mem::{self, Image};
 use crate::arch::mmu::{self, EarlyTables, Map};
 use crate::arch::{regs, self_test};
 use crate::console::{self, fatal};
+use crate::entropy::Entropy;
 use crate::host::HostMemory;
 use crate::hypervisor::{self, Hypervisor, Machine};
 use crate::smp;
+use crate::vm;
 
 /// Bytes that the host's device tree may grow by: EL2's and the shim's changes.
 const TREE_SLACK: u64 = 0x8000;
@@ -216,6 +223,9 @@ fn map_all(map: &mut Map, boot: &Boot, image: &Image) -> Result<(), aarch64_pagi
         let page = device - device % PAGE_SIZE;
         map.map(range(page, page + PAGE_SIZE), mmu::DEVICE)?;
     }
+    for registers in PhysicalGic::mapped(boot.board.gic.as_ref()) {
+        map.map(registers, mmu::DEVICE)?;
+    }
     Ok(())
 }
 
@@ -310,26 +320,96 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
     let Some(pages) = PageStates::new(boot.board.memory.clone(), words) else {
         fatal(format_args!("page states do not fit"));
     };
-    if !pages.take_from_host(boot.el2, Owner::Hypervisor) {
+    if !pages.transfer(boot.el2, Owner::Host, Owner::Hypervisor) {
         fatal(format_args!("EL2's memory {:?} is not all RAM", boot.el2));
     }
-    let pool = FramePool::of_el2(boot.pool);
-    let host = match HostMemory::new(&boot.features, pool, pages.memory(), boot.el2) {
+    reserve_no_map(boot, &pages);
+    let pool = frames::create_el2_pool(boot.pool);
+    let mut host = match HostMemory::new(&boot.features, pool, pages.memory(), boot.el2) {
         Ok(host) => host,
         Err(error) => fatal(format_args!("host stage 2: {error}")),
     };
+    let machine = Machine {
+        psci: boot.board.psci,
+        power: boot.board.power,
+        entered: boot.entered,
+    };
+    let gic = PhysicalGic::probe(boot.board.gic.as_ref(), boot.features.gic_sysregs);
+    if let Some(range) = gic.private()
+        && !host.hide(range)
+    {
+        fatal(format_args!("too many device ranges to hide from the host"));
+    }
+    let has_firmware = machine.psci == Some(board::PsciConduit::Smc);
+    let id = regs::id_registers();
     hypervisor::publish(Hypervisor {
-        machine: Machine {
-            psci: boot.board.psci,
-            power: boot.board.power,
-            entered: boot.entered,
-        },
+        machine,
         features: boot.features,
         counters: Counters::new(),
         cpus,
-        pages,
+        ownership: Ownership::new(pages),
         host,
+        gic,
+        vms: &vm::VMS,
+        ids: hardware_ids(&id),
+        mitigations: mitigations(has_firmware),
+        entropy: Entropy::find(id.isar0, has_firmware),
+        own_devices: own_devices(boot, &gic),
     })
+}
+
+/// Memory that firmware says nobody may map is given to nobody.
+fn reserve_no_map(boot: &Boot, pages: &PageStates<'_>) {
+    for range in boot.board.no_map.as_slice() {
+        for ram in boot.board.memory.as_slice() {
+            let (start, end) = (range.start().max(ram.start()), range.end().min(ram.end()));
+            if let Some(part) = AddrRange::new(start, end)
+                && !pages.transfer(part.grow_to_pages(), Owner::Host, Owner::Firmware)
+            {
+                log::warn!("no-map memory {part:?} overlaps other reserved memory");
+            }
+        }
+    }
+}
+
+const fn hardware_ids(id: &IdRegisters) -> HardwareIds {
+    HardwareIds {
+        pfr0: id.pfr0,
+        pfr1: id.pfr1,
+        isar0: id.isar0,
+        isar1: id.isar1,
+        isar2: id.isar2,
+        mmfr0: id.mmfr0,
+        mmfr1: id.mmfr1,
+        mmfr2: id.mmfr2,
+    }
+}
+
+/// How firmware says that this core stands to the Spectre-class attacks.
+fn mitigations(has_firmware: bool) -> Mitigations {
+    let ask = |id: u64| {
+        let call = u64::from(el2::smc::SMCCC_ARCH_FEATURES_ID);
+        let answer = firmware::call(call, [id, 0, 0, 0, 0, 0, 0])[0];
+        Mitigation::from_firmware(answer.cast_signed() as i32)
+    };
+    if !has_firmware {
+        return Mitigations::default();
+    }
+    Mitigations {
+        workaround_1: ask(0x8000_8000),
+        workaround_2: ask(0x8000_7fff),
+        workaround_3: ask(0x8000_3fff),
+    }
+}
+
+/// Registers that no guest may be given: the interrupt controller's, and those that EL2 uses.
+fn own_devices(boot: &Boot, gic: &PhysicalGic) -> Vec<AddrRange, 8> {
+    let power = boot.board.power.map(|Power::BcmPm(base)| base);
+    let console = boot.board.console.map(|console| console.base);
+    let pages = [power, console].into_iter().flatten();
+    let pages = pages.filter_map(|at| AddrRange::with_size(at - at % PAGE_SIZE, PAGE_SIZE));
+    let gic = gic.owned().into_iter().flatten();
+    gic.map(AddrRange::grow_to_pages).chain(pages).collect()
 }
 
 /// Copies the shim and the host's device tree into the host's memory.
@@ -388,6 +468,10 @@ fn report(boot: &Boot, hypervisor: &Hypervisor) {
     );
     debug_assert_eq!(hypervisor.counters.get(Counter::Hypercalls), 0);
     let ticks = regs::ticks().saturating_sub(hypervisor.machine.entered);
+    match hypervisor.gic {
+        PhysicalGic::None(why) => log::warn!("no guests on this machine: {why}"),
+        _ => log::debug!("guests: GICv{}", hypervisor.gic.version()),
+    }
     log::info!(
         "boot: {ticks} ticks from entry to host, at {} Hz",
         regs::ticks_per_second()

@@ -8,7 +8,7 @@ use memslot::addr::Gfn;
 use memslot::edge::Dma;
 use memslot::lock::{LockCall, LockRequest};
 use memslot::slot::{LockGranule, SlotFlags, SlotId};
-use stage2::{Ipa, IpaRange, RunKind};
+use stage2::{Ipa, IpaRange, RunKind, TableFormat};
 
 use crate::arch::frames;
 use crate::hypervisor::Hypervisor;
@@ -90,7 +90,8 @@ fn dispatch(hypervisor: &'static Hypervisor, call: Call, args: [u64; 6]) -> Answ
         Call::VmReserve => Ok(one(vms.reserve()?)),
         Call::VmCreate => {
             let config = VmConfig::from_bits(c).ok_or(ErrorCode::Invalid)?;
-            vms.create(hypervisor, handle, pages(a, b)?, config).map(one)
+            vms.create(hypervisor, handle, pages(a, b)?, config)
+                .map(one)
         }
         Call::VmTopUp => vms.top_up(hypervisor, handle, pages(a, b)?).map(one),
         Call::VmDestroy => vms.destroy(hypervisor, handle).map(one),
@@ -152,7 +153,8 @@ fn in_vm(
                 entry: b,
                 context: c,
             };
-            match vm.vcpu(a)?.turn_on(order) {
+            let vcpu = vm.vcpu(a)?;
+            match vm.power.order(vcpu.index, order) {
                 Ok(()) => Ok(0),
                 Err(PsciError::AlreadyOn | PsciError::OnPending) => Err(ErrorCode::Exists.into()),
                 Err(_) => Err(ErrorCode::Invalid.into()),
@@ -161,7 +163,8 @@ fn in_vm(
         Call::VcpuState => {
             let vcpu = vm.vcpu(a)?;
             let pending = vm.vgic.has_pending(usize::from(vcpu.index));
-            Ok(u64::from(!vcpu.power.is_off()) | u64::from(pending) << 1)
+            let on = vm.power.is_runnable(vcpu.index);
+            Ok(u64::from(on) | u64::from(pending) << 1)
         }
         Call::IrqLine => {
             if b > 1 {
@@ -239,40 +242,19 @@ fn mapping(vm: &Vm, ipa: u64) -> Answer {
             let RunKind::Mapped { pa, attrs } = run.kind else {
                 continue;
             };
-            let lookup = table.lookup(run.range.start());
-            let mem_attr = lookup.map_or(0, |l| raw_mem_attr(table, &l));
+            // MemAttr is bits 5:2 of a descriptor, encoded again by the table's own format.
+            let raw = table.format().encode_attrs(&attrs).unwrap_or(0);
+            let mem_attr = (raw >> 2).to_le_bytes()[0] & 0xf;
             let info = LeafInfo {
                 pages: run.range.len() / PAGE_SIZE,
                 level: 3 - run.level.height().to_le_bytes()[0],
-                permissions: permissions(attrs.perms),
+                permissions: attrs.perms.bits() & 0xf,
                 mem_attr,
             };
             return Ok([run.range.start().get(), pa.get(), info.bits(), 0]);
         }
         Err(ErrorCode::NotFound.into())
     })
-}
-
-fn permissions(perms: stage2::Perms) -> u8 {
-    use stage2::Perms;
-    let bit = |has: bool, at: u8| u8::from(has) << at;
-    bit(perms.contains(Perms::READ), 0)
-        | bit(perms.contains(Perms::WRITE), 1)
-        | bit(perms.may_execute(), 2)
-        | bit(perms.may_execute(), 3)
-}
-
-/// MemAttr of a leaf, descriptor bits 5:2, encoded again by the table's own format.
-fn raw_mem_attr(
-    table: &stage2::Stage2<stage2::ArmStage2, crate::arch::guest_tables::GuestTables>,
-    lookup: &stage2::Lookup,
-) -> u8 {
-    use stage2::TableFormat;
-    let stage2::Entry::Leaf { pa, attrs, .. } = lookup.entry else {
-        return 0;
-    };
-    let raw = table.format().encode_leaf(pa, &attrs, lookup.level);
-    raw.map_or(0, |raw| (raw >> 2).to_le_bytes()[0] & 0xf)
 }
 
 /// One word of a slot's dirty bitmap.

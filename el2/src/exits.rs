@@ -3,18 +3,24 @@
 //! Nothing that a guest does ends EL2 or the VM: what can't be understood becomes an exception in
 //! that guest.
 
+use core::sync::atomic::Ordering;
+
 use abi::{ErrorCode, Exit, VmCounter};
 use el2::esr::{self, Abort, Access, Cause, FaultKind};
-use el2::guest::mmio::{self, DataAccess};
-use el2::guest::smccc::{self, Outcome as CallOutcome};
-use el2::guest::sysreg::{self, Outcome as RegisterOutcome, Trapped};
+use el2::guest::entropy::EntropySource;
+use el2::guest::mmio::{self, Decoded, MmioAccess};
+use el2::guest::psci::Action as PowerAction;
+use el2::guest::smccc::{self, Action, Environment};
+use el2::guest::sysreg::{self, Direction, Outcome, SgiGroup, Trapped, VmRegister};
+use el2::guest::timer::TimerRegister;
 use el2::inject::{self, Entry};
-use el2::psci::{PsciError, StartOrder};
 use el2::vgic::Kicks;
+use memslot::addr::Gfn;
 use memslot::fault::{FaultKind as MemoryFaultKind, FaultOutcome, Stage2Fault};
 use memslot::toggle::CacheWatch;
 use stage2::Ipa;
 
+use crate::arch::firmware;
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::world::{self, GuestRegs, hcr};
 use crate::vcpu::{Next, Running};
@@ -35,12 +41,12 @@ const GICR_STRIDE: u64 = 0x2_0000;
 
 /// A load that the host completes with the next run.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct PendingLoad(DataAccess);
+pub(crate) struct PendingLoad(MmioAccess);
 
 impl PendingLoad {
     /// Puts the host's value where the load wanted it, and steps over it.
     pub(crate) fn complete(self, regs: &mut GuestRegs, value: u64) {
-        regs.set(self.0.register, self.0.extend(value));
+        regs.set(self.0.rt(), self.0.loaded(value));
         regs.skip();
     }
 }
@@ -58,10 +64,6 @@ fn synchronous(run: &mut Running<'_>) -> Next {
     let syndrome = regs::syndrome();
     match esr::decode(syndrome.esr) {
         Cause::Hvc(immediate) => call(run, immediate),
-        Cause::Smc(immediate) => {
-            run.state.context.regs.skip();
-            call(run, immediate)
-        }
         Cause::WaitFor => wait(run),
         Cause::SystemRegister(iss) => register(run, iss),
         Cause::Abort(abort) => fault(run, &abort, &syndrome),
@@ -70,22 +72,24 @@ fn synchronous(run: &mut Running<'_>) -> Next {
             run.host.lend_fp(&run.state.context);
             Next::Resume
         }
-        Cause::Other(_) => undefined(run),
+        // A guest has no EL3, says its ID_AA64PFR0_EL1.
+        Cause::Smc(_) | Cause::Other(_) => undefined(run),
     }
 }
 
-/// A physical interrupt: the guest's timer, EL2's own kick, the virtual GIC's maintenance
+/// A physical interrupt: a timer of the guest, EL2's own kick, the virtual GIC's maintenance
 /// interrupt, or the host's.
 fn interrupt(run: &mut Running<'_>) -> Next {
     run.state.counts.count(VmCounter::Interrupts);
-    if !run.state.timer_in_flight && regs::virtual_timer_fired() {
+    let maintenance = run.hypervisor.gic.maintenance_pending();
+    run.save_interrupts();
+    let timer = regs::virtual_timer_fired() && !run.state.timer_in_flight;
+    if timer || maintenance || run.physical_timer_fired() {
         return Next::Refresh;
     }
-    let gic = &run.hypervisor.gic;
-    if gic.maintenance_pending() {
-        return Next::Refresh;
-    }
-    if !run.cpu.host_kick.swap(false, core::sync::atomic::Ordering::AcqRel) && gic.take_kick() {
+    // A kick that the host waits for stays pending for it.
+    let for_host = run.cpu.host_kick.swap(false, Ordering::AcqRel);
+    if !for_host && run.hypervisor.gic.take_kick() {
         return Next::Refresh;
     }
     Next::Leave(Exit::Interrupted)
@@ -106,14 +110,22 @@ fn serror(run: &mut Running<'_>) -> Next {
 
 /// WFI; WFE does not trap.
 fn wait(run: &mut Running<'_>) -> Next {
-    run.state.counts.count(VmCounter::Waits);
     run.state.context.regs.skip();
+    run.state.counts.count(VmCounter::Waits);
+    sleep(run)
+}
+
+/// Waits for an interrupt: here if there is one, else in the host.
+fn sleep(run: &mut Running<'_>) -> Next {
     run.save_interrupts();
-    if run.vm.vgic.has_pending(run.index()) || regs::virtual_timer_fired() {
+    run.refresh_timers();
+    if run.vm.vgic.has_pending(run.index()) {
         return Next::Refresh;
     }
+    let virtual_timer = regs::virtual_timer_deadline(run.vm.world.time_offset);
+    let physical_timer = run.state.physical_timer.deadline().unwrap_or(u64::MAX);
     Next::Leave(Exit::WaitForInterrupt {
-        until: regs::virtual_timer_deadline(run.vm.world.time_offset),
+        until: virtual_timer.min(physical_timer),
     })
 }
 
@@ -142,126 +154,137 @@ fn external_abort(run: &mut Running<'_>, abort: &Abort, esr: u64) -> Next {
     inject(run, &entry)
 }
 
-fn kick(run: &Running<'_>, kicks: Kicks) {
-    for index in kicks.iter().filter(|index| *index != run.index()) {
-        if let Ok(vcpu) = run.vm.vcpu(index as u64) {
+/// Kicks the other vCPUs; says whether this one has to look at its interrupts, too.
+fn kick(run: &Running<'_>, kicks: Kicks) -> Next {
+    let mut next = Next::Resume;
+    for index in kicks.iter() {
+        if index == run.index() {
+            next = Next::Refresh;
+        } else if let Ok(vcpu) = run.vm.vcpu(index as u64) {
             vcpu.kick(run.hypervisor);
         }
     }
+    next
 }
 
-/// HVC or SMC.
+/// HVC.
 fn call(run: &mut Running<'_>, immediate: u16) -> Next {
     run.state.counts.count(VmCounter::Calls);
-    let [id, a, b, c, ..] = run.state.context.regs.x;
-    let platform = smccc::Platform {
-        workarounds: run.hypervisor.workarounds,
-        entropy: run.hypervisor.entropy(),
+    let [x0, x1, x2, x3, ..] = run.state.context.regs.x;
+    let memory = &run.vm.memory;
+    let entropy = run.hypervisor.entropy.as_ref();
+    let environment = Environment {
+        power: &run.vm.power,
+        ids: &run.vm.ids,
+        mitigations: &run.hypervisor.mitigations,
+        entropy: entropy.map(|source| -> &dyn EntropySource { source }),
+        is_memory: |ipa: u64| {
+            Gfn::try_new(ipa >> 12).is_some_and(|gfn| memory.find_slot(gfn).is_some())
+        },
     };
-    match smccc::answer(immediate, id, [a, b, c], &platform) {
-        CallOutcome::Return(values) => {
+    match smccc::call(immediate, [x0, x1, x2, x3], &environment) {
+        Action::Return(values) => {
             run.state.context.regs.x[..4].copy_from_slice(&values);
             Next::Resume
         }
-        CallOutcome::CpuOn { mpidr, order } => cpu_on(run, mpidr, order),
-        CallOutcome::AffinityInfo { mpidr } => {
-            let answer = target(run, mpidr).map(|vcpu| vcpu.power.affinity_info());
-            answered(run, answer)
+        Action::Firmware(id) => {
+            firmware::call(u64::from(id), [0; 7]);
+            answered(run, 0)
         }
-        CallOutcome::CpuOff => {
-            run.vcpu.power.park();
-            Next::Leave(Exit::VcpuOff)
-        }
-        CallOutcome::Suspend => {
-            answered(run, Ok(0));
-            wait_after_call(run)
-        }
-        CallOutcome::SystemOff => Next::Leave(Exit::SystemOff),
-        CallOutcome::SystemReset { warm } => Next::Leave(Exit::SystemReset { warm }),
+        Action::Power(action) => power(run, action),
     }
 }
 
-fn answered(run: &mut Running<'_>, result: Result<u64, PsciError>) -> Next {
-    run.state.context.regs.x[0] = result.unwrap_or_else(PsciError::to_register);
+fn answered(run: &mut Running<'_>, value: u64) -> Next {
+    run.state.context.regs.x[0] = value;
     Next::Resume
 }
 
-/// The vCPU with this affinity: vCPU n is Aff0 = n.
-fn target<'a>(run: &Running<'a>, mpidr: u64) -> Result<&'a crate::vcpu::Vcpu, PsciError> {
-    let vm = run.vm;
-    vm.vcpu(mpidr).map_err(|_| PsciError::InvalidParameters)
-}
-
-fn cpu_on(run: &mut Running<'_>, mpidr: u64, order: StartOrder) -> Next {
-    let done = target(run, mpidr).and_then(|vcpu| {
-        vcpu.turn_on(order)?;
-        Ok(vcpu.index)
-    });
-    answered(run, done.map(|_| 0));
-    match done {
-        Ok(index) => Next::Leave(Exit::VcpuOn { index }),
-        Err(_) => Next::Resume,
+fn power(run: &mut Running<'_>, action: PowerAction) -> Next {
+    match action {
+        PowerAction::Return(value) => answered(run, value),
+        PowerAction::TurnedOn { index } => {
+            answered(run, 0);
+            Next::Leave(Exit::VcpuOn { index })
+        }
+        PowerAction::Off => Next::Leave(Exit::VcpuOff),
+        PowerAction::Standby => {
+            answered(run, 0);
+            sleep(run)
+        }
+        PowerAction::PowerDown(order) => {
+            let features = &run.hypervisor.features;
+            run.state.restart_when_woken(features, order);
+            sleep(run)
+        }
+        PowerAction::SystemOff => Next::Leave(Exit::SystemOff),
+        PowerAction::SystemReset { warm } => Next::Leave(Exit::SystemReset { warm }),
     }
-}
-
-/// CPU_SUSPEND waits as WFI does, with the call already answered.
-fn wait_after_call(run: &mut Running<'_>) -> Next {
-    let pc = run.state.context.regs.pc;
-    let next = wait(run);
-    run.state.context.regs.pc = pc;
-    next
 }
 
 /// A trapped system register or instruction.
 fn register(run: &mut Running<'_>, iss: u32) -> Next {
     run.state.counts.count(VmCounter::SystemRegisters);
     let trapped = Trapped::decode(iss);
-    let value = run.state.context.regs.get(trapped.register);
-    let outcome = sysreg::access(&trapped, value, &run.hypervisor.id_registers);
-    let regs = &mut run.state.context.regs;
+    let value = run.state.context.regs.get(trapped.rt);
+    let outcome = sysreg::decide(trapped, &run.vm.ids);
+    if outcome == Outcome::Undefined {
+        return undefined(run);
+    }
+    run.state.context.regs.skip();
     match outcome {
-        RegisterOutcome::Read(value) => {
-            regs.set(trapped.register, value);
-            regs.skip();
+        Outcome::Read(value) => {
+            run.state.context.regs.set(trapped.rt, value);
             Next::Resume
         }
-        RegisterOutcome::WriteIgnored => {
-            regs.skip();
+        Outcome::PhysicalCounter => {
+            run.state.context.regs.set(trapped.rt, regs::ticks());
             Next::Resume
         }
-        RegisterOutcome::Sgi(value) => {
-            regs.skip();
-            run.save_interrupts();
+        Outcome::WriteIgnored | Outcome::Sgi(SgiGroup::Zero) | Outcome::Deactivate => Next::Resume,
+        Outcome::Sgi(SgiGroup::One) => {
             let kicks = run.vm.vgic.sgi1r(run.index(), value);
-            kick(run, kicks);
+            kick(run, kicks)
+        }
+        Outcome::SetWay => {
+            run.vm.memory.guest_set_way(&mut run.state.watch);
+            watch(run)
+        }
+        Outcome::VmControl(register) => vm_control(run, register, value),
+        Outcome::PhysicalTimer(register) => physical_timer(run, trapped, register, value),
+        Outcome::Undefined => Next::Resume,
+    }
+}
+
+fn physical_timer(
+    run: &mut Running<'_>,
+    trapped: Trapped,
+    register: TimerRegister,
+    value: u64,
+) -> Next {
+    let now = regs::ticks();
+    match trapped.direction {
+        Direction::Read => {
+            let value = run.state.physical_timer.read(register, now);
+            run.state.context.regs.set(trapped.rt, value);
+            Next::Resume
+        }
+        Direction::Write => {
+            run.state.physical_timer.write(register, value, now);
             Next::Refresh
         }
-        RegisterOutcome::SetWay => {
-            regs.skip();
-            set_way(run)
-        }
-        RegisterOutcome::VmControl(register) => {
-            regs.skip();
-            vm_control(run, register, value)
-        }
-        RegisterOutcome::Undefined => undefined(run),
     }
 }
 
 /// Writes of SCTLR_EL1 are trapped while the guest's caches are off, or after set/way operations.
-fn vm_control(run: &mut Running<'_>, register: sysreg::VmRegister, value: u64) -> Next {
-    if register != sysreg::VmRegister::Sctlr {
+fn vm_control(run: &mut Running<'_>, register: VmRegister, value: u64) -> Next {
+    if register != VmRegister::Sctlr {
         regs::write_vm_register(register, value);
         return Next::Resume;
     }
     let old = regs::sctlr_el1();
     regs::write_vm_register(register, value);
     run.vm.memory.guest_sctlr(&mut run.state.watch, old, value);
-    watch(run)
-}
-
-fn set_way(run: &mut Running<'_>) -> Next {
-    run.vm.memory.guest_set_way(&mut run.state.watch);
     watch(run)
 }
 
@@ -347,14 +370,19 @@ fn address(abort: &Abort, syndrome: &Syndrome) -> Option<u64> {
 
 /// An access to a device: EL2 decodes it, the host emulates it.
 fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -> Next {
-    let Some(access) = mmio::decode(syndrome.esr) else {
-        return external_abort(run, abort, syndrome.esr);
+    let access = match decoded(ipa, abort, syndrome) {
+        Decoded::Access(access) => access,
+        Decoded::SkipMaintenance => {
+            run.state.context.regs.skip();
+            return Next::Resume;
+        }
+        Decoded::ExternalAbort => return external_abort(run, abort, syndrome.esr),
     };
     run.state.counts.count(VmCounter::MmioInHost);
-    let size = access.size;
-    if access.is_write {
+    let size = access.size();
+    if let MmioAccess::Write { rt, .. } = access {
         let regs = &mut run.state.context.regs;
-        let value = access.mask(regs.get(access.register));
+        let value = access.stored(regs.get(rt));
         regs.skip();
         return Next::Leave(Exit::MmioWrite { ipa, size, value });
     }
@@ -362,33 +390,52 @@ fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
     Next::Leave(Exit::MmioRead { ipa, size })
 }
 
+/// The access behind an abort: what has no syndrome, or crosses registers, reaches none.
+fn decoded(ipa: u64, abort: &Abort, syndrome: &Syndrome) -> Decoded {
+    if abort.access == Access::Fetch {
+        return Decoded::ExternalAbort;
+    }
+    match mmio::decode(syndrome.esr) {
+        Decoded::Access(access) if !access.is_aligned(ipa) => Decoded::ExternalAbort,
+        other => other,
+    }
+}
+
 /// An access to the distributor or a redistributor, if it is one.
 fn in_gic(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -> Option<Next> {
     let frame = Frame::of(run, ipa)?;
-    let Some(access) = mmio::decode(syndrome.esr) else {
-        return Some(external_abort(run, abort, syndrome.esr));
+    let access = match decoded(ipa, abort, syndrome) {
+        Decoded::Access(access) => access,
+        Decoded::SkipMaintenance => {
+            run.state.context.regs.skip();
+            return Some(Next::Resume);
+        }
+        Decoded::ExternalAbort => return Some(external_abort(run, abort, syndrome.esr)),
     };
     run.state.counts.count(VmCounter::MmioInEl2);
+    // What the list registers say now belongs to the answer.
     run.save_interrupts();
-    let (vgic, index, size) = (&run.vm.vgic, run.index(), access.size);
-    let value = access.mask(run.state.context.regs.get(access.register));
-    let kicks = match (frame, access.is_write) {
-        (Frame::Distributor(offset), true) => vgic.dist_write(index, offset, size, value),
-        (Frame::Redistributor(of, offset), true) => {
-            vgic.redist_write(index, of, offset, size, value)
+    let (vgic, index, size) = (&run.vm.vgic, run.index(), access.size());
+    let regs = &mut run.state.context.regs;
+    let kicks = match access {
+        MmioAccess::Write { rt, .. } => {
+            let value = access.stored(regs.get(rt));
+            match frame {
+                Frame::Distributor(at) => vgic.dist_write(index, at, size, value),
+                Frame::Redistributor(of, at) => vgic.redist_write(of, at, size, value),
+            }
         }
-        (frame, false) => {
+        MmioAccess::Read { rt, .. } => {
             let value = match frame {
-                Frame::Distributor(offset) => vgic.dist_read(index, offset, size),
-                Frame::Redistributor(of, offset) => vgic.redist_read(index, of, offset, size),
+                Frame::Distributor(at) => vgic.dist_read(index, at, size),
+                Frame::Redistributor(of, at) => vgic.redist_read(of, at, size),
             };
-            let regs = &mut run.state.context.regs;
-            regs.set(access.register, access.extend(value));
+            regs.set(rt, access.loaded(value));
             Kicks::NONE
         }
     };
-    run.state.context.regs.skip();
-    kick(run, kicks);
+    regs.skip();
+    let _: Next = kick(run, kicks);
     Some(Next::Refresh)
 }
 

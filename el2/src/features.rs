@@ -15,6 +15,10 @@ pub struct IdRegisters {
     pub dfr0: u64,
     /// ID_AA64ISAR0_EL1.
     pub isar0: u64,
+    /// ID_AA64ISAR1_EL1.
+    pub isar1: u64,
+    /// ID_AA64ISAR2_EL1.
+    pub isar2: u64,
     /// ID_AA64MMFR0_EL1.
     pub mmfr0: u64,
     /// ID_AA64MMFR1_EL1.
@@ -54,6 +58,11 @@ pub struct Features {
     pub ttl: bool,
     /// Erratum 1286807, Cortex-A76 up to r3p0: a TLBI and its barrier must be issued twice.
     pub repeat_tlbi: bool,
+    /// Errata 1319367 (Cortex-A72), 1319537 (A57), 1165522 (A76 up to r2p0): speculative walks may
+    /// use the EL1 registers of one context and the stage 2 of another.
+    pub speculative_at: bool,
+    /// Pointer authentication: the guest has keys.
+    pub pauth: bool,
     /// FEAT_SVE.
     pub sve: bool,
     /// FEAT_SME.
@@ -111,6 +120,8 @@ impl Features {
             tlbi_range: field(id.isar0, 56) >= 2,
             ttl: field(id.mmfr2, 48) != 0,
             repeat_tlbi: is_a76_before_r4(id.midr),
+            speculative_at: has_speculative_at(id.midr),
+            pauth: id.isar1 & 0xff00_0ff0 != 0 || id.isar2 & 0xff00 != 0,
             sve: field(id.pfr0, 32) != 0,
             sme: field(id.pfr1, 24) != 0,
             hcx: field(id.mmfr1, 40) != 0,
@@ -166,6 +177,18 @@ const fn is_a76_before_r4(midr: u64) -> bool {
     midr >> 24 & 0xff == 0x41 && midr >> 4 & 0xfff == 0xd0b && midr >> 20 & 0xf <= 3
 }
 
+/// MIDR_EL1: Cortex-A57 (0xd07) and A72 (0xd08) in all revisions, A76 (0xd0b) before r3p0.
+const fn has_speculative_at(midr: u64) -> bool {
+    if midr >> 24 & 0xff != 0x41 {
+        return false;
+    }
+    match midr >> 4 & 0xfff {
+        0xd07 | 0xd08 => true,
+        0xd0b => midr >> 20 & 0xf < 3,
+        _ => false,
+    }
+}
+
 /// CTR_EL0.DminLine or IminLine: log2 of the number of 4-byte words.
 const fn line_size(ctr: u64, shift: u32) -> u32 {
     4 << field(ctr, shift)
@@ -182,6 +205,8 @@ mod tests {
         pfr1: 0,
         dfr0: 0x1030_5106,
         isar0: 0x0001_1120,
+        isar1: 0,
+        isar2: 0,
         mmfr0: 0x1124,
         mmfr1: 0,
         mmfr2: 0,
@@ -226,6 +251,27 @@ mod tests {
         assert!(is_a76_before_r4(0x413f_d0b0));
         assert!(!is_a76_before_r4(0x414f_d0b1));
         assert!(!is_a76_before_r4(0x410f_d083));
+    }
+
+    #[test]
+    fn cores_with_speculative_walks_across_contexts_are_known() {
+        assert!(has_speculative_at(0x410f_d083) && has_speculative_at(0x411f_d070));
+        assert!(has_speculative_at(0x412f_d0b0) && !has_speculative_at(0x413f_d0b0));
+        assert!(!has_speculative_at(0x410f_d0c1) && !has_speculative_at(0x420f_d083));
+    }
+
+    #[test]
+    fn either_algorithm_of_pointer_authentication_counts() {
+        let with = |isar1, isar2| {
+            Features::decode(&IdRegisters {
+                isar1,
+                isar2,
+                ..A72
+            })
+            .pauth
+        };
+        assert!(!with(0, 0) && with(1 << 4, 0) && with(1 << 8, 0) && with(1 << 28, 0));
+        assert!(with(0, 1 << 12) && !with(0xf, 0xf));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use el2::host_map::{self, Answer, HostMap, HostMapError};
 use crate::arch::frames::FramePool;
 use crate::arch::host_regs::{self, Stage2Regs};
 use crate::arch::host_tables::HostTables;
-use crate::arch::tlb::HostVmid;
+use crate::arch::tlb::Tagged;
 use crate::hypervisor::Hypervisor;
 
 /// The host's address space and the register values that select it.
@@ -22,7 +22,7 @@ impl HostMemory {
     /// Builds the map and makes it this core's current stage 2, not yet in force.
     pub(crate) fn new(
         features: &Features,
-        pool: FramePool,
+        pool: &'static FramePool,
         memory: &RangeList<MAX_MEMORY>,
         el2: AddrRange,
     ) -> Result<Self, HostMapError> {
@@ -33,12 +33,13 @@ impl HostMemory {
         host_regs::select(Stage2Regs { vtcr, vttbr: 0 });
         let map = HostMap::new(
             format,
-            HostTables::new(pool, features),
-            HostVmid,
+            HostTables::new(pool, features, vtcr),
+            Tagged,
             memory.clone(),
             el2,
         )?;
         let vttbr = map.root();
+        map.platform(|tables| tables.set_root(vttbr));
         Ok(Self {
             map,
             registers: Stage2Regs { vtcr, vttbr },
@@ -61,6 +62,16 @@ impl HostMemory {
             }
             Answer::Refused => false,
         }
+    }
+
+    /// Takes device registers out of the host's reach, before it runs; says whether there is room.
+    pub(crate) fn hide(&mut self, registers: AddrRange) -> bool {
+        self.map.hide(registers)
+    }
+
+    /// The map, for changes of ownership.
+    pub(crate) fn map(&self) -> &HostMap<HostTables> {
+        &self.map
     }
 
     /// Pages that are tables now.

@@ -19,9 +19,10 @@ use stage2::{
 use thiserror::Error;
 
 use crate::features::Features;
+use crate::page_state::Owner;
 
-/// The annotation of EL2's own pages.
-const EL2_OWNS: u64 = 1;
+/// Most separate ranges of device registers that EL2 hides.
+const MAX_HIDDEN: usize = 8;
 
 /// Why there is no host stage 2.
 #[derive(Clone, Debug, Error, PartialEq)]
@@ -32,8 +33,8 @@ pub enum HostMapError {
     /// The root or the first annotation failed.
     #[error(transparent)]
     Map(#[from] MapError),
-    /// EL2's memory is not a range of pages.
-    #[error("EL2's memory {0:?} is not a range of pages")]
+    /// What is to be somebody's is not a range of pages, or that somebody is the host.
+    #[error("{0:?} is not a range of pages for an owner")]
     Range(AddrRange),
 }
 
@@ -52,6 +53,8 @@ pub enum Answer {
 pub struct HostMap<P: Platform> {
     space: RwLock<Stage2<ArmStage2, P>>,
     memory: RangeList<MAX_MEMORY>,
+    /// Device registers that are EL2's.
+    hidden: RangeList<MAX_HIDDEN>,
     /// First address that the table can't map.
     end: u64,
 }
@@ -120,14 +123,24 @@ impl<P: Platform> HostMap<P> {
     ) -> Result<Self, HostMapError> {
         let mut space = Stage2::new(format, platform, context)?;
         let range = ipa_range(el2).ok_or(HostMapError::Range(el2))?;
-        let note = Annotation::try_new(EL2_OWNS).ok_or(HostMapError::Range(el2))?;
+        let note = note(Owner::Hypervisor).ok_or(HostMapError::Range(el2))?;
         space.annotate(range, note)?;
         let end = space.geometry().input_end();
         Ok(Self {
             space: RwLock::new(space),
             memory,
+            hidden: RangeList::new(),
             end,
         })
+    }
+
+    /// Takes device registers out of the host's reach, before it runs. Unlike memory they need no
+    /// annotation: no fault maps them. Says whether there was room to remember them.
+    #[must_use]
+    pub fn hide(&mut self, registers: AddrRange) -> bool {
+        self.hidden
+            .insert(registers.grow_to_pages(), "hidden registers")
+            .is_ok()
     }
 
     /// The root table's address, for VTTBR_EL2.
@@ -139,6 +152,36 @@ impl<P: Platform> HostMap<P> {
     /// Asks the machine underneath.
     pub fn platform<R>(&self, ask: impl FnOnce(&P) -> R) -> R {
         ask(self.space.read().platform())
+    }
+
+    /// Takes a range away from the host: its leaves go, and faults on it are refused from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::NoMemory`] where it lies inside a block and tables are lacking, even after the
+    /// device mappings have been thrown away; nothing has changed then.
+    pub fn take_away(&self, range: AddrRange, owner: Owner) -> Result<(), HostMapError> {
+        let (Some(pages), Some(note)) = (ipa_range(range), note(owner)) else {
+            return Err(HostMapError::Range(range));
+        };
+        let mut space = self.space.write();
+        match space.annotate(pages, note) {
+            Err(MapError::NoMemory { .. }) => {
+                self.drop_devices(&mut space);
+                Ok(space.annotate(pages, note)?)
+            }
+            result => Ok(result?),
+        }
+    }
+
+    /// Gives a range back that [`Self::take_away`] took: the host may fault it in again.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::take_away`]; a range that was taken as a whole needs no tables.
+    pub fn give_back(&self, range: AddrRange) -> Result<(), HostMapError> {
+        let pages = ipa_range(range).ok_or(HostMapError::Range(range))?;
+        Ok(self.space.write().unmap(pages)?)
     }
 
     /// Answers a translation fault at `address`.
@@ -172,19 +215,21 @@ impl<P: Platform> HostMap<P> {
 
     /// Throws away every device mapping, which gives their tables back, and tries again.
     fn recycle_and_fault(&self, request: &FaultRequest) -> Answer {
-        {
-            let mut space = self.space.write();
-            for gap in self.gaps().filter_map(ipa_range) {
-                // Unmapping whole leaves takes no table, so this does not fail; if it did, the
-                // fault below would fail again and be refused.
-                let result = space.unmap(gap);
-                debug_assert_eq!(result, Ok(()));
-            }
-        }
+        self.drop_devices(&mut self.space.write());
         match self.try_fault(request) {
             Ok(Answer::Mapped) => Answer::MappedAfterRecycling,
             Ok(answer) => answer,
             Err(_) => Answer::Refused,
+        }
+    }
+
+    /// Throws away every device mapping; faults bring them back.
+    fn drop_devices(&self, space: &mut Stage2<ArmStage2, P>) {
+        for gap in self.gaps().filter_map(ipa_range) {
+            // Unmapping whole leaves takes no table, so this does not fail; if it did, the caller
+            // would find no more tables than before.
+            let result = space.unmap(gap);
+            debug_assert_eq!(result, Ok(()));
         }
     }
 
@@ -208,9 +253,21 @@ impl<P: Platform> HostMap<P> {
             return Some((ipa_range(inside)?, LeafAttrs::normal(Perms::RWX)));
         }
         let gap = self.memory.gap_around(address)?;
-        let inside = AddrRange::new(gap.start(), gap.end().min(self.end))?;
+        let free = self.hidden.gap_around(address)?;
+        let start = gap.start().max(free.start());
+        let inside = AddrRange::new(start, gap.end().min(free.end()).min(self.end))?;
         Some((ipa_range(inside)?, LeafAttrs::normal(Perms::RW)))
     }
+}
+
+/// What stands in the entries of pages that are not the host's: their owner.
+fn note(owner: Owner) -> Option<Annotation> {
+    let code = match owner {
+        Owner::Host | Owner::Firmware => return None,
+        Owner::Hypervisor => 1,
+        Owner::Guest(index) => 2 + u64::from(index),
+    };
+    Annotation::try_new(code)
 }
 
 fn ipa_range(range: AddrRange) -> Option<IpaRange> {
@@ -320,6 +377,19 @@ mod tests {
         assert!(raw.read && raw.write && !raw.exec_kernel && !raw.exec_user);
         assert_eq!(map.fault(4 * GIB + GIB / 2), Answer::Mapped);
         assert_eq!(leaf(&machine, 4 * GIB + GIB / 2).unwrap().1, 2 * MIB);
+    }
+
+    #[test]
+    fn hidden_registers_are_refused_and_their_neighbours_are_not() {
+        let machine = machine(32);
+        let mut map = map(&machine);
+        assert!(map.hide(range(0x803_0000, 0x803_1000)));
+        assert_eq!(map.fault(0x803_0fff), Answer::Refused);
+        assert_eq!(map.fault(0x802_f000), Answer::Mapped);
+        assert_eq!(map.fault(0x803_1000), Answer::Mapped);
+        assert!(leaf(&machine, 0x803_0000).is_none());
+        assert_eq!(leaf(&machine, 0x802_f000).unwrap().1, 4096);
+        assert_eq!(map.fault(0x803_0000), Answer::Refused);
     }
 
     #[test]

@@ -13,38 +13,39 @@ pub struct Host<'a> {
     pub counters: &'a Counters,
 }
 
-/// Answers a call: `id` in `x0`, `argument` in `x1`; gives the new `x0..x3`.
+/// How a call is answered.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Answer {
+    /// With these in `x0..x3`.
+    Now([u64; 4]),
+    /// By whoever manages VMs.
+    AboutVms(Call),
+}
+
+/// Answers a call: `id` in `x0`, `argument` in `x1`.
 ///
 /// An id that is not ours gets NOT_SUPPORTED and changes nothing.
 #[must_use]
-pub fn answer(immediate: u16, id: u64, argument: u64, host: &Host<'_>) -> [u64; 4] {
+pub fn answer(immediate: u16, id: u64, argument: u64, host: &Host<'_>) -> Answer {
+    let unknown = Answer::Now([SMCCC_NOT_SUPPORTED, 0, 0, 0]);
     if immediate != 0 {
-        return [SMCCC_NOT_SUPPORTED, 0, 0, 0];
+        return unknown;
     }
     if id == u64::from(abi::VENDOR_UID) {
-        return abi::RAVELIN_UID.map(u64::from);
+        return Answer::Now(abi::RAVELIN_UID.map(u64::from));
     }
-    let call = u32::try_from(id).ok().and_then(Call::from_id);
-    let Some(call) = call else {
-        return [SMCCC_NOT_SUPPORTED, 0, 0, 0];
+    let Some(call) = u32::try_from(id).ok().and_then(Call::from_id) else {
+        return unknown;
     };
-    [
-        SMCCC_SUCCESS,
-        abi::to_register(perform(call, argument, host)),
-        0,
-        0,
-    ]
-}
-
-fn perform(call: Call, argument: u64, host: &Host<'_>) -> Result<u64, ErrorCode> {
-    match call {
+    let result = match call {
         Call::Version => Ok(u64::from(abi::VERSION)),
         Call::Features => Ok(host.features.bits()),
         Call::HostCounter => Counter::from_number(argument)
             .map(|counter| host.counters.get(counter))
             .ok_or(ErrorCode::Invalid),
-        _ => Err(ErrorCode::Invalid),
-    }
+        other => return Answer::AboutVms(other),
+    };
+    Answer::Now([SMCCC_SUCCESS, abi::to_register(result), 0, 0])
 }
 
 #[cfg(test)]
@@ -60,7 +61,17 @@ mod tests {
             features: Features::HOST_COUNTERS,
             counters: &counters,
         };
-        answer(immediate, id, argument, &host)
+        match answer(immediate, id, argument, &host) {
+            Answer::Now(registers) => registers,
+            Answer::AboutVms(call) => [SMCCC_SUCCESS, call as u64, 0, 0],
+        }
+    }
+
+    #[test]
+    fn calls_about_vms_are_passed_on() {
+        assert_eq!(ask(0, 0xc600_0110, 0), [0, 0xc600_0110, 0, 0]);
+        assert_eq!(ask(0, 0xc600_0140, 5), [0, 0xc600_0140, 0, 0]);
+        assert_eq!(ask(1, 0xc600_0110, 0)[0], u64::MAX);
     }
 
     #[test]

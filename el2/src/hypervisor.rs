@@ -1,15 +1,20 @@
 //! EL2's one object: everything that exists after boot.
 
 use abi::Features as AbiFeatures;
-use board::{MAX_CPUS, Power, PsciConduit};
+use board::{AddrRange, MAX_CPUS, Power, PsciConduit};
 use el2::counters::Counters;
 use el2::features::Features;
-use el2::page_state::PageStates;
+use el2::guest::idregs::HardwareIds;
+use el2::guest::smccc::Mitigations;
+use el2::ownership::Ownership;
 use heapless::Vec;
 use spin::Once;
 
 use crate::arch::cpu::CpuData;
+use crate::arch::gic::PhysicalGic;
+use crate::entropy::Entropy;
 use crate::host::HostMemory;
+use crate::vm::VmTable;
 
 /// What remains of the device tree.
 #[derive(Clone, Copy, Debug)]
@@ -28,8 +33,16 @@ pub(crate) struct Hypervisor {
     pub(crate) counters: Counters,
     /// Cores in the device tree's order; `index` of each is its place here.
     pub(crate) cpus: Vec<&'static CpuData, MAX_CPUS>,
-    pub(crate) pages: PageStates<'static>,
+    pub(crate) ownership: Ownership<'static>,
     pub(crate) host: HostMemory,
+    pub(crate) gic: PhysicalGic,
+    pub(crate) vms: &'static VmTable,
+    /// What guests' identification registers are made of.
+    pub(crate) ids: HardwareIds,
+    pub(crate) mitigations: Mitigations,
+    pub(crate) entropy: Option<Entropy>,
+    /// Device registers that no guest gets.
+    pub(crate) own_devices: Vec<AddrRange, 8>,
 }
 
 static HYPERVISOR: Once<Hypervisor> = Once::new();
@@ -50,6 +63,13 @@ impl Hypervisor {
         self.cpus.iter().copied().find(|cpu| cpu.mpidr == mpidr)
     }
 
+    /// Whether a range is neither RAM nor registers that EL2 uses.
+    pub(crate) fn is_free_device(&self, range: AddrRange) -> bool {
+        let ram = self.ownership.pages().memory().as_slice();
+        let taken = ram.iter().chain(&self.own_devices);
+        taken.into_iter().all(|other| !other.overlaps(range))
+    }
+
     /// Whether there is EL3 firmware that answers SMCs.
     pub(crate) fn has_firmware(&self) -> bool {
         self.machine.psci == Some(PsciConduit::Smc)
@@ -63,6 +83,14 @@ impl Hypervisor {
         }
         if self.has_firmware() {
             features = features.union(AbiFeatures::FIRMWARE_CALLS);
+        }
+        match self.gic.version() {
+            0 => {}
+            2 => features = features.union(AbiFeatures::GUESTS),
+            _ => {
+                let guests = AbiFeatures::GUESTS.union(AbiFeatures::GUEST_GIC_V3);
+                features = features.union(guests);
+            }
         }
         features
     }

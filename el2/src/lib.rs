@@ -5,6 +5,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
@@ -16,7 +17,11 @@ pub mod host_map;
 pub mod hvc;
 pub mod inject;
 pub mod layout;
+pub mod ownership;
 pub mod page_state;
 pub mod psci;
 pub mod smc;
 mod sync;
+pub mod vgic;
+pub mod vm_counters;
+pub mod vm_error;

@@ -11,11 +11,20 @@
 )]
 
 #[cfg(target_os = "none")]
+extern crate alloc;
+
+#[cfg(target_os = "none")]
 mod arch;
 #[cfg(target_os = "none")]
 mod boot;
 #[cfg(target_os = "none")]
+mod calls;
+#[cfg(target_os = "none")]
 mod console;
+#[cfg(target_os = "none")]
+mod entropy;
+#[cfg(target_os = "none")]
+mod exits;
 #[cfg(target_os = "none")]
 mod host;
 #[cfg(target_os = "none")]
@@ -28,6 +37,10 @@ mod power;
 mod smp;
 #[cfg(target_os = "none")]
 mod trap;
+#[cfg(target_os = "none")]
+mod vcpu;
+#[cfg(target_os = "none")]
+mod vm;
 
 #[cfg(not(target_os = "none"))]
 fn main() {

@@ -15,6 +15,8 @@ pub enum Owner {
     Hypervisor,
     /// The guest with this index in the VM table.
     Guest(u8),
+    /// Firmware, which said that nobody may map it: the host keeps it, nobody else gets it.
+    Firmware,
 }
 
 impl Owner {
@@ -24,6 +26,7 @@ impl Owner {
             Self::Host => 0,
             Self::Hypervisor => 1,
             Self::Guest(index) => 2 + index as u32,
+            Self::Firmware => 0x3ff,
         }
     }
 
@@ -31,6 +34,7 @@ impl Owner {
         match word & 0x3ff {
             0 => Self::Host,
             1 => Self::Hypervisor,
+            0x3ff => Self::Firmware,
             other => Self::Guest((other - 2).to_le_bytes()[0]),
         }
     }
@@ -75,17 +79,41 @@ impl<'a> PageStates<'a> {
         Some(Owner::decode(self.word(address)?.load(Ordering::Acquire)))
     }
 
-    /// Gives all pages of `range` to `owner`, if all are RAM and the host's now; says whether.
-    ///
-    /// Only for boot: no one else changes states then.
+    /// The words of all pages of `range`; `None` if it is not inside one range of RAM.
+    fn words_of(&self, range: AddrRange) -> Option<&[AtomicU32]> {
+        let mut before = 0;
+        for ram in self.memory.as_slice() {
+            if ram.contains(range.start()) {
+                let first = before + (range.start() - ram.start()) / PAGE_SIZE;
+                let count = range.size().div_ceil(PAGE_SIZE);
+                let first = usize::try_from(first).ok()?;
+                let end = first.checked_add(usize::try_from(count).ok()?)?;
+                return (range.end() <= ram.end())
+                    .then(|| self.words.get(first..end))
+                    .flatten();
+            }
+            before += ram.size() / PAGE_SIZE;
+        }
+        None
+    }
+
+    /// Whether all of `range` is RAM (in one piece) and belongs to `owner`.
     #[must_use]
-    pub fn take_from_host(&self, range: AddrRange, owner: Owner) -> bool {
-        let pages = || (0..range.size() / PAGE_SIZE).map(|n| range.start() + n * PAGE_SIZE);
-        if !pages().all(|page| self.owner(page) == Some(Owner::Host)) {
+    pub fn all_owned_by(&self, range: AddrRange, owner: Owner) -> bool {
+        let owned = |word: &AtomicU32| word.load(Ordering::Acquire) == owner.encode();
+        self.words_of(range)
+            .is_some_and(|words| words.iter().all(owned))
+    }
+
+    /// Gives all pages of `range` from one owner to another, if all are RAM and the first one's
+    /// now; says whether. The caller excludes other changes of the same pages.
+    #[must_use]
+    pub fn transfer(&self, range: AddrRange, from: Owner, to: Owner) -> bool {
+        if !self.all_owned_by(range, from) {
             return false;
         }
-        for word in pages().filter_map(|page| self.word(page)) {
-            word.store(owner.encode(), Ordering::Release);
+        for word in self.words_of(range).into_iter().flatten() {
+            word.store(to.encode(), Ordering::Release);
         }
         true
     }
@@ -119,6 +147,7 @@ mod tests {
             Owner::Hypervisor,
             Owner::Guest(0),
             Owner::Guest(254),
+            Owner::Firmware,
         ] {
             assert_eq!(Owner::decode(owner.encode()), owner);
         }
@@ -129,7 +158,7 @@ mod tests {
         let words = words(6);
         let states = PageStates::new(memory(), &words).unwrap();
         let range = AddrRange::new(0x10_1000, 0x10_2000).unwrap();
-        assert!(states.take_from_host(range, Owner::Hypervisor));
+        assert!(states.transfer(range, Owner::Host, Owner::Hypervisor));
         assert_eq!(states.owner(0x10_1fff), Some(Owner::Hypervisor));
         assert_eq!(states.owner(0x10_0fff), Some(Owner::Host));
         assert_eq!(states.owner(0x3fff), Some(Owner::Host));
@@ -141,11 +170,11 @@ mod tests {
         let words = words(6);
         let states = PageStates::new(memory(), &words).unwrap();
         let beyond = AddrRange::new(0x3000, 0x5000).unwrap();
-        assert!(!states.take_from_host(beyond, Owner::Hypervisor));
+        assert!(!states.transfer(beyond, Owner::Host, Owner::Hypervisor));
         assert_eq!(states.owner(0x3000), Some(Owner::Host));
         let range = AddrRange::new(0x3000, 0x4000).unwrap();
-        assert!(states.take_from_host(range, Owner::Guest(3)));
-        assert!(!states.take_from_host(range, Owner::Hypervisor));
+        assert!(states.transfer(range, Owner::Host, Owner::Guest(3)));
+        assert!(!states.transfer(range, Owner::Host, Owner::Hypervisor));
         assert_eq!(states.owner(0x3000), Some(Owner::Guest(3)));
     }
 

@@ -3,7 +3,7 @@
 //! Nothing that the host does here panics: what is unknown becomes an undefined-instruction
 //! exception or NOT_SUPPORTED in the host, and EL2 goes on.
 
-use abi::{Counter, SMCCC_NOT_SUPPORTED};
+use abi::{Counter, SMCCC_NOT_SUPPORTED, SMCCC_SUCCESS};
 use el2::esr::{self, Abort, Cause, FaultKind};
 use el2::psci::{self, PsciError, Request, StartOrder};
 use el2::smc::{self, Verdict};
@@ -13,7 +13,7 @@ use crate::arch::exceptions::Regs;
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::{cpu, firmware};
 use crate::hypervisor::{self, Hypervisor};
-use crate::{panic, power, smp};
+use crate::{calls, panic, power, smp};
 
 /// Vectors of synchronous exceptions from AArch64 and AArch32.
 const SYNC_64: u64 = 8;
@@ -81,8 +81,15 @@ fn call(hypervisor: &'static Hypervisor, regs: &mut Regs, immediate: u16, by_smc
                 features: hypervisor.abi_features(),
                 counters: &hypervisor.counters,
             };
-            let answer = hvc::answer(immediate, regs.x[0], regs.x[1], &host);
-            regs.x[..4].copy_from_slice(&answer);
+            match hvc::answer(immediate, regs.x[0], regs.x[1], &host) {
+                hvc::Answer::Now(answer) => regs.x[..4].copy_from_slice(&answer),
+                hvc::Answer::AboutVms(call) => {
+                    let [_, a, b, c, d, e, f, ..] = regs.x;
+                    let answer = calls::perform(hypervisor, call, [a, b, c, d, e, f]);
+                    regs.x[0] = SMCCC_SUCCESS;
+                    regs.x[1..5].copy_from_slice(&answer);
+                }
+            }
         }
     }
 }
@@ -133,7 +140,7 @@ fn psci_call(hypervisor: &'static Hypervisor, regs: &Regs) -> u64 {
 
 /// An entry point must be an instruction's address in the host's own memory.
 fn check_entry(hypervisor: &Hypervisor, entry: u64) -> Result<(), PsciError> {
-    let owner = hypervisor.pages.owner(entry);
+    let owner = hypervisor.ownership.pages().owner(entry);
     if entry.is_multiple_of(4) && owner == Some(el2::page_state::Owner::Host) {
         Ok(())
     } else {

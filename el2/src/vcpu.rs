@@ -2,8 +2,11 @@
 
 use abi::{ErrorCode, Exit, VmCounter};
 use core::sync::atomic::{AtomicU32, Ordering, fence};
-use el2::psci::{PowerSlot, StartOrder};
-use el2::vgic::CpuInterface;
+use el2::features::Features;
+use el2::guest::PHYSICAL_TIMER_PPI;
+use el2::guest::timer::EmulatedTimer;
+use el2::psci::StartOrder;
+use el2::vgic::{CpuInterface, Kicks};
 use el2::vm_error::Refusal;
 use memslot::toggle::CacheWatch;
 use spin::Mutex;
@@ -22,8 +25,6 @@ const NOWHERE: u32 = 0;
 #[derive(Debug)]
 pub(crate) struct Vcpu {
     pub(crate) index: u8,
-    /// Its power state.
-    pub(crate) power: PowerSlot,
     running_on: AtomicU32,
     /// The CPU that ran it last, plus one: there the host looks after it.
     last_on: AtomicU32,
@@ -38,6 +39,12 @@ pub(crate) struct VcpuState {
     pub(crate) watch: CacheWatch,
     /// The load that the host is asked to complete.
     pub(crate) load: Option<exits::PendingLoad>,
+    /// The physical timer that the guest sees.
+    pub(crate) physical_timer: EmulatedTimer,
+    /// The list registers hold what the virtual GIC gave.
+    lists_loaded: bool,
+    /// Line of the physical timer's interrupt.
+    physical_line: bool,
     /// The virtual timer's interrupt is pending or active in the virtual GIC.
     pub(crate) timer_in_flight: bool,
     /// Counts of this run, added to the VM's when it ends.
@@ -91,38 +98,22 @@ pub(crate) struct Running<'a> {
 impl Vcpu {
     /// A vCPU that is off.
     pub(crate) fn new(hypervisor: &Hypervisor, index: u8) -> Self {
-        let power = PowerSlot::new();
-        power.park();
         Self {
             index,
-            power,
             running_on: AtomicU32::new(NOWHERE),
             last_on: AtomicU32::new(NOWHERE),
-            state: Mutex::new(VcpuState {
-                context: Context::new(&hypervisor.features),
-                gic: hypervisor.gic.new_interface(),
-                watch: CacheWatch::default(),
-                load: None,
-                timer_in_flight: false,
-                counts: Counts::default(),
-            }),
+            state: Mutex::new(VcpuState::new(hypervisor)),
         }
     }
 
-    /// Turns it on: it starts at `order` when the host runs it next.
-    pub(crate) fn turn_on(&self, order: StartOrder) -> Result<(), el2::psci::PsciError> {
-        self.power.order(order)
-    }
-
-    /// Off and empty, for a reset of the VM; `Busy` if it runs.
+    /// Empty, for a reset of the VM.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorCode::Busy`] while it runs.
     pub(crate) fn reset(&self, hypervisor: &Hypervisor) -> Result<(), ErrorCode> {
         let mut state = self.state.try_lock().ok_or(ErrorCode::Busy)?;
-        self.power.park();
-        state.context = Context::new(&hypervisor.features);
-        state.gic = hypervisor.gic.new_interface();
-        state.watch = CacheWatch::default();
-        state.load = None;
-        state.timer_in_flight = false;
+        *state = VcpuState::new(hypervisor);
         Ok(())
     }
 
@@ -149,7 +140,7 @@ impl Vcpu {
         } else if target == me {
             return; // It is us.
         }
-        hypervisor.gic.kick(cpu.mpidr);
+        hypervisor.gic.kick(cpu);
     }
 
     /// Runs it.
@@ -161,12 +152,9 @@ impl Vcpu {
     ) -> Result<Exit, Refusal> {
         let mut state = self.state.try_lock().ok_or(ErrorCode::Busy)?;
         let cpu = cpu::this_cpu().ok_or(ErrorCode::Invalid)?;
-        if let Some(order) = self.power.take_order() {
-            let features = &hypervisor.features;
-            state.context.restart(features, order.entry, order.context);
-            state.watch = CacheWatch::default();
-            state.context.hcr |= hcr::TVM;
-        } else if self.power.is_off() {
+        if let Some(order) = vm.power.take_order(self.index) {
+            state.restart(&hypervisor.features, order);
+        } else if !vm.power.is_on(self.index) {
             return Ok(Exit::VcpuOff);
         }
         if let Some(load) = state.load.take() {
@@ -179,6 +167,11 @@ impl Vcpu {
         let exit = self.run_loaded(hypervisor, vm, &mut state, cpu);
         drop(pass);
         state.counts.hand_over(vm);
+        drop(state);
+        if exit == Exit::VcpuOff {
+            // Only now: whoever turns it on again may run it elsewhere at once.
+            vm.power.off(self.index);
+        }
         Ok(exit)
     }
 
@@ -221,6 +214,41 @@ impl Vcpu {
     }
 }
 
+impl VcpuState {
+    fn new(hypervisor: &Hypervisor) -> Self {
+        Self {
+            context: Context::new(&hypervisor.features),
+            gic: hypervisor.gic.new_interface(),
+            watch: CacheWatch::default(),
+            load: None,
+            physical_timer: EmulatedTimer::new(),
+            lists_loaded: false,
+            physical_line: false,
+            timer_in_flight: false,
+            counts: Counts::default(),
+        }
+    }
+
+    /// Starts over with an order, as CPU_ON says; its caches are off, and watched.
+    fn restart(&mut self, features: &Features, order: StartOrder) {
+        self.context.restart(features, order.entry, order.context);
+        self.context.hcr |= hcr::TVM;
+        self.watch = CacheWatch::default();
+        self.load = None;
+        self.physical_timer = EmulatedTimer::new();
+    }
+
+    /// The same for a vCPU that is loaded: CPU_SUSPEND into a state that loses its registers. Its
+    /// interrupts and timers stay, they are what wakes it.
+    pub(crate) fn restart_when_woken(&mut self, features: &Features, order: StartOrder) {
+        let (timer, physical) = (self.context.timer, self.physical_timer);
+        self.restart(features, order);
+        self.context.timer = timer;
+        self.physical_timer = physical;
+        world::reload(features, &self.context);
+    }
+}
+
 impl Running<'_> {
     /// Number of the vCPU.
     pub(crate) fn index(&self) -> usize {
@@ -228,57 +256,98 @@ impl Running<'_> {
     }
 
     fn until_exit(&mut self) -> Exit {
-        self.hypervisor.gic.prepare_cpu(self.cpu);
-        self.refresh_timer();
+        let gic = &self.hypervisor.gic;
+        gic.prepare_cpu(self.cpu);
+        gic.load(&self.state.gic);
+        self.refresh_timers();
         self.load_interrupts();
-        loop {
+        let exit = loop {
             let vector = world::enter(&mut self.state.context);
             self.state.counts.count(VmCounter::Exits);
             match exits::handle(self, vector) {
-                Next::Resume => {}
-                Next::Refresh => {
+                Next::Resume if self.state.lists_loaded => {}
+                Next::Resume | Next::Refresh => {
                     self.save_interrupts();
-                    self.refresh_timer();
+                    self.refresh_timers();
                     self.load_interrupts();
                 }
-                Next::Leave(exit) => {
-                    self.save_interrupts();
-                    self.hypervisor.gic.set_timer_active(false);
-                    return exit;
-                }
+                Next::Leave(exit) => break exit,
             }
-        }
+        };
+        self.save_interrupts();
+        gic.unload(&mut self.state.gic);
+        gic.set_timer_active(self.cpu, false);
+        regs::stop_el2_timer();
+        exit
     }
 
     /// Fills the core's list registers.
     fn load_interrupts(&mut self) {
         let index = self.index();
         self.vm.vgic.load(index, &mut self.state.gic);
-        self.hypervisor.gic.enter(&self.state.gic);
-        self.hypervisor
-            .gic
-            .set_timer_active(self.state.timer_in_flight);
+        for _ in 0..self.state.gic.used {
+            self.state.counts.count(VmCounter::InterruptsDelivered);
+        }
+        let gic = &self.hypervisor.gic;
+        gic.enter(&self.state.gic);
+        gic.set_timer_active(self.cpu, self.state.timer_in_flight);
+        self.state.lists_loaded = true;
     }
 
-    /// Takes the core's list registers back.
+    /// Takes the core's list registers back, if they are loaded.
     pub(crate) fn save_interrupts(&mut self) {
+        if !core::mem::take(&mut self.state.lists_loaded) {
+            return;
+        }
         let index = self.index();
         self.hypervisor.gic.leave(&mut self.state.gic);
-        self.vm.vgic.save(index, &self.state.gic);
+        let kicks = self.vm.vgic.save(index, &self.state.gic);
+        for other in kicks.iter() {
+            if let Ok(vcpu) = self.vm.vcpu(other as u64) {
+                vcpu.kick(self.hypervisor);
+            }
+        }
         self.state.timer_in_flight = self.vm.vgic.timer_in_flight(index);
     }
 
-    /// Makes the line of the virtual timer's interrupt what the timer says.
-    fn refresh_timer(&mut self) {
+    /// Makes the lines of the timers' interrupts what the timers say.
+    pub(crate) fn refresh_timers(&mut self) {
+        let index = self.index();
         let fired = regs::virtual_timer_fired();
         if fired || self.state.timer_in_flight {
-            let kicks = self
-                .vm
-                .vgic
-                .set_ppi(self.index(), abi::GUEST_TIMER_PPI, fired);
-            // The only vCPU that it concerns is this one, which is about to load its interrupts.
-            let _: el2::vgic::Kicks = kicks;
-            self.state.timer_in_flight = self.vm.vgic.timer_in_flight(self.index());
+            self.set_ppi(abi::GUEST_TIMER_PPI, fired);
+            self.state.timer_in_flight = self.vm.vgic.timer_in_flight(index);
         }
+        let Some(deadline) = self.state.physical_timer.deadline() else {
+            if self.state.physical_line {
+                self.set_physical_line(false);
+            }
+            regs::stop_el2_timer();
+            return;
+        };
+        let asserted = self.state.physical_timer.asserted(regs::ticks());
+        if asserted != self.state.physical_line {
+            self.set_physical_line(asserted);
+        }
+        if asserted {
+            regs::stop_el2_timer();
+        } else {
+            regs::start_el2_timer(deadline);
+        }
+    }
+
+    fn set_physical_line(&mut self, level: bool) {
+        self.state.physical_line = level;
+        self.set_ppi(PHYSICAL_TIMER_PPI, level);
+    }
+
+    /// The only vCPU that it concerns is this one, which loads its interrupts before it goes on.
+    fn set_ppi(&self, intid: u32, level: bool) {
+        let _: Kicks = self.vm.vgic.set_ppi(self.index(), intid, level);
+    }
+
+    /// Whether the EL2 timer has ended a guest's run for the guest's physical timer.
+    pub(crate) fn physical_timer_fired(&self) -> bool {
+        !self.state.physical_line && self.state.physical_timer.asserted(regs::ticks())
     }
 }

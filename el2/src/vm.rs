@@ -10,6 +10,8 @@
 use abi::{ErrorCode, MAX_VCPUS, SlotState, SlotWord, VmConfig, VmCounter};
 use alloc::vec::Vec;
 use board::{AddrRange, PAGE_SIZE};
+use el2::guest::idregs::{GuestIds, Model};
+use el2::guest::psci::Power;
 use el2::host_map;
 use el2::ownership::OwnershipError;
 use el2::page_state::Owner;
@@ -33,7 +35,7 @@ use crate::arch::frames::FramePool;
 use crate::arch::guest_tables::GuestTables;
 use crate::arch::host_regs::Stage2Regs;
 use crate::arch::owned::{Owned, Place};
-use crate::arch::tlb::Vmid;
+use crate::arch::tlb::Tagged;
 use crate::arch::world::VmWorld;
 use crate::arch::{mem, regs};
 use crate::hypervisor::Hypervisor;
@@ -45,8 +47,14 @@ pub(crate) const MAX_VMS: usize = 255;
 const FIRST_HANDLE: u64 = 0x1000;
 /// Most pages in one donation: what one call wipes, cleans and annotates.
 const MAX_DONATION: u64 = 512;
+/// Slots that the host may use are below this.
+pub(crate) const HOST_SLOTS: u16 = 63;
+/// EL2's own slot: the guest's CPU interface.
+const GIC_SLOT: u16 = HOST_SLOTS;
 /// Most slots of a VM.
-const MAX_SLOTS: u16 = 64;
+const MAX_SLOTS: u16 = HOST_SLOTS + 1;
+/// The guest's GICC, as on QEMU's virt.
+const GICC: u64 = 0x0801_0000;
 /// Bits of a guest's addresses: 512 GiB, a walk of three levels from one page.
 const IPA_BITS: u8 = 39;
 
@@ -64,6 +72,9 @@ pub(crate) struct Vm {
     pub(crate) config: VmConfig,
     pub(crate) world: VmWorld,
     pub(crate) memory: GuestMemory<Stage2<ArmStage2, GuestTables>, ArmPolicy, HostFrames>,
+    /// What the guest's identification registers read as.
+    pub(crate) ids: GuestIds,
+    pub(crate) power: Power,
     pub(crate) vgic: Owned<Vgic>,
     pub(crate) vcpus: [Once<Owned<Vcpu>>; MAX_VCPUS as usize],
     pub(crate) shared: Owned<VmShared>,
@@ -134,14 +145,12 @@ pub(crate) struct VmTable {
     entries: [RwLock<Entry>; MAX_VMS],
 }
 
-impl VmTable {
-    /// An empty table.
-    pub(crate) const fn new() -> Self {
-        Self {
-            entries: [const { RwLock::new(Entry::Free) }; MAX_VMS],
-        }
-    }
+/// The table.
+pub(crate) static VMS: VmTable = VmTable {
+    entries: [const { RwLock::new(Entry::Free) }; MAX_VMS],
+};
 
+impl VmTable {
     fn entry(&self, handle: u64) -> Result<(u8, &RwLock<Entry>), ErrorCode> {
         let index = handle
             .checked_sub(FIRST_HANDLE)
@@ -352,7 +361,7 @@ impl Vm {
             features,
             vtcr,
         );
-        let table = Stage2::new(format, tables, Vmid(vmid)).ok()?;
+        let table = Stage2::new(format, tables, Tagged).ok()?;
         let vttbr = u64::from(vmid) << 48 | table.root().get();
         table.platform().set_root(vttbr);
         let policy = ArmPolicy {
@@ -374,18 +383,42 @@ impl Vm {
             2 => GicVersion::V2,
             _ => GicVersion::V3,
         };
-        Some(place.fill(Self {
+        let model = Model {
+            ipa_bits: IPA_BITS.min(features.pa_bits),
+            gic_v3: version == GicVersion::V3,
+        };
+        let mut vm = Self {
             index,
             config,
+            ids: GuestIds::new(&hypervisor.ids, &model),
+            power: Power::new(config.vcpus),
             world: VmWorld {
                 stage2: Stage2Regs { vtcr, vttbr },
                 time_offset: regs::ticks(),
             },
             memory: GuestMemory::new(memory_config, policy, frames, table),
-            vgic: vgic.fill(Vgic::new(version, usize::from(config.vcpus))),
+            vgic: vgic.fill_with_vgic(version, config.vcpus),
             vcpus: [const { Once::new() }; MAX_VCPUS as usize],
             shared,
-        }))
+        };
+        vm.map_gic(hypervisor).ok()?;
+        Some(place.fill(vm))
+    }
+
+    /// GICv2: the guest's CPU interface is the hardware's virtual one.
+    fn map_gic(&mut self, hypervisor: &Hypervisor) -> Result<(), memslot::error::Error> {
+        let Some(interface) = hypervisor.gic.guest_interface() else {
+            return Ok(());
+        };
+        let slot = Memslot::new(
+            SlotId(GIC_SLOT),
+            Gfn::try_new(GICC / PAGE_SIZE).ok_or(memslot::error::Error::OutOfMemory)?,
+            interface.size() / PAGE_SIZE,
+            interface.start() / PAGE_SIZE,
+            SlotFlags::empty(),
+            SlotKind::Mmio,
+        )?;
+        self.memory.create_slot(slot)
     }
 
     pub(crate) fn counters(&self) -> &VmCounters {
@@ -463,10 +496,8 @@ impl Vm {
     pub(crate) fn delete_slot(&self, hypervisor: &Hypervisor, id: u16) -> Result<u64, Refusal> {
         let slot = self.memory.slot(SlotId(id)).ok_or(ErrorCode::NotFound)?;
         self.memory.delete_slot(slot.id)?;
-        let memory = AddrRange::with_size(
-            slot.backing * PAGE_SIZE,
-            slot.range.npages() * PAGE_SIZE,
-        );
+        let memory =
+            AddrRange::with_size(slot.backing * PAGE_SIZE, slot.range.npages() * PAGE_SIZE);
         if let Some(memory) = memory.filter(|_| slot.kind == SlotKind::Ram) {
             hypervisor.ownership.end_lease(memory, self.index)?;
         }
@@ -483,6 +514,17 @@ impl Vm {
             Some(LockState::LockedReset) => SlotState::LockedReset,
         };
         Ok(state as u64)
+    }
+
+    /// Resets the VM; no vCPU runs.
+    pub(crate) fn reset(&self, hypervisor: &Hypervisor) -> Result<u64, Refusal> {
+        self.memory.reset()?;
+        for vcpu in self.vcpus.iter().filter_map(Once::get) {
+            vcpu.reset(hypervisor)?;
+        }
+        self.power.reset();
+        self.vgic.reset();
+        Ok(0)
     }
 
     /// The value of a counter.

@@ -26,6 +26,8 @@ mod machine;
 mod report;
 #[cfg(target_os = "none")]
 mod scenario;
+#[cfg(target_os = "none")]
+mod vm;
 
 #[cfg(not(target_os = "none"))]
 fn main() {

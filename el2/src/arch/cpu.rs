@@ -2,6 +2,7 @@
 
 use core::arch::asm;
 use core::mem::offset_of;
+use core::sync::atomic::{AtomicBool, AtomicU64};
 
 use aarch64_cpu::registers::{ELR_EL2, SPSR_EL2, TPIDR_EL2};
 use aarch64_cpu::registers::{Readable, Writeable};
@@ -26,6 +27,12 @@ pub(crate) struct CpuData {
     pub(crate) mpidr: u64,
     /// Its power state.
     pub(crate) power: PowerSlot,
+    /// A vCPU that this core's host looks after may be runnable: a kick is the host's.
+    pub(crate) host_kick: AtomicBool,
+    /// Where its private interrupts' registers are; 0 before they are prepared.
+    pub(crate) gic_frame: AtomicU64,
+    /// The guest timer's physical interrupt is marked active.
+    pub(crate) timer_active: AtomicBool,
 }
 
 // entry.S and vectors.S use these.
@@ -44,6 +51,9 @@ impl CpuData {
             index: id.0,
             mpidr: id.1,
             power: PowerSlot::new(),
+            host_kick: AtomicBool::new(false),
+            gic_frame: AtomicU64::new(0),
+            timer_active: AtomicBool::new(false),
         };
         // SAFETY: the block is EL2's, mapped, this core's alone; a page is large enough (asserted).
         unsafe { pointer.write(data) };

@@ -1,11 +1,74 @@
-//! EL2's frame pool: table pages from a buddy allocator.
+//! Frame pools (EL2's own, and one per VM) and EL2's heap: buddy allocators.
 
-use core::alloc::Layout;
+use core::alloc::{GlobalAlloc, Layout};
 use core::ptr::NonNull;
 
 use board::{AddrRange, PAGE_SIZE};
 use buddy_system_allocator::Heap;
-use spin::Mutex;
+use spin::{Mutex, Once};
+
+static EL2_POOL: Once<FramePool> = Once::new();
+
+/// EL2's own pool, over the part of its memory that boot left for it. Only boot calls this, once.
+pub(crate) fn create_el2_pool(range: AddrRange) -> &'static FramePool {
+    // SAFETY: the rest of the pool that EL2's own map left: mapped, unused.
+    EL2_POOL.call_once(|| unsafe { FramePool::new(range) })
+}
+
+/// EL2's heap: bookkeeping of VMs, never tables. It may run out; who allocates then gets an error.
+struct El2Heap(Mutex<Heap<32>>);
+
+#[global_allocator]
+static HEAP: El2Heap = El2Heap(Mutex::new(Heap::empty()));
+
+/// Bytes of EL2's pool that the heap leaves for the host's stage 2.
+const RESERVE: u64 = 32 * PAGE_SIZE;
+/// Bytes that the heap takes at a time.
+const STEP: u64 = 4 * PAGE_SIZE;
+
+impl El2Heap {
+    /// Takes a piece of EL2's pool that can hold `size` bytes; says whether there was one.
+    fn grow(&self, size: usize) -> bool {
+        let Some(pool) = EL2_POOL.get() else {
+            return false;
+        };
+        let size = (size as u64).next_power_of_two().max(STEP);
+        if pool.free_bytes() < RESERVE + size {
+            return false;
+        }
+        let Some(start) = pool.alloc(size) else {
+            return false;
+        };
+        let end = start + size;
+        // SAFETY: the pool has just handed it out, for good.
+        unsafe { self.0.lock().add_to_heap(start as usize, end as usize) };
+        true
+    }
+}
+
+// SAFETY: the buddy allocator hands out each piece once, aligned as asked.
+unsafe impl GlobalAlloc for El2Heap {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let take = || self.0.lock().alloc(layout).ok();
+        let size = layout.size().max(layout.align());
+        let piece = take().or_else(|| self.grow(size).then(take).flatten());
+        piece.map_or(core::ptr::null_mut(), NonNull::as_ptr)
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        if let Some(pointer) = NonNull::new(pointer) {
+            // SAFETY: the caller's promise: it came from `alloc` with this layout.
+            unsafe { self.0.lock().dealloc(pointer, layout) };
+        }
+    }
+}
+
+/// Adds pages that were just donated to EL2 to its own pool, for good.
+pub(crate) fn add_to_el2_pool(range: AddrRange) {
+    if let Some(pool) = EL2_POOL.get() {
+        pool.add_donated(range);
+    }
+}
 
 /// A naturally aligned piece of `size` bytes, a power of two; `None` for other sizes.
 fn layout(size: u64) -> Option<Layout> {
@@ -39,10 +102,34 @@ impl FramePool {
         }
     }
 
-    /// The pool of EL2 itself, over the part of its memory that boot left for it.
-    pub(crate) fn of_el2(range: AddrRange) -> Self {
-        // SAFETY: called once, by boot, with the rest of the pool that EL2's own map left.
+    /// A pool over memory that was just donated to a VM.
+    pub(crate) fn over_donated(range: AddrRange) -> Self {
+        // SAFETY: EL2's since the donation, page-aligned, mapped like all RAM; the caller hands it
+        // to nobody else.
         unsafe { Self::new(range) }
+    }
+
+    /// Adds memory that was just donated to the VM whose pool this is.
+    pub(crate) fn add_donated(&self, range: AddrRange) {
+        // SAFETY: as in `over_donated`.
+        unsafe { self.add(range) };
+    }
+
+    /// Adds memory to the pool.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::new`].
+    unsafe fn add(&self, range: AddrRange) {
+        let (start, end) = (range.start() as usize, range.end() as usize);
+        // SAFETY: the caller's promise.
+        unsafe { self.heap.lock().add_to_heap(start, end) };
+    }
+
+    /// Bytes that are free; perhaps not in one piece.
+    pub(crate) fn free_bytes(&self) -> u64 {
+        let heap = self.heap.lock();
+        (heap.stats_total_bytes() - heap.stats_alloc_actual()) as u64
     }
 
     /// `size` bytes (a power of two, at least a page), aligned to their size, contents unknown;

@@ -15,6 +15,8 @@ use super::regs::{mrs, msr};
 /// INTID of the maintenance interrupt (PPI 9 on all boards that we know; IHI 0069H 3.1 recommends
 /// it).
 const MAINTENANCE: u32 = 25;
+/// INTID of the EL2 physical timer's interrupt (Arm BSA, DEN 0094).
+const EL2_TIMER: u32 = 26;
 
 /// The controller.
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +77,7 @@ const GICR_TYPER: usize = 0x8;
 const LAST: u32 = 1 << 4;
 const TIMER_BIT: u32 = 1 << GUEST_TIMER_PPI;
 /// The private interrupts that EL2 needs.
-const OURS: u32 = TIMER_BIT | 1 << MAINTENANCE | 1 << KICK_SGI;
+const OURS: u32 = TIMER_BIT | 1 << MAINTENANCE | 1 << EL2_TIMER | 1 << KICK_SGI;
 
 /// Bits of an INTID in acknowledge registers (GICv2).
 const INTID_V2: u32 = 0x3ff;
@@ -361,7 +363,12 @@ impl PhysicalGic {
 impl V2 {
     fn enter(&self, interface: &CpuInterface) {
         let gich = Mmio::gic(self.gich.start());
-        for (n, list) in interface.lists.iter().enumerate().take(interface.used.into()) {
+        for (n, list) in interface
+            .lists
+            .iter()
+            .enumerate()
+            .take(interface.used.into())
+        {
             gich.write(GICH_LR + 4 * n, *list as u32);
         }
         gich.write(GICH_HCR, interface.hcr);
@@ -447,7 +454,12 @@ impl V3 {
 }
 
 fn enter_lists(interface: &CpuInterface) {
-    for (n, list) in interface.lists.iter().enumerate().take(interface.used.into()) {
+    for (n, list) in interface
+        .lists
+        .iter()
+        .enumerate()
+        .take(interface.used.into())
+    {
         macro_rules! write {
             ($name:literal) => {
                 set!($name, *list)
@@ -461,7 +473,12 @@ fn enter_lists(interface: &CpuInterface) {
 fn leave_lists(interface: &mut CpuInterface) {
     interface.hcr = mrs!("s3_4_c12_c11_0") as u32;
     set!("s3_4_c12_c11_0", 0);
-    for (n, list) in interface.lists.iter_mut().enumerate().take(interface.used.into()) {
+    for (n, list) in interface
+        .lists
+        .iter_mut()
+        .enumerate()
+        .take(interface.used.into())
+    {
         macro_rules! read {
             ($name:literal) => {
                 mrs!($name)

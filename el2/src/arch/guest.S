@@ -127,7 +127,8 @@ fp_save:
     stp     q30, q31, [x0, #480]
     mrs     x1, fpsr
     mrs     x2, fpcr
-    stp     x1, x2, [x0, #512]
+    str     x1, [x0, #512]
+    str     x2, [x0, #520]
     ret
 
 // void fp_load(const FpState *)
@@ -149,7 +150,8 @@ fp_load:
     ldp     q26, q27, [x0, #416]
     ldp     q28, q29, [x0, #448]
     ldp     q30, q31, [x0, #480]
-    ldp     x1, x2, [x0, #512]
+    ldr     x1, [x0, #512]
+    ldr     x2, [x0, #520]
     msr     fpsr, x1
     msr     fpcr, x2
     ret

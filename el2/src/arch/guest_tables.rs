@@ -16,7 +16,7 @@ use stage2::{
 
 use super::frames::FramePool;
 use super::mem;
-use super::tlb::{self, TlbOps, Vmid};
+use super::tlb::{self, Tagged, TlbOps};
 
 /// The machine underneath one guest's stage 2.
 #[derive(Debug)]
@@ -107,14 +107,14 @@ unsafe impl TableMemory for GuestTables {
 }
 
 impl TlbInvalidate for GuestTables {
-    type Context = Vmid;
+    type Context = Tagged;
 
-    fn invalidate_range(&self, context: Vmid, range: IpaRange, level: Option<Level>) {
+    fn invalidate_range(&self, context: Tagged, range: IpaRange, level: Option<Level>) {
         self.counters.count(VmCounter::Zaps);
         self.tlb.invalidate_range(context, range, level);
     }
 
-    fn invalidate_all(&self, context: Vmid) {
+    fn invalidate_all(&self, context: Tagged) {
         self.counters.count(VmCounter::Zaps);
         self.tlb.invalidate_all(context);
     }

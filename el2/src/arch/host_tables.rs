@@ -16,24 +16,29 @@ use stage2::{
 };
 
 use super::frames::FramePool;
-use super::tlb::{self, HostVmid, TlbOps};
+use super::tlb::{self, Tagged, TlbOps};
 
 /// The machine underneath the host's stage 2.
 #[derive(Debug)]
 pub(crate) struct HostTables {
-    pool: FramePool,
+    pool: &'static FramePool,
     in_use: AtomicU64,
     tlb: ArmTlb<TlbOps>,
 }
 
 impl HostTables {
     /// Tables from `pool`, for cores with `features`.
-    pub(crate) fn new(pool: FramePool, features: &Features) -> Self {
+    pub(crate) fn new(pool: &'static FramePool, features: &Features, vtcr: u64) -> Self {
         Self {
             pool,
             in_use: AtomicU64::new(0),
-            tlb: tlb::for_host(features),
+            tlb: tlb::invalidation(features, vtcr),
         }
+    }
+
+    /// Makes the host's root known to the TLB instructions.
+    pub(crate) fn set_root(&self, vttbr: u64) {
+        self.tlb.ops().set_root(vttbr);
     }
 
     /// Pages that are tables now.
@@ -82,13 +87,13 @@ unsafe impl TableMemory for HostTables {
 }
 
 impl TlbInvalidate for HostTables {
-    type Context = HostVmid;
+    type Context = Tagged;
 
-    fn invalidate_range(&self, context: HostVmid, range: IpaRange, level: Option<Level>) {
+    fn invalidate_range(&self, context: Tagged, range: IpaRange, level: Option<Level>) {
         self.tlb.invalidate_range(context, range, level);
     }
 
-    fn invalidate_all(&self, context: HostVmid) {
+    fn invalidate_all(&self, context: Tagged) {
         self.tlb.invalidate_all(context);
     }
 

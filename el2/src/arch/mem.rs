@@ -175,6 +175,15 @@ pub(crate) fn clean_invalidate_to_poc(range: AddrRange) {
     data_barrier();
 }
 
+/// Cleans the data cache to the point of unification, where instruction fetches read, and waits.
+pub(crate) fn clean_to_pou(range: AddrRange) {
+    each_line(range, |address| {
+        // SAFETY: cleaning loses no data, whatever the address.
+        unsafe { asm!("dc cvau, {}", in(reg) address, options(nostack, preserves_flags)) };
+    });
+    data_barrier();
+}
+
 /// Makes what was just written executable: the data is at the point of coherency already.
 pub(crate) fn invalidate_icache() {
     // SAFETY: invalidating the instruction cache loses nothing.
@@ -192,6 +201,15 @@ pub(crate) fn invalidate_icache() {
 pub(crate) fn data_barrier() {
     // SAFETY: a barrier.
     unsafe { asm!("dsb sy", options(nostack, preserves_flags)) };
+}
+
+/// Fills memory that was donated, and that nothing refers to any more, with zeros, to the point of
+/// coherency: whoever gets it may map it non-cacheable.
+pub(crate) fn wipe_donated(range: AddrRange) {
+    let pointer = core::ptr::with_exposed_provenance_mut::<u64>(range.start() as usize);
+    // SAFETY: page-aligned RAM of EL2 since its donation; the VM that used it is dropped.
+    unsafe { pointer.write_bytes(0, range.size() as usize / 8) };
+    clean_invalidate_to_poc(range);
 }
 
 /// Zeroes a page of EL2's pool.

@@ -54,6 +54,18 @@ impl Mmio {
         unsafe { Self::new(base) }
     }
 
+    /// The interrupt controller, which the device tree names and EL2 maps.
+    pub(crate) const fn gic(base: u64) -> Self {
+        // SAFETY: EL2 only touches what `arch::gic` says is its own, by registers that set or clear
+        // single interrupts.
+        unsafe { Self::new(base) }
+    }
+
+    /// Where the registers are.
+    pub(crate) const fn base(self) -> u64 {
+        self.base
+    }
+
     /// The board's power management block, which the device tree names and EL2 maps.
     pub(crate) const fn power(base: u64) -> Self {
         // SAFETY: as for the console.

@@ -11,19 +11,24 @@ pub(crate) mod cpu;
 pub(crate) mod exceptions;
 pub(crate) mod firmware;
 pub(crate) mod frames;
+pub(crate) mod gic;
+pub(crate) mod guest_tables;
 pub(crate) mod host_regs;
 pub(crate) mod host_tables;
 pub(crate) mod mem;
 pub(crate) mod mmio;
 pub(crate) mod mmu;
+pub(crate) mod owned;
 pub(crate) mod regs;
 pub(crate) mod self_test;
 pub(crate) mod tlb;
+pub(crate) mod world;
 
 core::arch::global_asm!(
     include_str!("common.S"),
     include_str!("entry.S"),
     include_str!("vectors.S"),
+    include_str!("guest.S"),
 );
 
 /// The host that EL2 starts at EL1: `host-shim`, a flat arm64 Image that `scripts/build.sh` has

@@ -7,6 +7,8 @@ use core::ptr::NonNull;
 
 use board::PAGE_SIZE;
 
+use el2::vgic::{GicVersion, Vgic};
+
 use super::frames::FramePool;
 
 /// An object in a pool's pages. Dropping it drops the object; the pages stay taken until the whole
@@ -52,6 +54,21 @@ impl Owned<crate::vm::VmShared> {
         // SAFETY: the VM declares it behind its tables, so it drops them first; the pages stay as
         // they are until the host reclaims them, which needs the VM to be dropped.
         unsafe { self.pointer.as_ref() }
+    }
+}
+
+impl Place<Vgic> {
+    /// Puts a copy of the controller after reset there: it is too large for a stack.
+    pub(crate) fn fill_with_vgic(self, version: GicVersion, vcpus: u8) -> Owned<Vgic> {
+        static TEMPLATE: Vgic = Vgic::new(GicVersion::V3, 1);
+        let pointer = self.pointer.cast::<Vgic>();
+        // SAFETY: large and aligned enough, apart; a plain copy of plain values, atomics and an
+        // open lock included, that nobody changes in the template.
+        unsafe { core::ptr::copy_nonoverlapping(&raw const TEMPLATE, pointer.as_ptr(), 1) };
+        let mut owned = Owned { pointer };
+        // SAFETY: initialised just now, exclusively ours.
+        unsafe { owned.pointer.as_mut() }.configure(version, vcpus);
+        owned
     }
 }
 

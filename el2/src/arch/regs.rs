@@ -7,6 +7,7 @@ use aarch64_cpu::registers::{
 };
 use aarch64_cpu::registers::{ELR_EL1, ESR_EL1, FAR_EL1, SPSR_EL1, Writeable};
 use el2::features::IdRegisters;
+use el2::guest::sysreg::VmRegister;
 use el2::inject::{Entry, Interrupted};
 
 /// Reads a system register by name.
@@ -64,6 +65,8 @@ pub(crate) fn id_registers() -> IdRegisters {
         pfr1: ID_AA64PFR1_EL1.get(),
         dfr0: ID_AA64DFR0_EL1.get(),
         isar0: ID_AA64ISAR0_EL1.get(),
+        isar1: mrs!("id_aa64isar1_el1"),
+        isar2: mrs!("s3_0_c0_c6_2"), // ID_AA64ISAR2_EL1; reads as zero where it is not defined
         mmfr0: ID_AA64MMFR0_EL1.get(),
         mmfr1: ID_AA64MMFR1_EL1.get(),
         mmfr2: ID_AA64MMFR2_EL1.get(),
@@ -117,4 +120,81 @@ pub(crate) fn inject(entry: &Entry) {
     SPSR_EL1.set(SPSR_EL2.get());
     ELR_EL2.set(entry.pc);
     SPSR_EL2.set(entry.spsr);
+}
+
+/// Makes a guest, whose PC and PSTATE are saved, continue in its own exception handler; the caller
+/// gives it the new ones.
+pub(crate) fn write_exception(entry: &Entry, pc: u64, pstate: u64) {
+    ESR_EL1.set(entry.esr);
+    FAR_EL1.set(FAR_EL2.get());
+    ELR_EL1.set(pc);
+    SPSR_EL1.set(pstate);
+}
+
+/// Whether the virtual timer of the guest that is loaded asserts its interrupt.
+pub(crate) fn virtual_timer_fired() -> bool {
+    mrs!("cntv_ctl_el0") & 0b111 == 0b101
+}
+
+/// When it will, in ticks of CNTPCT_EL0: the virtual counter is `offset` behind. `u64::MAX` if it
+/// is off or masked.
+pub(crate) fn virtual_timer_deadline(offset: u64) -> u64 {
+    if mrs!("cntv_ctl_el0") & 0b11 == 0b01 {
+        mrs!("cntv_cval_el0").saturating_add(offset)
+    } else {
+        u64::MAX
+    }
+}
+
+/// Lets EL2's own timer end the guest's run at `deadline`.
+pub(crate) fn start_el2_timer(deadline: u64) {
+    // SAFETY: EL2's timer, whose interrupt EL2 masks; it ends a WFI or a guest's run at most.
+    unsafe { msr!("cnthp_cval_el2", deadline) };
+    // SAFETY: as above.
+    unsafe { msr!("cnthp_ctl_el2", 1) };
+}
+
+/// Stops it.
+pub(crate) fn stop_el2_timer() {
+    // SAFETY: as above.
+    unsafe { msr!("cnthp_ctl_el2", 0) };
+}
+
+/// SCTLR_EL1 of the guest that is loaded.
+pub(crate) fn sctlr_el1() -> u64 {
+    SCTLR_EL1.get()
+}
+
+/// Writes a register of EL1 for the guest that is loaded, whose own write was trapped.
+pub(crate) fn write_vm_register(register: VmRegister, value: u64) {
+    macro_rules! write {
+        ($name:literal) => {
+            // SAFETY: governs EL1 and EL0 only.
+            unsafe { msr!($name, value) }
+        };
+    }
+    match register {
+        VmRegister::Sctlr => write!("sctlr_el1"),
+        VmRegister::Ttbr0 => write!("ttbr0_el1"),
+        VmRegister::Ttbr1 => write!("ttbr1_el1"),
+        VmRegister::Tcr => write!("tcr_el1"),
+        VmRegister::Esr => write!("esr_el1"),
+        VmRegister::Far => write!("far_el1"),
+        VmRegister::Afsr0 => write!("afsr0_el1"),
+        VmRegister::Afsr1 => write!("afsr1_el1"),
+        VmRegister::Mair => write!("mair_el1"),
+        VmRegister::Amair => write!("amair_el1"),
+        VmRegister::ContextIdr => write!("contextidr_el1"),
+    }
+}
+
+/// Random numbers of the RNDR instruction (Arm ARM D24.2.143): zero flag set when it has none.
+pub(crate) fn random() -> Option<u64> {
+    let (value, failed): (u64, u64);
+    // SAFETY: only called where ID_AA64ISAR0_EL1.RNDR says that the register is there.
+    unsafe {
+        core::arch::asm!("mrs {}, s3_3_c2_c4_0", "cset {}, eq", out(reg) value, out(reg) failed,
+            options(nomem, nostack));
+    }
+    (failed == 0).then_some(value)
 }

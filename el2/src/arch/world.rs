@@ -584,3 +584,13 @@ pub(crate) fn translate_stage1(address: u64) -> Option<u64> {
     unsafe { msr!("par_el1", saved) };
     (par & 1 == 0).then_some(par & 0x000f_ffff_ffff_f000)
 }
+
+/// Loads a vCPU that is loaded already anew, after its registers were replaced: EL1's, not FP.
+pub(crate) fn reload(features: &Features, guest: &Context) {
+    guest.el1.write();
+    if features.pauth {
+        guest.keys.write();
+    }
+    set_hcr(guest.hcr);
+    load_walk_registers(features, guest.sctlr, guest.tcr);
+}

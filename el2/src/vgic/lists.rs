@@ -8,7 +8,7 @@ use super::irq::{Irq, NOBODY};
 use super::{GicVersion, Kicks, PRIVATE, State, Vgic};
 
 /// Most list registers: GICv3 has at most 16, GICv2 (GIC-400) at most 64, of which we use 16.
-pub const MAX_LISTS: usize = 16;
+const MAX_LISTS: usize = 16;
 
 /// The virtual CPU interface of a vCPU: the values of GICH_* or ICH_* registers.
 #[derive(Clone, Debug)]

@@ -104,6 +104,12 @@ impl Vgic {
         }
     }
 
+    /// Makes it another controller, before anyone uses it.
+    pub const fn configure(&mut self, version: GicVersion, vcpus: u8) {
+        self.version = version;
+        self.vcpus = vcpus;
+    }
+
     /// Back to reset: nothing pending, nothing enabled. No vCPU is loaded.
     pub fn reset(&self) {
         let mut state = self.state.lock();

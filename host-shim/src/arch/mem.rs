@@ -94,3 +94,8 @@ pub(crate) fn clean_invalidate_to_poc(range: AddrRange) {
     // SAFETY: a barrier.
     unsafe { asm!("dsb sy", options(nostack, preserves_flags)) };
 }
+
+/// Bytes of the smallest data cache line.
+pub(crate) fn line_size() -> u64 {
+    4 << (super::mrs!("ctr_el0") >> 16 & 0xf)
+}

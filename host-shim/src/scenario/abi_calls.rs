@@ -35,7 +35,7 @@ fn uid() -> Result<(), &'static str> {
 
 fn unknown() -> Result<(), &'static str> {
     for id in [
-        0xc600_0103,
+        0xc600_01ff,
         0x8600_0000,
         0xc600_ffff,
         0x8600_ff03,

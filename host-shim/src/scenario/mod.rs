@@ -3,6 +3,7 @@
 mod abi_calls;
 mod cores;
 mod firmware;
+mod guests;
 mod isolation;
 mod memory;
 
@@ -13,12 +14,13 @@ use crate::report::Report;
 
 type Scenario = fn(&Machine, &mut Report);
 
-const ALL: [(&str, Scenario); 5] = [
+const ALL: [(&str, Scenario); 6] = [
     ("abi", abi_calls::run),
     ("firmware", firmware::run),
     ("memory", memory::run),
     ("isolation", isolation::run),
     ("cores", cores::run),
+    ("guests", guests::run),
 ];
 
 /// Runs the scenarios that the comma-separated list names, or `all`.

@@ -1,0 +1,241 @@
+//! VMs: their life, and what a small guest sees.
+
+use abi::{ErrorCode, Exit, SlotState, SlotWord, VmConfig, VmCounter};
+use board::{AddrRange, PAGE_SIZE, Placement, highest_free};
+
+use crate::arch::{guest, mem};
+use crate::machine::Machine;
+use crate::report::Report;
+use crate::vm::{Refused, Vm};
+
+/// Where the guest's memory starts, as on QEMU's virt.
+const RAM: u64 = 0x4000_0000;
+/// Bytes of the guest's memory.
+const RAM_SIZE: u64 = 2 << 20;
+/// Donated to a VM: its objects and a few tables.
+const STATE_SIZE: u64 = 128 * PAGE_SIZE;
+const UART: u64 = 0x0900_0000;
+
+const SLOT: SlotWord = SlotWord {
+    id: 0,
+    device: false,
+    flags: 0,
+};
+const CONFIG: VmConfig = VmConfig {
+    vcpus: 1,
+    protected: false,
+};
+
+pub(super) fn run(machine: &Machine, report: &mut Report) {
+    let Some(memory) = Memory::find(machine) else {
+        report.check("guests", Err("there is no free memory"));
+        return;
+    };
+    report.check("guest_runs_and_powers_off", hello(&memory));
+    report.check("guest_memory_is_flushed_once", flushed_once(&memory));
+    report.check("donated_memory_comes_back_wiped", wiped(&memory));
+    report.check("bad_calls_are_refused", refusals(&memory));
+    report.check("vms_come_and_go", many(&memory));
+}
+
+/// Free memory for one VM.
+struct Memory {
+    ram: AddrRange,
+    state: AddrRange,
+}
+
+impl Memory {
+    fn find(machine: &Machine) -> Option<Self> {
+        let want = Placement {
+            size: RAM_SIZE + STATE_SIZE,
+            align: 2 << 20,
+            limit: 1 << 40,
+        };
+        let range = highest_free(&machine.board.memory, &machine.board.reserved, want)?;
+        let (ram, state) = (range.start(), range.start() + RAM_SIZE);
+        Some(Self {
+            ram: AddrRange::with_size(ram, RAM_SIZE)?,
+            state: AddrRange::with_size(state, STATE_SIZE)?,
+        })
+    }
+
+    /// A VM with one slot, and the small guest in it.
+    fn vm(&self) -> Result<Vm, Refused> {
+        let vm = Vm::create(CONFIG, self.state)?;
+        vm.create_slot(SLOT, RAM, self.ram)?;
+        vm.create_vcpu(0)?;
+        vm.start_vcpu(0, RAM, 0x1234)?;
+        Ok(vm)
+    }
+
+    fn load(&self) {
+        let code = guest::hello();
+        mem::bytes_mut(self.ram)[..code.len()].copy_from_slice(code);
+    }
+}
+
+fn words<T>(result: Result<T, Refused>) -> Result<T, &'static str> {
+    result.map_err(|refused| match refused.code {
+        ErrorCode::NotPermitted => "a call was refused: not permitted",
+        ErrorCode::NotFound => "a call was refused: not found",
+        ErrorCode::Again => "a call was refused: again",
+        ErrorCode::NoMemory => "a call was refused: no memory",
+        ErrorCode::Busy => "a call was refused: busy",
+        ErrorCode::Exists => "a call was refused: exists",
+        ErrorCode::Invalid => "a call was refused: invalid",
+        ErrorCode::NoSpace => "a call was refused: no space",
+        ErrorCode::NoHeap => "a call was refused: no heap",
+        _ => "a call was refused",
+    })
+}
+
+/// Destroys a VM and takes everything back.
+fn end(vm: Vm) -> Result<(), &'static str> {
+    words(vm.destroy())?;
+    while words(vm.reclaim())?.is_some() {}
+    match vm.reclaim() {
+        Err(refused) if refused.code == ErrorCode::Invalid => Ok(()),
+        _ => Err("a handle that was given back is still one"),
+    }
+}
+
+/// Runs the guest: it reads and writes a device, calls PSCI, uses FP, and powers off.
+fn converse(vm: Vm) -> Result<(), &'static str> {
+    let mut loaded = 0;
+    let mut expected = [
+        Exit::MmioWrite {
+            ipa: UART,
+            size: 4,
+            value: 0x1234,
+        },
+        Exit::MmioRead {
+            ipa: UART + 0x18,
+            size: 4,
+        },
+        Exit::MmioWrite {
+            ipa: UART + 4,
+            size: 1,
+            value: 0x8b,
+        },
+        Exit::MmioWrite {
+            ipa: UART + 8,
+            size: 8,
+            value: 0x1_0001,
+        },
+        Exit::MmioWrite {
+            ipa: UART + 16,
+            size: 8,
+            value: 0x4010_0000_0000_0000,
+        },
+        Exit::SystemOff,
+    ]
+    .into_iter()
+    .peekable();
+    for _ in 0..10_000 {
+        let exit = words(vm.run(0, loaded))?;
+        if exit == Exit::Interrupted {
+            continue;
+        }
+        if Some(exit) != expected.next() {
+            crate::console::line(format_args!("  unexpected {exit:?}"));
+            return Err("the guest did something else");
+        }
+        loaded = if let Exit::MmioRead { .. } = exit {
+            0xffff_ff8a
+        } else {
+            0
+        };
+        if exit == Exit::SystemOff {
+            return Ok(());
+        }
+    }
+    Err("the guest does not get on")
+}
+
+fn hello(memory: &Memory) -> Result<(), &'static str> {
+    memory.load();
+    let vm = words(memory.vm())?;
+    let result = converse(vm);
+    end(vm)?;
+    result
+}
+
+/// What was written after the lock is seen, and the lines are flushed at the first run only.
+fn flushed_once(memory: &Memory) -> Result<(), &'static str> {
+    let vm = words(memory.vm())?;
+    words(vm.lock_slot(0))?;
+    let at_lock = words(vm.counter(VmCounter::LinesFlushed))?;
+    let dirty = words(vm.slot_state(0))?;
+    memory.load();
+    let result = converse(vm);
+    let at_end = words(vm.counter(VmCounter::LinesFlushed))?;
+    let clean = words(vm.slot_state(0))?;
+    end(vm)?;
+    result?;
+    expect(at_lock == 0, "lines were flushed at lock")?;
+    expect(
+        clean == Some(SlotState::LockedClean),
+        "it is not clean after",
+    )?;
+    let forced = crate::call::features().contains(abi::Features::FORCE_WRITE_BACK);
+    if forced {
+        expect(dirty == Some(SlotState::LockedClean), "nothing was pending")?;
+        return expect(at_end == 0, "lines were flushed for forced write-back");
+    }
+    expect(dirty == Some(SlotState::LockedDirty), "nothing was pending")?;
+    let lines = RAM_SIZE / crate::arch::mem::line_size();
+    expect(at_end == lines, "not the slot's lines were flushed")
+}
+
+fn wiped(memory: &Memory) -> Result<(), &'static str> {
+    mem::bytes_mut(memory.state).fill(0x55);
+    let vm = words(memory.vm())?;
+    end(vm)?;
+    let clean = mem::bytes(memory.state).iter().all(|byte| *byte == 0);
+    expect(clean, "something of the VM is left")
+}
+
+fn refusals(memory: &Memory) -> Result<(), &'static str> {
+    let vm = words(memory.vm())?;
+    let code = |result: Result<(), Refused>| result.err().map(|refused| refused.code);
+    let again = code(vm.create_slot(SLOT, RAM, memory.ram));
+    let donated = code(vm.top_up(memory.ram));
+    let el2s = code(vm.create_slot(SlotWord { id: 1, ..SLOT }, 0, memory.state));
+    let twice = code(vm.create_vcpu(0));
+    let beyond = code(vm.create_vcpu(1));
+    let missing = vm.run(1, 0).err().map(|refused| refused.code);
+    end(vm)?;
+    expect(
+        again == Some(ErrorCode::Exists),
+        "a slot number was used twice",
+    )?;
+    expect(
+        donated == Some(ErrorCode::Busy),
+        "a slot's memory was donated",
+    )?;
+    expect(
+        el2s == Some(ErrorCode::NotPermitted),
+        "EL2's memory in a slot",
+    )?;
+    expect(twice == Some(ErrorCode::Exists), "a vCPU was created twice")?;
+    expect(beyond == Some(ErrorCode::Invalid), "a vCPU beyond the last")?;
+    expect(missing == Some(ErrorCode::NotFound), "a missing vCPU ran")
+}
+
+/// VMIDs are used again: no translation of the one before may be left.
+fn many(memory: &Memory) -> Result<(), &'static str> {
+    for round in 0..20 {
+        memory.load();
+        let vm = words(memory.vm())?;
+        let result = converse(vm);
+        end(vm)?;
+        result?;
+        expect(vm.handle() == 0x1000, "a handle leaks")?;
+        mem::bytes_mut(memory.ram).fill(round);
+    }
+    Ok(())
+}
+
+fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
+    if good { Ok(()) } else { Err(otherwise) }
+}

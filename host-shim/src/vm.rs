@@ -1,0 +1,183 @@
+//! Calls about VMs, typed.
+
+use abi::{Call, ErrorCode, Exit, SMCCC_SUCCESS, SlotState, SlotWord, VmConfig, VmCounter};
+use board::{AddrRange, PAGE_SIZE};
+use smccc::Hvc;
+
+/// Why a call failed, and for [`ErrorCode::NoMemory`] how many pages would be enough.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Refused {
+    pub(crate) code: ErrorCode,
+    pub(crate) pages: u64,
+}
+
+/// Makes one call; `x1` to `x4` of the answer.
+pub(crate) fn call(call: Call, args: [u64; 6]) -> Result<[u64; 4], Refused> {
+    use smccc::Call as _;
+    let mut wide = [0; 17];
+    wide[..6].copy_from_slice(&args);
+    let answer = Hvc::call64(call as u32, wide);
+    let code = if answer[0] == SMCCC_SUCCESS {
+        match abi::from_register(answer[1]) {
+            Ok(_) => return Ok([answer[1], answer[2], answer[3], answer[4]]),
+            Err(code) => code,
+        }
+    } else {
+        ErrorCode::NotFound
+    };
+    Err(Refused {
+        code,
+        pages: answer[2],
+    })
+}
+
+/// A call with up to six arguments, the rest zero.
+macro_rules! vm_call {
+    ($call:expr $(, $arg:expr)*) => {{
+        let given: &[u64] = &[$($arg),*];
+        let mut args = [0; 6];
+        args[..given.len()].copy_from_slice(given);
+        call($call, args)
+    }};
+}
+
+/// A VM, by its handle.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Vm {
+    handle: u64,
+}
+
+impl Vm {
+    /// Reserves a handle and creates a VM out of donated memory.
+    pub(crate) fn create(config: VmConfig, donated: AddrRange) -> Result<Self, Refused> {
+        let vm = Self::reserve()?;
+        match vm.create_reserved(config, donated) {
+            Ok(()) => Ok(vm),
+            Err(refused) => {
+                vm.destroy()?;
+                vm.reclaim()?;
+                Err(refused)
+            }
+        }
+    }
+
+    /// Reserves a handle.
+    pub(crate) fn reserve() -> Result<Self, Refused> {
+        let [handle, ..] = vm_call!(Call::VmReserve)?;
+        Ok(Self { handle })
+    }
+
+    /// Creates the VM of a reserved handle.
+    pub(crate) fn create_reserved(
+        self,
+        config: VmConfig,
+        donated: AddrRange,
+    ) -> Result<(), Refused> {
+        let pages = donated.size() / PAGE_SIZE;
+        let start = donated.start();
+        vm_call!(Call::VmCreate, self.handle, start, pages, config.bits()).map(drop)
+    }
+
+    /// The handle.
+    pub(crate) const fn handle(self) -> u64 {
+        self.handle
+    }
+
+    /// Donates more pages.
+    pub(crate) fn top_up(self, donated: AddrRange) -> Result<(), Refused> {
+        let pages = donated.size() / PAGE_SIZE;
+        vm_call!(Call::VmTopUp, self.handle, donated.start(), pages).map(drop)
+    }
+
+    /// Ends it.
+    pub(crate) fn destroy(self) -> Result<(), Refused> {
+        vm_call!(Call::VmDestroy, self.handle).map(drop)
+    }
+
+    /// Takes back one donated range; `None` when nothing is left and the handle is gone.
+    pub(crate) fn reclaim(self) -> Result<Option<AddrRange>, Refused> {
+        let [start, pages, ..] = vm_call!(Call::VmReclaim, self.handle)?;
+        Ok(AddrRange::with_size(start, pages * PAGE_SIZE))
+    }
+
+    /// Resets it.
+    pub(crate) fn reset(self) -> Result<(), Refused> {
+        vm_call!(Call::VmReset, self.handle).map(drop)
+    }
+
+    /// Gives it a slot.
+    pub(crate) fn create_slot(
+        self,
+        word: SlotWord,
+        ipa: u64,
+        memory: AddrRange,
+    ) -> Result<(), Refused> {
+        let (start, pages) = (memory.start(), memory.size() / PAGE_SIZE);
+        vm_call!(
+            Call::SlotCreate,
+            self.handle,
+            word.bits(),
+            ipa,
+            pages,
+            start
+        )
+        .map(drop)
+    }
+
+    /// Removes a slot.
+    pub(crate) fn delete_slot(self, id: u16) -> Result<(), Refused> {
+        vm_call!(Call::SlotDelete, self.handle, u64::from(id)).map(drop)
+    }
+
+    /// Locks a slot for reading and writing, with blocks where that is possible.
+    pub(crate) fn lock_slot(self, id: u16) -> Result<(), Refused> {
+        vm_call!(Call::SlotLock, self.handle, 1, u64::from(id), 0b11 | 1 << 8).map(drop)
+    }
+
+    /// State of a slot.
+    pub(crate) fn slot_state(self, id: u16) -> Result<Option<SlotState>, Refused> {
+        let [state, ..] = vm_call!(Call::SlotState, self.handle, u64::from(id))?;
+        Ok(SlotState::from_number(state))
+    }
+
+    /// Registers a device whose DMA is not snooped, or takes it back.
+    pub(crate) fn noncoherent_device(self, register: bool) -> Result<(), Refused> {
+        vm_call!(Call::DmaDevice, self.handle, 1, u64::from(register)).map(drop)
+    }
+
+    /// Creates a vCPU.
+    pub(crate) fn create_vcpu(self, index: u8) -> Result<(), Refused> {
+        vm_call!(Call::VcpuCreate, self.handle, u64::from(index)).map(drop)
+    }
+
+    /// Turns a vCPU on.
+    pub(crate) fn start_vcpu(self, index: u8, pc: u64, x0: u64) -> Result<(), Refused> {
+        vm_call!(Call::VcpuStart, self.handle, u64::from(index), pc, x0).map(drop)
+    }
+
+    /// Runs a vCPU; `loaded` is what the last read wants.
+    pub(crate) fn run(self, index: u8, loaded: u64) -> Result<Exit, Refused> {
+        let registers = vm_call!(Call::VcpuRun, self.handle, u64::from(index), loaded)?;
+        Exit::from_registers(registers).ok_or(Refused {
+            code: ErrorCode::Invalid,
+            pages: 0,
+        })
+    }
+
+    /// Sets an interrupt line.
+    pub(crate) fn set_line(self, intid: u32, level: bool) -> Result<(), Refused> {
+        vm_call!(
+            Call::IrqLine,
+            self.handle,
+            u64::from(intid),
+            u64::from(level)
+        )
+        .map(drop)
+    }
+
+    /// A counter.
+    pub(crate) fn counter(self, counter: VmCounter) -> Result<u64, Refused> {
+        let [value, ..] = vm_call!(Call::VmCounter, self.handle, counter as u64)?;
+        Ok(value)
+    }
+}
