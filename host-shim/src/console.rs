@@ -6,6 +6,8 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use board::uart::Uart;
 use board::{Console, UartKind};
 
+use spin::Mutex;
+
 use crate::arch::Mmio;
 
 /// Address of the UART (0: none), its kind in bit 0.
@@ -17,8 +19,7 @@ pub(crate) fn set(console: Option<Console>) {
     UART.store(value, Ordering::Relaxed);
 }
 
-/// Prints a line.
-pub(crate) fn line(text: fmt::Arguments<'_>) {
+fn uart() -> Option<Uart<Mmio>> {
     let value = UART.load(Ordering::Relaxed);
     let kind = if value & 1 == 0 {
         UartKind::Pl011
@@ -26,9 +27,32 @@ pub(crate) fn line(text: fmt::Arguments<'_>) {
         UartKind::Mini
     };
     let base = value & !1;
-    if base != 0 {
-        let mut uart = Uart::new(Console { kind, base }, Mmio::new(base));
+    (base != 0).then(|| Uart::new(Console { kind, base }, Mmio::new(base)))
+}
+
+/// Prints a line.
+pub(crate) fn line(content: fmt::Arguments<'_>) {
+    text(format_args!("{content}\n"));
+}
+
+/// Prints text, unmixed with that of other cores. With the MMU off there is only one core.
+pub(crate) fn text(content: fmt::Arguments<'_>) {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = crate::arch::mmu::is_on().then(|| TURN.lock());
+    if let Some(mut uart) = uart() {
         // A UART's `write_str` never fails.
-        let _ = writeln!(uart, "{text}");
+        let _ = uart.write_fmt(content);
     }
+}
+
+/// Sends one byte as it is.
+pub(crate) fn write_byte(byte: u8) {
+    if let Some(uart) = uart() {
+        uart.send(byte);
+    }
+}
+
+/// A key that was pressed.
+pub(crate) fn read_byte() -> Option<u8> {
+    uart()?.receive()
 }

@@ -13,6 +13,9 @@
 )]
 
 #[cfg(target_os = "none")]
+extern crate alloc;
+
+#[cfg(target_os = "none")]
 mod arch;
 #[cfg(target_os = "none")]
 mod call;
@@ -22,6 +25,9 @@ mod console;
 mod linux;
 #[cfg(target_os = "none")]
 mod machine;
+#[cfg(target_os = "none")]
+#[path = "vmm/mod.rs"]
+mod monitor;
 #[cfg(target_os = "none")]
 mod report;
 #[cfg(target_os = "none")]
@@ -37,11 +43,14 @@ fn main() {
 
 #[cfg(target_os = "none")]
 mod run {
-    use board::Board;
+    use board::{AddrRange, Board};
+    use vmm::fit;
+
+    use crate::arch::mem;
 
     use crate::machine::{self, Machine};
     use crate::report::Report;
-    use crate::{call, console, linux, scenario};
+    use crate::{call, console, linux, monitor, scenario};
 
     /// Reads the machine, does what was asked, ends the machine.
     pub(crate) fn run(tree: u64) -> ! {
@@ -55,15 +64,32 @@ mod run {
         machine.print();
         let mut report = Report::default();
         if let Some(fit) = machine.board.chosen.initrd {
-            // Returns only if there is nothing to boot.
-            let why = linux::boot(&machine, fit);
-            console::line(format_args!("host: can't boot from the initrd: {why}"));
-            report.check("payload", Err(why));
+            run_payload(&machine, fit, &mut report);
         } else {
             run_scenarios(&machine, &mut report);
         }
         report.close();
         call::system_off()
+    }
+
+    /// Runs the guests of a FIT, or Linux as host if it has none.
+    fn run_payload(machine: &Machine, file: AddrRange, report: &mut Report) {
+        let configs = || {
+            let file = mem::bytes(file);
+            fit::guests(file).map_err(|error| {
+                console::line(format_args!("host: {error}"));
+                "the initrd can't be used"
+            })
+        };
+        match monitor::run(machine, configs) {
+            Err(monitor::NO_GUESTS) => {
+                // Returns only if there is nothing to boot.
+                let why = linux::boot(machine, file);
+                console::line(format_args!("host: can't boot from the initrd: {why}"));
+                report.check("payload", Err(why));
+            }
+            result => report.check("guests_power_off", result),
+        }
     }
 
     fn run_scenarios(machine: &Machine, report: &mut Report) {

@@ -1,6 +1,8 @@
 //! Calls about VMs, typed.
 
-use abi::{Call, ErrorCode, Exit, SMCCC_SUCCESS, SlotState, SlotWord, VmConfig, VmCounter};
+use abi::{
+    Call, ErrorCode, Exit, LeafInfo, SMCCC_SUCCESS, SlotState, SlotWord, VmConfig, VmCounter,
+};
 use board::{AddrRange, PAGE_SIZE};
 use smccc::Hvc;
 
@@ -173,6 +175,12 @@ impl Vm {
             u64::from(level)
         )
         .map(drop)
+    }
+
+    /// The first run of leaves that ends behind `ipa`: where it is, what is behind, what it says.
+    pub(crate) fn mapping(self, ipa: u64) -> Result<(u64, u64, LeafInfo), Refused> {
+        let [start, pa, info, _] = vm_call!(Call::VmMapping, self.handle, ipa)?;
+        Ok((start, pa, LeafInfo::from_bits(info)))
     }
 
     /// A counter.

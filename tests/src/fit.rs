@@ -28,23 +28,153 @@ pub struct HostLinux<'a> {
     pub arguments: Option<&'a str>,
 }
 
+/// A guest of the FIT. Several may share files.
+#[derive(Debug, Clone, Copy)]
+pub struct Guest<'a> {
+    /// arm64 Image or raw binary.
+    pub kernel: &'a [u8],
+    /// Initramfs.
+    pub ramdisk: Option<&'a [u8]>,
+    /// Command line.
+    pub arguments: &'a str,
+    /// RAM in MiB, a multiple of 2.
+    pub memory_mib: u64,
+    /// vCPUs, 1 to 8.
+    pub vcpus: u32,
+    /// Memory is a locked slot.
+    pub lock: bool,
+    /// There is a device that does not snoop.
+    pub noncoherent: bool,
+}
+
 /// The FIT with one configuration, `linux`, whose role is "host".
 ///
 /// # Errors
 /// The data does not fit into the format.
 pub fn host_linux(linux: &HostLinux<'_>) -> Result<Vec<u8>> {
-    let loose = build(linux, 0)?;
+    let images = || {
+        Ok(vec![
+            image("kernel", "Linux", "kernel", linux.kernel)?,
+            image("ramdisk", "initramfs", "ramdisk", linux.ramdisk)?,
+        ])
+    };
+    aligned("Linux as Ravelin's host", images, || {
+        configurations(linux.arguments)
+    })
+}
+
+/// The FIT with a configuration `vm1`, `vm2`, ... for each guest. Equal files are stored once.
+///
+/// # Errors
+/// The data does not fit into the format.
+pub fn guests(guests: &[Guest<'_>]) -> Result<Vec<u8>> {
+    let files = shared_files(guests);
+    let images = || {
+        let each = files
+            .iter()
+            .map(|(name, kind, data)| image(name, name, kind, data));
+        each.collect()
+    };
+    aligned("Ravelin's guests", images, || {
+        let mut configurations = node("configurations")?;
+        set(&mut configurations, "default", "vm1")?;
+        for (guest, number) in guests.iter().zip(1..) {
+            let configuration = guest_configuration(guest, number, &files)?;
+            configurations.add_child(configuration);
+        }
+        Ok(configurations)
+    })
+}
+
+/// Name, type and bytes of each different file; the first is a kernel.
+type SharedFiles<'a> = Vec<(String, &'static str, &'a [u8])>;
+
+fn shared_files<'a>(guests: &[Guest<'a>]) -> SharedFiles<'a> {
+    let mut files = SharedFiles::new();
+    let kernels = guests.iter().map(|guest| ("kernel", guest.kernel));
+    let ramdisks = guests
+        .iter()
+        .filter_map(|guest| Some(("ramdisk", guest.ramdisk?)));
+    for (kind, data) in kernels.chain(ramdisks) {
+        if !files.iter().any(|(_, k, d)| *k == kind && *d == data) {
+            let number = files.iter().filter(|(_, k, _)| *k == kind).count();
+            let name = if number == 0 {
+                kind.to_owned()
+            } else {
+                format!("{kind}-{number}")
+            };
+            files.push((name, kind, data));
+        }
+    }
+    files
+}
+
+fn guest_configuration(
+    guest: &Guest<'_>,
+    number: usize,
+    files: &SharedFiles<'_>,
+) -> Result<DeviceTreeNode> {
+    let name_of = |wanted: &str, data: &[u8]| {
+        let file = files
+            .iter()
+            .find(|(_, kind, d)| *kind == wanted && *d == data);
+        file.map(|(name, ..)| name.clone())
+            .context("a file of a guest is not stored")
+    };
+    let mut configuration = node(&format!("vm{number}"))?;
+    set(&mut configuration, "description", &format!("VM {number}"))?;
+    set(&mut configuration, "ravelin,role", "guest")?;
+    set(
+        &mut configuration,
+        "kernel",
+        &name_of("kernel", guest.kernel)?,
+    )?;
+    if let Some(ramdisk) = guest.ramdisk {
+        set(&mut configuration, "ramdisk", &name_of("ramdisk", ramdisk)?)?;
+    }
+    set(&mut configuration, "bootargs", guest.arguments)?;
+    let bytes = guest.memory_mib << 20;
+    configuration.add_property(DeviceTreeProperty::new_unchecked("ravelin,memory", bytes));
+    configuration.add_property(DeviceTreeProperty::new_unchecked(
+        "ravelin,vcpus",
+        guest.vcpus,
+    ));
+    if !guest.lock {
+        configuration.add_property(DeviceTreeProperty::new_unchecked(
+            "ravelin,no-lock",
+            Vec::<u8>::new(),
+        ));
+    }
+    if guest.noncoherent {
+        configuration.add_property(DeviceTreeProperty::new_unchecked(
+            "ravelin,non-coherent",
+            Vec::<u8>::new(),
+        ));
+    }
+    Ok(configuration)
+}
+
+/// Builds the tree twice: the second time with as much before the images as aligns the first one.
+fn aligned(
+    description: &str,
+    images: impl Fn() -> Result<Vec<DeviceTreeNode>>,
+    configurations: impl Fn() -> Result<DeviceTreeNode>,
+) -> Result<Vec<u8>> {
+    let loose = build(description, images()?, configurations()?, 0)?;
     let offset = kernel_offset(&loose)? + PROPERTY_HEADER;
-    build(
-        linux,
-        offset.next_multiple_of(DATA_ALIGN) - offset + PROPERTY_HEADER,
-    )
+    let pad = offset.next_multiple_of(DATA_ALIGN) - offset + PROPERTY_HEADER;
+    build(description, images()?, configurations()?, pad)
 }
 
 /// Builds the tree with a property in front of the kernel that takes `pad` bytes, header included; 0: none.
-fn build(linux: &HostLinux<'_>, pad: usize) -> Result<Vec<u8>> {
+fn build(
+    description: &str,
+    list: Vec<DeviceTreeNode>,
+    configurations: DeviceTreeNode,
+    pad: usize,
+) -> Result<Vec<u8>> {
     let mut tree = DeviceTree::new();
-    set(&mut tree.root, "description", "Linux as Ravelin's host")?;
+    set(&mut tree.root, "description", description)?;
     // Zero, not now: the same inputs give the same file.
     tree.root
         .add_property(DeviceTreeProperty::new_unchecked("timestamp", 0u32));
@@ -57,10 +187,9 @@ fn build(linux: &HostLinux<'_>, pad: usize) -> Result<Vec<u8>> {
             vec![0u8; zeros],
         ));
     }
-    images.add_child(image("kernel", "Linux", "kernel", linux.kernel)?);
-    images.add_child(image("ramdisk", "initramfs", "ramdisk", linux.ramdisk)?);
+    list.into_iter().for_each(|image| images.add_child(image));
     tree.root.add_child(images);
-    tree.root.add_child(configurations(linux.arguments)?);
+    tree.root.add_child(configurations);
     Ok(tree.to_dtb())
 }
 
@@ -170,22 +299,43 @@ mod tests {
         for arguments in [None, Some("x"), Some("a longer command line")] {
             assert_eq!(kernel_offset(&sample(arguments)).unwrap() % 64, 0);
         }
-        assert_ne!(
-            kernel_offset(
-                &build(
-                    &HostLinux {
-                        kernel: b"abc",
-                        ramdisk: b"",
-                        arguments: None
-                    },
-                    0
-                )
-                .unwrap()
-            )
-            .unwrap()
-                % 64,
-            0
+    }
+
+    #[test]
+    fn guests_share_files_and_say_what_they_are() {
+        let one = Guest {
+            kernel: b"abc",
+            ramdisk: Some(b"12345"),
+            arguments: "quiet",
+            memory_mib: 64,
+            vcpus: 2,
+            lock: true,
+            noncoherent: false,
+        };
+        let two = Guest {
+            kernel: b"other",
+            lock: false,
+            noncoherent: true,
+            ..one
+        };
+        let fit = guests(&[one, two, one]).unwrap();
+        let property = |vm: &str, name| value(&fit, &format!("/configurations/{vm}"), name);
+        assert_eq!(property("vm1", "kernel").unwrap(), b"kernel\0");
+        assert_eq!(property("vm2", "kernel").unwrap(), b"kernel-1\0");
+        assert_eq!(property("vm3", "kernel").unwrap(), b"kernel\0");
+        assert_eq!(property("vm2", "ramdisk").unwrap(), b"ramdisk\0");
+        assert_eq!(
+            property("vm1", "ravelin,memory").unwrap(),
+            (64u64 << 20).to_be_bytes()
         );
+        assert_eq!(
+            property("vm1", "ravelin,vcpus").unwrap(),
+            2u32.to_be_bytes()
+        );
+        assert!(property("vm1", "ravelin,no-lock").is_none());
+        assert!(property("vm2", "ravelin,no-lock").is_some());
+        assert!(property("vm2", "ravelin,non-coherent").is_some());
+        assert_eq!(kernel_offset(&fit).unwrap() % 64, 0);
     }
 
     #[test]

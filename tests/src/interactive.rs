@@ -3,9 +3,10 @@
 use crate::emulate::{self, LINUX_ARGUMENTS};
 use crate::machine::{Board, Clock, Entry, Gic, Machine, QEMU, Software};
 use crate::payload;
-use crate::{device_tree, files, process};
+use crate::{device_tree, files, fit, process};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 /// What runs at EL1.
@@ -43,9 +44,40 @@ pub struct Settings {
     /// What EL2 says: off, error, warn, info, debug, trace
     #[arg(long, default_value = "info")]
     log: String,
-    /// Arguments for our own host, or more of them for Linux
+    /// Arguments for our own host's scenarios (then there are no guests), or more of them for Linux as host
     #[arg(long, default_value = "")]
     arguments: String,
+    #[command(flatten)]
+    guests: GuestSettings,
+}
+
+/// What our own host runs in its VMs.
+#[derive(Debug, Clone, Args)]
+pub struct GuestSettings {
+    /// linux, none, or the path of an arm64 Image or raw binary made for QEMU's virt
+    #[arg(long, default_value = "linux")]
+    guest: String,
+    /// Ramdisk of the guest (default: our own for linux, none for a path)
+    #[arg(long)]
+    initrd: Option<PathBuf>,
+    /// The guest's command line
+    #[arg(long, default_value = "")]
+    cmdline: String,
+    /// vCPUs of each VM, 1 to 8
+    #[arg(long, default_value_t = 1)]
+    vcpus: u32,
+    /// RAM of each VM, such as 256M
+    #[arg(long, default_value = "256M")]
+    guest_memory: String,
+    /// How many VMs
+    #[arg(long, default_value_t = 1)]
+    vms: usize,
+    /// 1: the VMs' memory is locked, 0: mapped on demand
+    #[arg(long, default_value_t = 1)]
+    lock: u8,
+    /// 1: each VM has a device whose DMA does not snoop
+    #[arg(long, default_value_t = 0)]
+    noncoherent: u8,
 }
 
 /// Boots it and waits for its end.
@@ -104,27 +136,28 @@ fn machine(settings: &Settings) -> Result<Machine> {
 }
 
 fn mebibytes(text: &str) -> Result<u32> {
+    sized("MEM", text, 128)
+}
+
+/// A size in MiB, at least `least`.
+fn sized(name: &str, text: &str, least: u32) -> Result<u32> {
     let (digits, factor) = match text.strip_suffix(['G', 'g']) {
         Some(digits) => (digits, 1024),
         None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
     };
     let number: u32 = digits
         .parse()
-        .with_context(|| format!("MEM={text}: use for example 512M or 2G"))?;
+        .with_context(|| format!("{name}={text}: use for example 512M or 2G"))?;
     match number.checked_mul(factor) {
-        Some(mebibytes @ 128..=1_048_576) => Ok(mebibytes),
-        _ => bail!("MEM={text} is out of range: 128M to 1024G"),
+        Some(mebibytes) if (least..=1_048_576).contains(&mebibytes) => Ok(mebibytes),
+        _ => bail!("{name}={text} is out of range: {least}M to 1024G"),
     }
 }
 
 fn software(settings: &Settings, machine: &Machine) -> Result<Software> {
     let linux = format!("{LINUX_ARGUMENTS} {}", settings.arguments);
     let software = match settings.host {
-        Host::Shim => Software {
-            kernel: emulate::ravelin_image(),
-            arguments: settings.arguments.clone(),
-            ..Software::default()
-        },
+        Host::Shim => shim(settings, machine)?,
         Host::Linux => {
             let payloads = payload::prepare()?;
             let dtb = emulate::linux_tree(machine, &payloads);
@@ -152,6 +185,74 @@ fn software(settings: &Settings, machine: &Machine) -> Result<Software> {
         software.kernel.display()
     );
     with_log_level(software, machine, &settings.log)
+}
+
+/// Our own host: with guests, unless it is asked for scenarios.
+fn shim(settings: &Settings, machine: &Machine) -> Result<Software> {
+    let guests = &settings.guests;
+    let mut software = Software {
+        kernel: emulate::ravelin_image(),
+        arguments: settings.arguments.clone(),
+        ..Software::default()
+    };
+    if guests.guest == "none" || settings.arguments.contains("shim.run=") {
+        return Ok(software);
+    }
+    let fit = files::build("work/run.fit");
+    files::write(&fit, &guests_fit(guests)?)?;
+    software.initrd = Some(fit);
+    if machine.board == Board::Raspi4b {
+        // QEMU's raspi4b has its PL011 on standard input and output; Debian's tree names the other one.
+        software.dtb = Some(payload::prepare()?.pi4_tree);
+    }
+    Ok(software)
+}
+
+/// The FIT of `vms` equal guests.
+fn guests_fit(settings: &GuestSettings) -> Result<Vec<u8>> {
+    ensure!(
+        (1..=8).contains(&settings.vcpus),
+        "VCPUS={} is out of range: 1 to 8",
+        settings.vcpus
+    );
+    ensure!(
+        (1..=9).contains(&settings.vms),
+        "VMS={} is out of range: 1 to 9",
+        settings.vms
+    );
+    ensure!(
+        settings.lock < 2 && settings.noncoherent < 2,
+        "LOCK and NONCOHERENT are 0 or 1"
+    );
+    let is_linux = settings.guest == "linux";
+    let (kernel, own_ramdisk) = if is_linux {
+        let payloads = payload::prepare()?;
+        (payloads.linux, Some(payloads.initramfs))
+    } else {
+        (PathBuf::from(&settings.guest), None)
+    };
+    let kernel = files::read(&kernel, "GUEST is linux, none, or a file")?;
+    let ramdisk = settings.initrd.clone().or(own_ramdisk);
+    let ramdisk = ramdisk
+        .map(|path| files::read(&path, "INITRD is a file"))
+        .transpose()?;
+    let arguments = if is_linux {
+        format!("{LINUX_ARGUMENTS} ravelin.under=guest {}", settings.cmdline)
+    } else {
+        settings.cmdline.clone()
+    };
+    let memory_mib = u64::from(sized("GUEST_MEM", &settings.guest_memory, 2)?);
+    ensure!(memory_mib % 2 == 0, "GUEST_MEM must be a multiple of 2 MiB");
+    let guest = fit::Guest {
+        kernel: &kernel,
+        ramdisk: ramdisk.as_deref(),
+        arguments: arguments.trim(),
+        memory_mib,
+        vcpus: settings.vcpus,
+        lock: settings.lock == 1,
+        noncoherent: settings.noncoherent == 1,
+    };
+    fit::guests(&vec![guest; settings.vms])
 }
 
 /// The level is a property of `/chosen`; "info" is EL2's own default and needs no tree of ours.

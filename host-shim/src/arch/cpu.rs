@@ -1,7 +1,7 @@
 //! Turning other cores on and off.
 
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use board::{AddrRange, Gic, MAX_CPUS};
 use smccc::Hvc;
@@ -10,7 +10,7 @@ use smccc::psci::{self, AffinityState, error::Error};
 use super::mmu::Settings;
 use super::{gic, mem, ticks, ticks_per_second};
 
-const STACK: usize = 4096;
+const STACK: usize = 16384;
 
 /// What a core starts with; entry.S reads it with the MMU off.
 #[repr(C, align(64))]
@@ -110,6 +110,20 @@ pub(crate) fn turn_on(number: usize, mpidr: u64, settings: Settings) -> Result<(
     }
 }
 
+/// What a core does that [`start`] has turned on: the address of a `fn(usize) -> !`, 0 for none.
+static WORK: AtomicUsize = AtomicUsize::new(0);
+
+/// Turns core `number` on for good: it calls `work` with its number.
+pub(crate) fn start(
+    number: usize,
+    mpidr: u64,
+    settings: Settings,
+    work: fn(usize) -> !,
+) -> Result<(), &'static str> {
+    WORK.store(work as usize, Ordering::Release);
+    turn_on(number, mpidr, settings)
+}
+
 /// Makes core `number` turn itself off and waits up to a second until PSCI says so.
 pub(crate) fn turn_off(number: usize, mpidr: u64) -> Result<(), &'static str> {
     let mailbox = MAILBOXES.get(number).ok_or("no such core")?;
@@ -187,6 +201,12 @@ extern "C" fn shim_secondary(number: u64) -> ! {
         mailbox.order.store(STAY, Ordering::Relaxed);
         mailbox.mpidr.store(super::mpidr(), Ordering::Relaxed);
         mailbox.arrivals.fetch_add(1, Ordering::Release);
+        let work = WORK.load(Ordering::Acquire);
+        if work != 0 {
+            // SAFETY: `start` stored exactly such a function.
+            let work = unsafe { core::mem::transmute::<usize, fn(usize) -> !>(work) };
+            work(number as usize)
+        }
         let mut order = STAY;
         while order == STAY {
             core::hint::spin_loop();

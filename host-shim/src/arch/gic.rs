@@ -1,5 +1,5 @@
-//! As much of a GIC as it takes to let the virtual timer wake a core: its interrupt becomes
-//! pending and is signalled, but stays masked in PSTATE.
+//! As much of a GIC as the host needs: interrupts become pending and end a WFI, or a guest's run,
+//! but stay masked in PSTATE; who waits takes them by hand.
 //!
 //! Source: GICv2 (Arm IHI 0048), GICv3 and v4 (Arm IHI 0069).
 
@@ -96,4 +96,98 @@ fn redistributor(gicr: u64, end: u64) -> Option<u64> {
         frame += REDISTRIBUTOR_STRIDE;
     }
     None
+}
+
+/// INTID of the EL1 physical timer, the host's own.
+pub(crate) const PHYSICAL_TIMER: u32 = 30;
+/// The host's own software-generated interrupt: "look at your vCPUs".
+pub(crate) const WAKE_SGI: u32 = 1;
+/// INTIDs from here on are not interrupts (IHI 0069H 2.2.1).
+const SPECIAL: u32 = 1020;
+
+/// Lets this core take what the scheduler waits for: its timer, its SGI and EL2's; and the guests'
+/// timer, which only ever fires while a guest runs.
+pub(crate) fn enable(gic: &Gic) -> Result<(), &'static str> {
+    let wanted =
+        1 << PHYSICAL_TIMER | 1 << WAKE_SGI | 1 << abi::KICK_SGI | 1 << abi::GUEST_TIMER_PPI;
+    match gic {
+        Gic::V2 { gicd, gicc, .. } => {
+            enable_v2(gicd.start(), gicc.start());
+            Mmio::new(gicd.start()).write(0x100, wanted);
+        }
+        Gic::V3 { gicd, gicr } => {
+            enable_v3(gicd.start(), gicr.start(), gicr.end())?;
+            let frame = redistributor(gicr.start(), gicr.end());
+            let frame = frame.ok_or("this core has no redistributor")?;
+            Mmio::new(frame + 0x1_0000).write(0x100, wanted);
+        }
+    }
+    Ok(())
+}
+
+/// Acknowledges and ends the most urgent interrupt that is pending on this core.
+pub(crate) fn take(gic: &Gic) -> Option<u32> {
+    match gic {
+        Gic::V2 { gicc, .. } => {
+            let interface = Mmio::new(gicc.start());
+            let id = interface.read(0xc); // GICC_IAR
+            if id & 0x3ff >= SPECIAL {
+                return None;
+            }
+            silence(id & 0x3ff);
+            interface.write(0x10, id); // GICC_EOIR
+            Some(id & 0x3ff)
+        }
+        Gic::V3 { .. } => {
+            let id = mrs!("s3_0_c12_c12_0"); // ICC_IAR1_EL1
+            if id >= u64::from(SPECIAL) {
+                return None;
+            }
+            silence(id as u32);
+            msr!("s3_0_c12_c12_1", id); // ICC_EOIR1_EL1
+            Some(id as u32)
+        }
+    }
+}
+
+/// A timer's line stays high until it is turned off.
+fn silence(id: u32) {
+    if id == PHYSICAL_TIMER {
+        msr!("cntp_ctl_el0", 0);
+    }
+}
+
+/// Sends [`WAKE_SGI`] to core `number`, whose affinity is `mpidr`.
+pub(crate) fn wake(gic: &Gic, number: usize, mpidr: u64) {
+    // SAFETY: a barrier: who is woken sees what was stored before.
+    unsafe { asm!("dsb ish", options(nostack, preserves_flags)) };
+    match gic {
+        Gic::V2 { gicd, .. } => {
+            let target = 1u32 << (16 + number % 8);
+            Mmio::new(gicd.start()).write(0xf00, target | WAKE_SGI); // GICD_SGIR
+        }
+        Gic::V3 { .. } => {
+            let cluster = (mpidr >> 8 & 0xff) << 16 | (mpidr >> 16 & 0xff) << 32;
+            let range = (mpidr >> 4 & 0xf) << 44;
+            let value = u64::from(WAKE_SGI) << 24 | cluster | range | 1 << (mpidr & 0xf);
+            msr!("s3_0_c12_c11_5", value); // ICC_SGI1R_EL1
+        }
+    }
+}
+
+/// Lets the host's timer fire when CNTPCT_EL0 reaches `deadline`.
+pub(crate) fn set_timer(deadline: u64) {
+    msr!("cntp_cval_el0", deadline);
+    msr!("cntp_ctl_el0", 1);
+}
+
+/// CNTPCT_EL0.
+pub(crate) fn now() -> u64 {
+    mrs!("cntpct_el0")
+}
+
+/// Waits until an interrupt is pending.
+pub(crate) fn wait() {
+    // SAFETY: a barrier and a hint.
+    unsafe { asm!("dsb sy", "wfi", options(nostack, preserves_flags)) };
 }

@@ -129,3 +129,8 @@ pub(crate) fn read_physical(address: u64) -> u32 {
 pub(crate) fn mapped(range: AddrRange) -> bool {
     range.end() <= EVERYTHING as u64
 }
+
+/// Whether the MMU is on: before, locks must not be used.
+pub(crate) fn is_on() -> bool {
+    super::mrs!("sctlr_el1") & 1 != 0
+}

@@ -8,6 +8,7 @@ pub(crate) mod cpu;
 pub(crate) mod fault;
 pub(crate) mod gic;
 pub(crate) mod guest;
+pub(crate) mod heap;
 pub(crate) mod mem;
 pub(crate) mod mmu;
 

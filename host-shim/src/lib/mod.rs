@@ -1,0 +1,36 @@
+//! What a small virtual machine monitor needs that is not tied to a machine: the payloads' file,
+//! the guest's device tree and memory layout, its devices, the keys of the console.
+//!
+//! The binary beside it runs at EL1 and drives EL2; everything here is tested on any host.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod fit;
+pub mod image;
+pub mod keys;
+pub mod pl011;
+pub mod tree;
+
+/// The guest platform's addresses and interrupts, those of QEMU's `virt` (docs/guest-platform.md).
+pub mod platform {
+    /// Start of RAM.
+    pub const RAM: u64 = 0x4000_0000;
+    /// PL011.
+    pub const UART: u64 = 0x0900_0000;
+    /// Its size.
+    pub const UART_SIZE: u64 = 0x1000;
+    /// Its interrupt: SPI 1.
+    pub const UART_INTID: u32 = 33;
+    /// Distributor.
+    pub const GICD: u64 = 0x0800_0000;
+    /// CPU interface of a GICv2.
+    pub const GICC: u64 = 0x0801_0000;
+    /// Redistributors of a GICv3.
+    pub const GICR: u64 = 0x080a_0000;
+    /// Bytes of one vCPU's redistributor.
+    pub const GICR_STRIDE: u64 = 0x2_0000;
+}

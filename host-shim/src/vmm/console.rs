@@ -1,0 +1,224 @@
+//! The one console of all VMs: labelled output, input to one of them, the prompt.
+//!
+//! With one VM its output goes through unchanged. With several, lines are collected and shown
+//! whole behind `[vmN]`; what a VM has not ended by a line break is shown when another one's line
+//! comes, or when its line is full.
+
+use core::fmt;
+
+use abi::VmCounter;
+use vmm::keys::{Command, Key, Keys};
+
+use super::Vmm;
+use super::guest::{Guest, State};
+use crate::console::{line, read_byte, text, write_byte};
+
+/// Most VMs whose output is collected.
+const VMS: usize = 16;
+/// Longest line that is collected.
+const LINE: usize = 160;
+
+/// The console.
+#[derive(Debug)]
+pub(super) struct Console {
+    labelled: bool,
+    lines: [Collected; VMS],
+    keys: Keys,
+    /// Number of the VM that gets the input.
+    input: u8,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Collected {
+    bytes: [u8; LINE],
+    length: usize,
+}
+
+impl Console {
+    pub(super) const fn new(labelled: bool) -> Self {
+        Self {
+            labelled,
+            lines: [Collected {
+                bytes: [0; LINE],
+                length: 0,
+            }; VMS],
+            keys: Keys::new(),
+            input: 1,
+        }
+    }
+
+    /// A byte of a VM's output.
+    pub(super) fn output(&mut self, number: u8, byte: u8) {
+        if !self.labelled {
+            write_byte(byte);
+            return;
+        }
+        let Some(place) = self.lines.get_mut(usize::from(number)) else {
+            return;
+        };
+        if byte == b'\r' {
+            return;
+        }
+        if byte != b'\n' {
+            if let Some(free) = place.bytes.get_mut(place.length) {
+                *free = byte;
+                place.length += 1;
+            }
+        }
+        if byte == b'\n' || place.length == LINE {
+            place.show(number);
+        }
+    }
+
+    /// Shows what a VM that waits for input has not ended: its prompt.
+    pub(super) fn flush(&mut self, number: u8) {
+        if let Some(place) = self.lines.get_mut(usize::from(number))
+            && place.length > 0
+        {
+            place.show(number);
+        }
+    }
+}
+
+impl Collected {
+    fn show(&mut self, number: u8) {
+        text(format_args!("[vm{number}] "));
+        for byte in self.bytes.iter().take(self.length) {
+            write_byte(*byte);
+        }
+        text(format_args!("\n"));
+        self.length = 0;
+    }
+}
+
+/// Looks at the keyboard.
+pub(super) fn poll(vmm: &Vmm) {
+    while let Some(byte) = read_byte() {
+        let (key, input) = {
+            let mut console = vmm.console.lock();
+            let key = console.keys.press(byte);
+            if let Key::Switch(number) = key {
+                console.input = number;
+            }
+            (key, console.input)
+        };
+        handle(vmm, key, input);
+    }
+}
+
+fn handle(vmm: &Vmm, key: Key, input: u8) {
+    match key {
+        Key::None => {}
+        Key::Guest(byte) => {
+            if let Some(guest) = find(vmm, input)
+                && !guest.is_gone()
+            {
+                vmm.console.lock().flush(input);
+                guest.devices.lock().type_key(guest.vm, byte);
+            }
+        }
+        Key::Switch(number) => line(format_args!("\nhost: input goes to VM {number}")),
+        Key::OpenPrompt => text(format_args!("\nravelin> ")),
+        Key::Echo(byte) => write_byte(byte),
+        Key::Rubout => text(format_args!("\x08 \x08")),
+        Key::Line => {
+            let command = Command::parse(vmm.console.lock().keys.line());
+            line(format_args!(""));
+            execute(vmm, command);
+        }
+    }
+}
+
+fn find(vmm: &Vmm, number: u8) -> Option<&Guest> {
+    vmm.guests.iter().find(|guest| guest.number == number)
+}
+
+fn execute(vmm: &Vmm, command: Command) {
+    let with = |number: u8, act: &dyn Fn(&Guest)| match find(vmm, number) {
+        Some(guest) => act(guest),
+        None => line(format_args!("there is no VM {number}: try vm list")),
+    };
+    match command {
+        Command::Help => line(format_args!("{}", Command::HELP)),
+        Command::Unknown => line(format_args!("unknown: try help")),
+        Command::List => vmm.guests.iter().for_each(list),
+        Command::Stat(n) => with(n, &stat),
+        Command::Map(n) => with(n, &map),
+        Command::Pause(n) => with(n, &|g| change(g, State::Running, State::Paused)),
+        Command::Resume(n) => with(n, &|g| change(g, State::Paused, State::Running)),
+        Command::Reset(n) => with(n, &|g| change(g, State::Running, State::Resetting)),
+        Command::Stop(n) => with(n, &Guest::stop),
+    }
+}
+
+fn change(guest: &Guest, from: State, to: State) {
+    if !guest.change(from, to) {
+        line(format_args!(
+            "VM {} is {}",
+            guest.number,
+            guest.state().name()
+        ));
+    }
+}
+
+fn list(guest: &Guest) {
+    line(format_args!(
+        "VM {}  {:<11} {} vCPU(s)  {} MiB  {}  {}",
+        guest.number,
+        guest.state().name(),
+        guest.vcpus.len(),
+        guest.config.memory >> 20,
+        if guest.config.lock {
+            "locked"
+        } else {
+            "on demand"
+        },
+        guest.config.name
+    ));
+}
+
+fn stat(guest: &Guest) {
+    for (counter, name) in VmCounter::ALL {
+        match guest.vm.counter(counter) {
+            Ok(value) => line(format_args!("{name:>26} {value}")),
+            Err(refused) => {
+                line(format_args!("{}", super::guest::reason(refused)));
+                return;
+            }
+        }
+    }
+}
+
+/// Permissions as letters.
+struct Letters(u8);
+
+impl fmt::Display for Letters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (bit, letter) in [(0, 'r'), (1, 'w'), (2, 'x'), (3, 'u')] {
+            let shown = if self.0 & 1 << bit == 0 { '-' } else { letter };
+            write!(f, "{shown}")?;
+        }
+        Ok(())
+    }
+}
+
+fn map(guest: &Guest) {
+    let mut ipa = 0;
+    let mut lines = 0;
+    while let Ok((start, pa, leaf)) = guest.vm.mapping(ipa) {
+        let size = leaf.pages << 12;
+        line(format_args!(
+            "{start:#012x}..{:#012x} -> {pa:#012x} level {} {} MemAttr {:#x}",
+            start + size,
+            leaf.level,
+            Letters(leaf.permissions),
+            leaf.mem_attr
+        ));
+        ipa = start + size;
+        lines += 1;
+        if lines == 200 {
+            line(format_args!("... and more"));
+            return;
+        }
+    }
+}

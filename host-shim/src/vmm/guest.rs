@@ -1,0 +1,349 @@
+//! One VM as its monitor sees it.
+
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use abi::{ErrorCode, SlotWord, VmConfig};
+use alloc::vec::Vec;
+use board::{AddrRange, Gic};
+use spin::Mutex;
+use vmm::fit::GuestConfig;
+use vmm::image::{self, Layout};
+use vmm::platform::RAM;
+use vmm::tree;
+
+use super::devices::Devices;
+use super::{BLOCK, Memory};
+use crate::arch::{gic, mem};
+use crate::vm::{Refused, Vm};
+
+/// Pages donated to a VM: its objects and first tables.
+const STATE_PAGES: u64 = 64;
+/// Number of the slot that is the guest's RAM.
+const RAM_SLOT: u16 = 0;
+
+/// What a VM is doing.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub(crate) enum State {
+    /// Its vCPUs run.
+    Running = 0,
+    /// The console has paused it.
+    Paused = 1,
+    /// It is to start over, when no vCPU is inside any more.
+    Resetting = 2,
+    /// It has powered itself off; to be destroyed when no vCPU is inside any more.
+    PoweredOff = 3,
+    /// The console, or an error, has ended it; as above.
+    Stopped = 4,
+    /// Powered off, and destroyed.
+    Gone = 5,
+    /// Stopped, and destroyed.
+    Killed = 6,
+}
+
+impl State {
+    const ALL: [Self; 7] = [
+        Self::Running,
+        Self::Paused,
+        Self::Resetting,
+        Self::PoweredOff,
+        Self::Stopped,
+        Self::Gone,
+        Self::Killed,
+    ];
+
+    /// For the console.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Resetting => "resetting",
+            Self::PoweredOff | Self::Gone => "powered off",
+            Self::Stopped | Self::Killed => "stopped",
+        }
+    }
+}
+
+/// One vCPU.
+#[derive(Debug)]
+pub(crate) struct VcpuSlot {
+    pub(crate) index: u8,
+    /// The core that runs it.
+    pub(crate) core: usize,
+    /// Not to be run before this time, in ticks, unless it is woken.
+    pub(crate) until: AtomicU64,
+    /// Something happened that it may wait for.
+    pub(crate) woken: AtomicBool,
+    /// What its last read of a device gave.
+    pub(crate) loaded: AtomicU64,
+}
+
+/// A VM.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    pub(crate) number: u8,
+    pub(crate) config: GuestConfig<'static>,
+    pub(crate) vm: Vm,
+    pub(crate) ram: AddrRange,
+    pub(crate) vcpus: Vec<VcpuSlot>,
+    pub(crate) devices: Mutex<Devices>,
+    layout: Layout,
+    gic_v3: bool,
+    state: AtomicU8,
+    /// vCPUs inside a run.
+    pub(crate) inside: AtomicU32,
+}
+
+impl Guest {
+    /// Creates the VM, gives it its memory, and makes it ready to run.
+    pub(super) fn create(
+        number: u8,
+        config: GuestConfig<'static>,
+        gic: &Gic,
+        memory: &mut Memory,
+        cores: &[u64],
+        next_core: &mut usize,
+    ) -> Result<Self, &'static str> {
+        let ramdisk = config.ramdisk.map_or(0, |disk| disk.len() as u64);
+        let layout = image::layout(config.kernel, ramdisk, config.memory)
+            .map_err(|_| "kernel and ramdisk do not fit into its memory")?;
+        let ram = memory
+            .take(config.memory, BLOCK)
+            .ok_or("the host has not so much free memory in one piece")?;
+        let state = memory
+            .pages(STATE_PAGES)
+            .ok_or("the host has no memory left")?;
+        let vm_config = VmConfig {
+            vcpus: config.vcpus,
+            protected: config.protected,
+        };
+        let vm = Vm::create(vm_config, state).map_err(reason)?;
+        let vcpus = (0..config.vcpus).map(|index| {
+            let core = *next_core;
+            *next_core = (core + 1) % cores.len();
+            VcpuSlot {
+                index,
+                core,
+                until: AtomicU64::new(0),
+                woken: AtomicBool::new(false),
+                loaded: AtomicU64::new(0),
+            }
+        });
+        let guest = Self {
+            number,
+            vcpus: vcpus.collect(),
+            config,
+            vm,
+            ram,
+            devices: Mutex::new(Devices::new()),
+            layout,
+            gic_v3: matches!(gic, Gic::V3 { .. }),
+            state: AtomicU8::new(State::Running as u8),
+            inside: AtomicU32::new(0),
+        };
+        guest.populate(memory).map_err(reason)?;
+        guest.load()?;
+        Ok(guest)
+    }
+
+    /// Gives the VM its slot and vCPUs; locked memory is mapped now.
+    fn populate(&self, memory: &mut Memory) -> Result<(), Refused> {
+        let word = SlotWord {
+            id: RAM_SLOT,
+            device: false,
+            flags: 0,
+        };
+        self.vm.create_slot(word, RAM, self.ram)?;
+        if self.config.noncoherent {
+            self.vm.noncoherent_device(true)?;
+        }
+        if self.config.lock {
+            self.with_pages(memory, || self.vm.lock_slot(RAM_SLOT))?;
+        }
+        for vcpu in &self.vcpus {
+            self.with_pages(memory, || self.vm.create_vcpu(vcpu.index))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a call, with more pages for the VM if it lacks some.
+    fn with_pages(
+        &self,
+        memory: &mut Memory,
+        call: impl Fn() -> Result<(), Refused>,
+    ) -> Result<(), Refused> {
+        match call() {
+            Err(refused) if refused.code == ErrorCode::NoMemory => {
+                self.top_up(memory, refused.pages)?;
+                call()
+            }
+            result => result,
+        }
+    }
+
+    /// Donates pages to the VM: as many as it asked for, and some more.
+    pub(super) fn top_up(&self, memory: &mut Memory, wanted: u64) -> Result<(), Refused> {
+        let mut left = wanted.max(1).next_multiple_of(16);
+        while left > 0 {
+            let count = left.min(512);
+            let pages = memory.pages(count).ok_or(Refused {
+                code: ErrorCode::NoMemory,
+                pages: left,
+            })?;
+            self.vm.top_up(pages)?;
+            left -= count;
+        }
+        Ok(())
+    }
+
+    /// Loads kernel, ramdisk and device tree, and turns the first vCPU on.
+    ///
+    /// The memory may be locked already: EL2 does the cache maintenance before the first run.
+    pub(super) fn load(&self) -> Result<(), &'static str> {
+        let ram = mem::bytes_mut(self.ram);
+        let put = |at: u64, bytes: &[u8], ram: &mut [u8]| {
+            let place = ram.get_mut(at as usize..)?.get_mut(..bytes.len())?;
+            mem::copy(bytes, place);
+            Some(())
+        };
+        let full = "the payload does not fit";
+        put(self.layout.kernel, self.config.kernel, ram).ok_or(full)?;
+        let ramdisk = self.config.ramdisk.map(|disk| {
+            let start = RAM + self.layout.ramdisk;
+            (start, start + disk.len() as u64)
+        });
+        if let Some(disk) = self.config.ramdisk {
+            put(self.layout.ramdisk, disk, ram).ok_or(full)?;
+        }
+        let tree = tree::build(&tree::Guest {
+            vcpus: self.config.vcpus,
+            memory: self.config.memory,
+            gic_v3: self.gic_v3,
+            bootargs: self.config.bootargs,
+            ramdisk,
+            seed: core::array::from_fn(|n| seed(self.number, n as u64)),
+        });
+        let tree = tree.map_err(|_| "the guest's device tree can't be built")?;
+        if tree.len() as u64 > image::TREE_SIZE {
+            return Err("the guest's device tree is too long");
+        }
+        put(0, &tree, ram).ok_or(full)?;
+        self.vm
+            .start_vcpu(0, RAM + self.layout.kernel, RAM)
+            .map_err(reason)
+    }
+
+    pub(crate) fn state(&self) -> State {
+        let state = self.state.load(Ordering::Acquire);
+        State::ALL
+            .into_iter()
+            .find(|s| *s as u8 == state)
+            .unwrap_or(State::Killed)
+    }
+
+    /// Changes the state if it is `from`; says whether it was.
+    pub(crate) fn change(&self, from: State, to: State) -> bool {
+        self.state
+            .compare_exchange(from as u8, to as u8, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+    }
+
+    /// Ends it, whatever it does now.
+    pub(crate) fn stop(&self) {
+        for from in [State::Running, State::Paused, State::Resetting] {
+            if self.change(from, State::Stopped) {
+                return;
+            }
+        }
+    }
+
+    /// Nothing is left of it in EL2.
+    pub(crate) fn is_gone(&self) -> bool {
+        matches!(self.state(), State::Gone | State::Killed)
+    }
+
+    /// It powered itself off.
+    pub(crate) fn ended_well(&self) -> bool {
+        self.state() == State::Gone
+    }
+
+    /// Whether a core runs one of its vCPUs.
+    pub(crate) fn uses_core(&self, core: usize) -> bool {
+        self.vcpus.iter().any(|vcpu| vcpu.core == core)
+    }
+
+    /// What is due when no vCPU is inside: the core of its first vCPU does it.
+    pub(super) fn attend(&self, core: usize) -> Option<&'static str> {
+        let mine = self.vcpus.first().is_some_and(|vcpu| vcpu.core == core);
+        if !mine || self.inside.load(Ordering::Acquire) != 0 {
+            return None;
+        }
+        match self.state() {
+            State::Resetting => {
+                if let Err(why) = self.start_over() {
+                    self.change(State::Resetting, State::Stopped);
+                    return Some(why);
+                }
+                self.change(State::Resetting, State::Running);
+                Some("reset")
+            }
+            State::PoweredOff => self.bury(State::PoweredOff, State::Gone),
+            State::Stopped => self.bury(State::Stopped, State::Killed),
+            State::Running | State::Paused | State::Gone | State::Killed => None,
+        }
+    }
+
+    fn start_over(&self) -> Result<(), &'static str> {
+        self.vm.reset().map_err(reason)?;
+        *self.devices.lock() = Devices::new();
+        for vcpu in &self.vcpus {
+            vcpu.until.store(0, Ordering::Relaxed);
+        }
+        self.load()
+    }
+
+    fn bury(&self, from: State, to: State) -> Option<&'static str> {
+        let result = self.vm.destroy().and_then(|()| {
+            while self.vm.reclaim()?.is_some() {}
+            Ok(())
+        });
+        match result {
+            Ok(()) => {
+                self.change(from, to);
+                Some(to.name())
+            }
+            // Somebody is still on the way out: again with the next round.
+            Err(refused) if refused.code == ErrorCode::Busy => None,
+            Err(_) => {
+                self.change(from, State::Killed);
+                Some("can't be destroyed")
+            }
+        }
+    }
+}
+
+/// Seeds from the counter's jitter: for the kernel's address layout and a start of its entropy.
+/// Guests get real entropy from EL2's TRNG interface.
+fn seed(number: u8, n: u64) -> u64 {
+    let mut state = gic::now() ^ u64::from(number) << 56 ^ n << 48;
+    for _ in 0..8 {
+        state = state.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ state >> 29 ^ gic::now();
+    }
+    state
+}
+
+/// A refusal for the log.
+pub(crate) fn reason(refused: Refused) -> &'static str {
+    match refused.code {
+        ErrorCode::NotPermitted => "EL2 refuses: not permitted",
+        ErrorCode::NotFound => "EL2 refuses: there is no such VM, vCPU or slot",
+        ErrorCode::Again => "EL2 asks to try again",
+        ErrorCode::NoMemory => "EL2 lacks pages of the VM",
+        ErrorCode::Busy => "EL2 refuses: in use",
+        ErrorCode::Exists => "EL2 refuses: it exists already",
+        ErrorCode::Invalid => "EL2 refuses: a wrong argument",
+        ErrorCode::NoSpace => "EL2 has no free handle",
+        ErrorCode::NoHeap => "EL2's heap is used up",
+        _ => "EL2 refuses",
+    }
+}

@@ -1,0 +1,156 @@
+//! The virtual machine monitor: several VMs, each with several vCPUs, over all cores.
+//!
+//! Every core runs the same loop ([`sched`]) over the vCPUs that are its own; nothing migrates. A
+//! VM's devices are behind one lock each. Interrupts are never taken by exception: they end a
+//! guest's run or a WFI and are acknowledged by hand.
+
+mod console;
+mod devices;
+mod guest;
+mod sched;
+
+use alloc::vec::Vec;
+
+use board::{AddrRange, Gic, MAX_RESERVED, PAGE_SIZE, Placement, RangeList, highest_free};
+use spin::{Mutex, Once};
+use vmm::fit::GuestConfig;
+
+use crate::arch::mmu::Settings;
+use crate::arch::{cpu, heap};
+use crate::console::line;
+use crate::machine::Machine;
+use guest::Guest;
+
+/// Bytes of the heap.
+const HEAP: u64 = 4 << 20;
+/// A guest's memory starts at a multiple of this, so that blocks map it.
+const BLOCK: u64 = 2 << 20;
+
+/// Free memory of the host.
+#[derive(Debug)]
+struct Memory {
+    ram: RangeList<{ board::MAX_MEMORY }>,
+    taken: RangeList<MAX_RESERVED>,
+}
+
+impl Memory {
+    fn take(&mut self, size: u64, align: u64) -> Option<AddrRange> {
+        let want = Placement {
+            size,
+            align,
+            limit: u64::MAX,
+        };
+        let range = highest_free(&self.ram, &self.taken, want)?;
+        self.taken.insert(range, "allocations").ok()?;
+        Some(range)
+    }
+
+    /// Pages to donate.
+    fn pages(&mut self, count: u64) -> Option<AddrRange> {
+        self.take(count * PAGE_SIZE, PAGE_SIZE)
+    }
+}
+
+/// Everything that the cores share.
+#[derive(Debug)]
+pub(crate) struct Vmm {
+    guests: Vec<Guest>,
+    gic: Gic,
+    /// Affinities of the cores.
+    cores: Vec<u64>,
+    memory: Mutex<Memory>,
+    console: Mutex<console::Console>,
+}
+
+/// Why [`run`] did not begin: the file has no guests.
+pub(crate) const NO_GUESTS: &str = "the FIT image has no guests";
+
+static VMM: Once<Vmm> = Once::new();
+
+/// Runs the guests of the FIT until all have ended; says how that went, or why it could not begin.
+pub(crate) fn run(
+    machine: &Machine,
+    configs: impl FnOnce() -> Result<Vec<GuestConfig<'static>>, &'static str>,
+) -> Result<(), &'static str> {
+    let gic = machine
+        .board
+        .gic
+        .ok_or("no interrupt controller that is known")?;
+    let mut memory = Memory {
+        ram: machine.board.memory.clone(),
+        taken: machine.board.reserved.clone(),
+    };
+    let heap = memory.take(HEAP, PAGE_SIZE).ok_or("no memory for a heap")?;
+    heap::give(heap);
+    let configs = configs()?;
+    if configs.is_empty() {
+        return Err(NO_GUESTS);
+    }
+    let cores: Vec<u64> = machine.board.cpus.iter().map(|cpu| cpu.mpidr).collect();
+    let boot_core = cores
+        .iter()
+        .position(|mpidr| *mpidr == crate::arch::mpidr())
+        .ok_or("this core is not in the device tree")?;
+    let mut guests = Vec::new();
+    let mut next_core = boot_core;
+    for (config, number) in configs.into_iter().zip(1..) {
+        let guest = Guest::create(number, config, &gic, &mut memory, &cores, &mut next_core);
+        guests.push(guest.map_err(|why| {
+            line(format_args!("host: VM {number}: {why}"));
+            "a VM could not be created"
+        })?);
+    }
+    let labelled = guests.len() > 1;
+    let vmm = VMM.call_once(|| Vmm {
+        guests,
+        gic,
+        cores,
+        memory: Mutex::new(memory),
+        console: Mutex::new(console::Console::new(labelled)),
+    });
+    start_cores(vmm, boot_core, machine.settings);
+    sched::run(vmm, boot_core);
+    vmm.verdict()
+}
+
+/// Turns on the cores that have vCPUs.
+fn start_cores(vmm: &'static Vmm, boot_core: usize, settings: Settings) {
+    for (number, mpidr) in vmm.cores.iter().enumerate() {
+        let has_work = vmm.guests.iter().any(|guest| guest.uses_core(number));
+        if number == boot_core || !has_work {
+            continue;
+        }
+        if let Err(why) = cpu::start(number, *mpidr, settings, secondary) {
+            line(format_args!("host: core {number}: {why}"));
+        }
+    }
+}
+
+/// Where another core arrives.
+fn secondary(number: usize) -> ! {
+    match VMM.get() {
+        Some(vmm) => sched::run(vmm, number),
+        None => line(format_args!("host: core {number} came too early")),
+    }
+    crate::arch::halt()
+}
+
+impl Vmm {
+    /// Whether every guest has powered itself off.
+    fn verdict(&self) -> Result<(), &'static str> {
+        let clean = self
+            .guests
+            .iter()
+            .filter(|guest| guest.ended_well())
+            .count();
+        line(format_args!(
+            "host: {clean} of {} guest(s) powered off",
+            self.guests.len()
+        ));
+        if clean == self.guests.len() {
+            Ok(())
+        } else {
+            Err("a guest did not power itself off")
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! What a core does: its vCPUs in turn, each for a slice of time.
+
+use core::sync::atomic::Ordering;
+
+use abi::{ErrorCode, Exit, KICK_SGI};
+
+use super::guest::{Guest, State, VcpuSlot, reason};
+use super::{Vmm, console};
+use crate::arch::{gic, ticks_per_second};
+use crate::console::line;
+
+/// Slices per second.
+const SLICES: u64 = 100;
+
+/// Runs this core's vCPUs until all guests are gone.
+pub(super) fn run(vmm: &Vmm, core: usize) {
+    if let Err(why) = gic::enable(&vmm.gic) {
+        line(format_args!("host: core {core}: {why}"));
+        return;
+    }
+    let slice = ticks_per_second() / SLICES;
+    let keyboard = core == keeper(vmm);
+    loop {
+        if keyboard {
+            console::poll(vmm);
+        }
+        let kicked = take_interrupts(vmm);
+        let mut next = u64::MAX;
+        for guest in &vmm.guests {
+            next = next.min(turn(vmm, guest, core, kicked, slice));
+        }
+        if vmm.guests.iter().all(Guest::is_gone) {
+            return;
+        }
+        if next > gic::now() {
+            // Whoever looks after the keyboard looks again soon, others when they are woken.
+            let limit = if keyboard {
+                gic::now() + slice
+            } else {
+                gic::now() + ticks_per_second()
+            };
+            gic::set_timer(next.min(limit));
+            gic::wait();
+        }
+    }
+}
+
+/// The core that looks after the keyboard: that of the first guest.
+fn keeper(vmm: &Vmm) -> usize {
+    vmm.guests
+        .first()
+        .and_then(|guest| guest.vcpus.first())
+        .map_or(0, |vcpu| vcpu.core)
+}
+
+/// Takes what is pending; says whether EL2 or another core wants the vCPUs looked at.
+fn take_interrupts(vmm: &Vmm) -> bool {
+    let mut kicked = false;
+    while let Some(id) = gic::take(&vmm.gic) {
+        kicked |= id == KICK_SGI || id == gic::WAKE_SGI;
+    }
+    kicked
+}
+
+/// Gives each vCPU of a guest on this core its turn; tells when the next one is due.
+fn turn(vmm: &Vmm, guest: &Guest, core: usize, kicked: bool, slice: u64) -> u64 {
+    if let Some(what) = guest.attend(core) {
+        line(format_args!("host: VM {}: {what}", guest.number));
+        wake_all(vmm, core);
+    }
+    let mut next = u64::MAX;
+    for vcpu in guest.vcpus.iter().filter(|vcpu| vcpu.core == core) {
+        if guest.state() != State::Running {
+            return u64::MAX;
+        }
+        let woken = vcpu.woken.swap(false, Ordering::AcqRel) || kicked;
+        if woken || vcpu.until.load(Ordering::Relaxed) <= gic::now() {
+            gic::set_timer(gic::now() + slice);
+            guest.inside.fetch_add(1, Ordering::AcqRel);
+            // The state again: who changes it waits for nobody to be inside.
+            let until = if guest.state() == State::Running {
+                step(vmm, guest, vcpu)
+            } else {
+                0
+            };
+            guest.inside.fetch_sub(1, Ordering::AcqRel);
+            vcpu.until.store(until, Ordering::Relaxed);
+        }
+        next = next.min(vcpu.until.load(Ordering::Relaxed));
+    }
+    next
+}
+
+/// Runs a vCPU until it has to wait or its slice is over; gives the time before which it need not
+/// run again.
+fn step(vmm: &Vmm, guest: &Guest, vcpu: &VcpuSlot) -> u64 {
+    loop {
+        let exit = guest
+            .vm
+            .run(vcpu.index, vcpu.loaded.load(Ordering::Relaxed));
+        let exit = match exit {
+            Ok(exit) => exit,
+            Err(refused) if matches!(refused.code, ErrorCode::Again | ErrorCode::Busy) => return 0,
+            Err(refused) => return fail(guest, vcpu, reason(refused)),
+        };
+        match exit {
+            Exit::Interrupted => return 0,
+            Exit::WaitForInterrupt { until } => return until,
+            Exit::VcpuOff => return u64::MAX,
+            Exit::MmioRead { ipa, .. } => {
+                let value = guest.devices.lock().read(guest.vm, ipa);
+                // An address without a device reads as all ones.
+                let value = value.unwrap_or(u64::MAX);
+                vcpu.loaded.store(value, Ordering::Relaxed);
+            }
+            Exit::MmioWrite { ipa, value, .. } => {
+                let sent = guest.devices.lock().write(guest.vm, ipa, value);
+                if let Ok(Some(byte)) = sent {
+                    vmm.console.lock().output(guest.number, byte);
+                }
+            }
+            Exit::NeedPages { pages } => {
+                if let Err(refused) = guest.top_up(&mut vmm.memory.lock(), pages) {
+                    if refused.code == ErrorCode::Busy {
+                        return 0;
+                    }
+                    return fail(guest, vcpu, reason(refused));
+                }
+            }
+            Exit::VcpuOn { index } => wake(vmm, guest, index),
+            Exit::SystemOff => {
+                guest.change(State::Running, State::PoweredOff);
+                return 0;
+            }
+            Exit::SystemReset { .. } => {
+                guest.change(State::Running, State::Resetting);
+                return 0;
+            }
+            Exit::MemoryMissing { ipa } => {
+                line(format_args!(
+                    "host: VM {}: nothing at {ipa:#x}",
+                    guest.number
+                ));
+                return fail(guest, vcpu, "it touched memory that is not there");
+            }
+            Exit::Broken { esr } => {
+                line(format_args!("host: VM {}: ESR {esr:#x}", guest.number));
+                return fail(guest, vcpu, "EL2 can't go on with it");
+            }
+            _ => return fail(guest, vcpu, "EL2 gave an exit that this host does not know"),
+        }
+    }
+}
+
+/// Stops a guest that can't go on.
+fn fail(guest: &Guest, vcpu: &VcpuSlot, why: &str) -> u64 {
+    line(format_args!(
+        "host: VM {} vCPU {}: {why}",
+        guest.number, vcpu.index
+    ));
+    guest.stop();
+    0
+}
+
+/// Makes the core of a vCPU look at it.
+fn wake(vmm: &Vmm, guest: &Guest, index: u8) {
+    let Some(vcpu) = guest.vcpus.get(usize::from(index)) else {
+        return;
+    };
+    vcpu.woken.store(true, Ordering::Release);
+    if let Some(mpidr) = vmm.cores.get(vcpu.core) {
+        gic::wake(&vmm.gic, vcpu.core, *mpidr);
+    }
+}
+
+/// Makes every other core look at its vCPUs.
+fn wake_all(vmm: &Vmm, me: usize) {
+    for (core, mpidr) in vmm.cores.iter().enumerate() {
+        if core != me && vmm.guests.iter().any(|guest| guest.uses_core(core)) {
+            gic::wake(&vmm.gic, core, *mpidr);
+        }
+    }
+}
