@@ -87,9 +87,16 @@ pub struct GuestSettings {
 pub fn run(settings: &Settings) -> Result<ExitCode> {
     let machine = machine(settings)?;
     let software = software(settings, &machine)?;
-    let args = with_monitor(machine.args(&software));
+    let mut args = with_monitor(machine.args(&software));
+    // Our own host's console has Ctrl-A for itself.
+    let escape = if settings.host == Host::Shim {
+        args.extend(["-echr", "0x14"].map(str::to_owned));
+        "Ctrl-T"
+    } else {
+        "Ctrl-A"
+    };
     println!("$ {QEMU} {}", process::quote(&args));
-    println!("(leave with Ctrl-A x)\n");
+    println!("(leave with {escape} x)\n");
     let status = Command::new(QEMU)
         .args(&args)
         .status()
@@ -101,7 +108,7 @@ pub fn run(settings: &Settings) -> Result<ExitCode> {
     })
 }
 
-/// The terminal is console and QEMU's monitor in one: Ctrl-A x ends, Ctrl-A c switches.
+/// The terminal is console and QEMU's monitor in one: behind the escape key x ends, c switches.
 fn with_monitor(args: Vec<String>) -> Vec<String> {
     let shared = |arg: String| match arg.as_str() {
         "stdio" => "mon:stdio".to_owned(),
@@ -157,7 +164,7 @@ fn sized(name: &str, text: &str, least: u32) -> Result<u32> {
 fn software(settings: &Settings, machine: &Machine) -> Result<Software> {
     let linux = format!("{LINUX_ARGUMENTS} {}", settings.arguments);
     let software = match settings.host {
-        Host::Shim => shim(settings, machine)?,
+        Host::Shim => shim(settings)?,
         Host::Linux => {
             let payloads = payload::prepare()?;
             let dtb = emulate::linux_tree(machine, &payloads);
@@ -188,7 +195,7 @@ fn software(settings: &Settings, machine: &Machine) -> Result<Software> {
 }
 
 /// Our own host: with guests, unless it is asked for scenarios.
-fn shim(settings: &Settings, machine: &Machine) -> Result<Software> {
+fn shim(settings: &Settings) -> Result<Software> {
     let guests = &settings.guests;
     let mut software = Software {
         kernel: emulate::ravelin_image(),
@@ -201,10 +208,6 @@ fn shim(settings: &Settings, machine: &Machine) -> Result<Software> {
     let fit = files::build("work/run.fit");
     files::write(&fit, &guests_fit(guests)?)?;
     software.initrd = Some(fit);
-    if machine.board == Board::Raspi4b {
-        // QEMU's raspi4b has its PL011 on standard input and output; Debian's tree names the other one.
-        software.dtb = Some(payload::prepare()?.pi4_tree);
-    }
     Ok(software)
 }
 

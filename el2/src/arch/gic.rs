@@ -247,8 +247,11 @@ impl PhysicalGic {
         let Some(frame) = self.private_frame(cpu) else {
             return;
         };
+        // In the group that the host has chosen for the guests' timer, which it takes from us.
         let groups = frame.read(GICD_IGROUPR);
-        frame.write(GICD_IGROUPR, groups | OURS);
+        if groups & TIMER_BIT != 0 {
+            frame.write(GICD_IGROUPR, groups | OURS);
+        }
         frame.write(GICD_ISENABLER, OURS);
         cpu.gic_frame.store(frame.base(), Ordering::Relaxed);
     }
