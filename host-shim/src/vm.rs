@@ -136,6 +136,11 @@ impl Vm {
         vm_call!(Call::SlotLock, self.handle, 1, u64::from(id), 0b11 | 1 << 8).map(drop)
     }
 
+    /// Unlocks a slot.
+    pub(crate) fn unlock_slot(self, id: u16) -> Result<(), Refused> {
+        vm_call!(Call::SlotLock, self.handle, 2, u64::from(id)).map(drop)
+    }
+
     /// State of a slot.
     pub(crate) fn slot_state(self, id: u16) -> Result<Option<SlotState>, Refused> {
         let [state, ..] = vm_call!(Call::SlotState, self.handle, u64::from(id))?;

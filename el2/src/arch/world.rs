@@ -300,6 +300,15 @@ const CNTHCTL_GUEST: u64 = 1;
 /// VMPIDR_EL2: RES1 bit 31.
 const MPIDR_RES1: u64 = 1 << 31;
 
+/// Writes a register that governs EL1 and EL0 only, or says where an exception to EL2 returns to.
+macro_rules! set {
+    ($name:literal, $value:expr) => {
+        // SAFETY: EL2's own execution does not depend on it, and nothing runs at EL1 on this core
+        // until the switch is complete.
+        unsafe { msr!($name, $value) }
+    };
+}
+
 fn isb() {
     // SAFETY: a barrier.
     unsafe { core::arch::asm!("isb", options(nostack, preserves_flags)) };
@@ -395,11 +404,9 @@ impl HostWorld {
     ) -> Self {
         let host = Self::read(features);
         if features.speculative_at {
-            // SAFETY: for EL1 only, which does not run.
-            unsafe { msr!("tcr_el1", host.tcr | NO_WALKS) };
+            set!("tcr_el1", host.tcr | NO_WALKS);
             isb();
-            // SAFETY: as above.
-            unsafe { msr!("sctlr_el1", host.sctlr | MMU_ON) };
+            set!("sctlr_el1", host.sctlr | MMU_ON);
             isb();
         }
         guest.el1.write();
@@ -408,14 +415,12 @@ impl HostWorld {
         }
         load_controls(features, vm, index, &host.controls);
         FineTraps::default().write(features);
-        // SAFETY: registers that only govern EL1 and EL0; the tables behind VTTBR are the guest's.
-        unsafe {
-            msr!("vtcr_el2", vm.stage2.vtcr);
-            msr!("vttbr_el2", vm.stage2.vttbr);
-            msr!("hcr_el2", guest.hcr);
-            if features.hcx {
-                msr!("s3_4_c1_c2_2", 0); // HCRX_EL2
-            }
+        // The tables behind VTTBR are the guest's.
+        set!("vtcr_el2", vm.stage2.vtcr);
+        set!("vttbr_el2", vm.stage2.vttbr);
+        set!("hcr_el2", guest.hcr);
+        if features.hcx {
+            set!("s3_4_c1_c2_2", 0); // HCRX_EL2
         }
         guest.timer.write();
         load_walk_registers(features, guest.sctlr, guest.tcr);
@@ -425,8 +430,7 @@ impl HostWorld {
 
     fn read(features: &Features) -> Self {
         let timer = Timer::read();
-        // SAFETY: the host's timer must not fire for the guest.
-        unsafe { msr!("cntv_ctl_el0", 0) };
+        set!("cntv_ctl_el0", 0);
         Self {
             el1: El1::read(),
             sctlr: mrs!("sctlr_el1"),
@@ -460,8 +464,7 @@ impl HostWorld {
     pub(crate) fn load_host(mut self, features: &Features, guest: &mut Context) {
         self.return_fp(guest);
         guest.timer = Timer::read();
-        // SAFETY: the guest's timer must not fire for the host.
-        unsafe { msr!("cntv_ctl_el0", 0) };
+        set!("cntv_ctl_el0", 0);
         guest.el1 = El1::read();
         guest.sctlr = mrs!("sctlr_el1");
         guest.tcr = mrs!("tcr_el1");
@@ -469,11 +472,9 @@ impl HostWorld {
             guest.keys = Keys::read();
         }
         if features.speculative_at {
-            // SAFETY: for EL1 only, which does not run.
-            unsafe { msr!("tcr_el1", guest.tcr | NO_WALKS) };
+            set!("tcr_el1", guest.tcr | NO_WALKS);
             isb();
-            // SAFETY: as above.
-            unsafe { msr!("sctlr_el1", guest.sctlr | MMU_ON) };
+            set!("sctlr_el1", guest.sctlr | MMU_ON);
             isb();
         }
         self.el1.write();
@@ -482,17 +483,15 @@ impl HostWorld {
         }
         self.controls.write();
         self.traps.write(features);
-        // SAFETY: what was there when the guest was loaded.
-        unsafe {
-            msr!("vtcr_el2", self.stage2.vtcr);
-            msr!("vttbr_el2", self.stage2.vttbr);
-            msr!("hcr_el2", self.hcr);
-            if features.hcx {
-                msr!("s3_4_c1_c2_2", self.hcrx);
-            }
-            msr!("elr_el2", self.pc);
-            msr!("spsr_el2", self.pstate);
+        // What was there when the guest was loaded.
+        set!("vtcr_el2", self.stage2.vtcr);
+        set!("vttbr_el2", self.stage2.vttbr);
+        set!("hcr_el2", self.hcr);
+        if features.hcx {
+            set!("s3_4_c1_c2_2", self.hcrx);
         }
+        set!("elr_el2", self.pc);
+        set!("spsr_el2", self.pstate);
         self.timer.write();
         load_walk_registers(features, self.sctlr, self.tcr);
         set_vectors((&raw const vectors).addr() as u64);
@@ -500,8 +499,7 @@ impl HostWorld {
 
     /// The guest uses FP for the first time in this run: its registers in, the host's out.
     pub(crate) fn lend_fp(&mut self, guest: &Context) {
-        // SAFETY: opens FP for EL2 and the guest.
-        unsafe { msr!("cptr_el2", CPTR_GUEST & !CPTR_TFP) };
+        set!("cptr_el2", CPTR_GUEST & !CPTR_TFP);
         isb();
         // SAFETY: as large as guest.S expects; FP is open.
         unsafe { fp_save(&raw mut self.fp) };
@@ -542,19 +540,16 @@ fn load_walk_registers(features: &Features, sctlr: u64, tcr: u64) {
     if features.speculative_at {
         isb();
     }
-    // SAFETY: for EL1 only, which does not run.
-    unsafe { msr!("sctlr_el1", sctlr) };
+    set!("sctlr_el1", sctlr);
     if features.speculative_at {
         isb();
     }
-    // SAFETY: as above.
-    unsafe { msr!("tcr_el1", tcr) };
+    set!("tcr_el1", tcr);
     isb();
 }
 
 fn set_vectors(address: u64) {
-    // SAFETY: both tables are EL2's code, aligned to 2 KiB.
-    unsafe { msr!("vbar_el2", address) };
+    set!("vbar_el2", address);
     isb();
 }
 
@@ -567,8 +562,7 @@ pub(crate) fn enter(guest: &mut Context) -> u64 {
 
 /// Writes HCR_EL2 of the guest that is loaded.
 pub(crate) fn set_hcr(value: u64) {
-    // SAFETY: it only governs EL1 and EL0.
-    unsafe { msr!("hcr_el2", value) };
+    set!("hcr_el2", value);
 }
 
 /// What `AT S1E1R` says about a virtual address of the guest that is loaded: its IPA page, if stage
@@ -580,8 +574,7 @@ pub(crate) fn translate_stage1(address: u64) -> Option<u64> {
         core::arch::asm!("at s1e1r, {}", "isb", in(reg) address, options(nostack, preserves_flags));
     }
     let par = mrs!("par_el1");
-    // SAFETY: restores what was there.
-    unsafe { msr!("par_el1", saved) };
+    set!("par_el1", saved);
     (par & 1 == 0).then_some(par & 0x000f_ffff_ffff_f000)
 }
 

@@ -112,7 +112,7 @@ impl Irq {
         match version {
             GicVersion::V3 => self.route,
             GicVersion::V2 if self.route == 0 => NOBODY,
-            GicVersion::V2 => self.route.trailing_zeros() as u8,
+            GicVersion::V2 => self.route.trailing_zeros().to_le_bytes()[0],
         }
     }
 
@@ -189,7 +189,7 @@ impl Irq {
         } else if self.sources == 0 {
             0
         } else {
-            self.sources.trailing_zeros() as u8
+            self.sources.trailing_zeros().to_le_bytes()[0]
         }
     }
 

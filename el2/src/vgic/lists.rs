@@ -104,11 +104,13 @@ impl List {
 
     /// INTID, and whether it is pending and active, of a register that was in use.
     fn decode(value: u64, version: GicVersion) -> (usize, bool, bool) {
-        let (intid, state) = match version {
-            GicVersion::V3 => (value & 0x3ff, value >> 62),
-            GicVersion::V2 => (value & 0x3ff, value >> 28),
+        let state = match version {
+            GicVersion::V3 => value >> 62,
+            GicVersion::V2 => value >> 28,
         };
-        (intid as usize, state & 1 != 0, state & 2 != 0)
+        let [low, high, ..] = value.to_le_bytes();
+        let intid = usize::from(low) | usize::from(high & 3) << 8;
+        (intid, state & 1 != 0, state & 2 != 0)
     }
 }
 

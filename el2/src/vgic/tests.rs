@@ -141,10 +141,10 @@ fn more_pending_than_list_registers_are_all_delivered_by_priority() {
     for version in [V2, V3] {
         let vgic = enabled(version, 1);
         let mut cpu = Cpu::new(0, version, 4);
-        for spi in 40..60u64 {
-            let priority = (60 - spi) * 8;
-            let _: Kicks = vgic.dist_write(0, 0x400 + spi, 1, priority);
-            let _: Kicks = vgic.set_spi(spi as u32, true).unwrap();
+        for spi in 40..60u32 {
+            let priority = u64::from(60 - spi) * 8;
+            let _: Kicks = vgic.dist_write(0, 0x400 + u64::from(spi), 1, priority);
+            let _: Kicks = vgic.set_spi(spi, true).unwrap();
         }
         vgic.load(0, &mut cpu.interface);
         assert_eq!((cpu.interface.used, cpu.interface.hcr & 2), (4, 2));

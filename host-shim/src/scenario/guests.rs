@@ -35,6 +35,7 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
     report.check("guest_memory_is_flushed_once", flushed_once(&memory));
     report.check("donated_memory_comes_back_wiped", wiped(&memory));
     report.check("bad_calls_are_refused", refusals(&memory));
+    report.check("slot_memory_is_free_after_its_slot", deleted(&memory));
     report.check("vms_come_and_go", many(&memory));
 }
 
@@ -220,6 +221,24 @@ fn refusals(memory: &Memory) -> Result<(), &'static str> {
     expect(twice == Some(ErrorCode::Exists), "a vCPU was created twice")?;
     expect(beyond == Some(ErrorCode::Invalid), "a vCPU beyond the last")?;
     expect(missing == Some(ErrorCode::NotFound), "a missing vCPU ran")
+}
+
+/// Memory of a slot can be donated when the slot is gone, and comes back wiped with the VM.
+fn deleted(memory: &Memory) -> Result<(), &'static str> {
+    memory.load();
+    let vm = words(memory.vm())?;
+    words(vm.lock_slot(0))?;
+    let locked = vm.delete_slot(0).err().map(|refused| refused.code);
+    let ran = converse(vm);
+    words(vm.reset())?;
+    words(vm.unlock_slot(0))?;
+    words(vm.delete_slot(0))?;
+    words(vm.top_up(memory.ram))?;
+    end(vm)?;
+    ran?;
+    expect(locked == Some(ErrorCode::Busy), "a locked slot was deleted")?;
+    let clean = mem::bytes(memory.ram).iter().all(|byte| *byte == 0);
+    expect(clean, "the guest's memory is left in what came back")
 }
 
 /// VMIDs are used again: no translation of the one before may be left.

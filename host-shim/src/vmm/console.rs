@@ -59,11 +59,11 @@ impl Console {
         if byte == b'\r' {
             return;
         }
-        if byte != b'\n' {
-            if let Some(free) = place.bytes.get_mut(place.length) {
-                *free = byte;
-                place.length += 1;
-            }
+        if byte != b'\n'
+            && let Some(free) = place.bytes.get_mut(place.length)
+        {
+            *free = byte;
+            place.length += 1;
         }
         if byte == b'\n' || place.length == LINE {
             place.show(number);

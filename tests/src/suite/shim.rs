@@ -8,7 +8,7 @@ use crate::verdict;
 use anyhow::{Result, ensure};
 
 /// Checks that `shim.run=all` makes at least.
-const SCENARIO_CHECKS: u32 = 36;
+const SCENARIO_CHECKS: u32 = 42;
 /// Checks that the mere report makes at least.
 const REPORT_CHECKS: u32 = 1;
 /// Frames of a panic's backtrace that must have a function's name.
