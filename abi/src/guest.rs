@@ -12,6 +12,12 @@ pub const KICK_SGI: u32 = 7;
 /// CPU that runs vCPUs, keeps its own time by the physical timer, and never sees it fire.
 pub const GUEST_TIMER_PPI: u32 = 27;
 
+/// A guest's call, not a host's: function id with which a guest asks how an address is accessed.
+/// `x1`: a virtual address; gives the combined memory attribute of both stages in `x1` (encoded as
+/// a byte of MAIR_EL1) and its shareability in `x2` (2 outer, 3 inner). `x0` is negative where it
+/// has no translation. It tells nothing of what is behind the guest's memory but its type.
+pub const GUEST_MEMORY_ATTRIBUTES: u32 = 0xc600_0180;
+
 /// Fixed properties of a VM, as [`crate::Call::VmCreate`] takes them.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct VmConfig {

@@ -14,7 +14,8 @@ mod guest;
 pub use call::{Call, Counter, Features};
 pub use error::{ErrorCode, from_register, to_register};
 pub use guest::{
-    Exit, GUEST_TIMER_PPI, KICK_SGI, LeafInfo, MAX_VCPUS, SlotState, SlotWord, VmConfig, VmCounter,
+    Exit, GUEST_MEMORY_ATTRIBUTES, GUEST_TIMER_PPI, KICK_SGI, LeafInfo, MAX_VCPUS, SlotState,
+    SlotWord, VmConfig, VmCounter,
 };
 
 /// Version of this ABI: major in bits 31:16, minor in 15:0. The major number changes when a call

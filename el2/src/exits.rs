@@ -191,8 +191,19 @@ fn call(run: &mut Running<'_>, immediate: u16) -> Next {
             firmware::call(u64::from(id), [0; 7]);
             answered(run, 0)
         }
+        Action::Attributes(address) => attributes(run, address),
         Action::Power(action) => power(run, action),
     }
+}
+
+/// How both stages together access an address of the guest.
+fn attributes(run: &mut Running<'_>, address: u64) -> Next {
+    let answer = match world::memory_attributes(address) {
+        Some((attribute, shareability)) => [0, attribute, shareability, 0],
+        None => [smccc::INVALID_PARAMETER, 0, 0, 0],
+    };
+    run.state.context.regs.x[..4].copy_from_slice(&answer);
+    Next::Resume
 }
 
 fn answered(run: &mut Running<'_>, value: u64) -> Next {

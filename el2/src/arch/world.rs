@@ -565,6 +565,20 @@ pub(crate) fn set_hcr(value: u64) {
     set!("hcr_el2", value);
 }
 
+/// What `AT S12E1R` says about a virtual address of the guest that is loaded: attribute (PAR_EL1
+/// 63:56) and shareability (8:7), if both stages translate it for a read.
+pub(crate) fn memory_attributes(address: u64) -> Option<(u64, u64)> {
+    let saved = mrs!("par_el1");
+    // SAFETY: an address translation instruction reads tables only.
+    unsafe {
+        core::arch::asm!("at s12e1r, {}", "isb", in(reg) address, options(nostack, preserves_flags));
+    }
+    let par = mrs!("par_el1");
+    // SAFETY: restores what was there.
+    unsafe { msr!("par_el1", saved) };
+    (par & 1 == 0).then_some((par >> 56, par >> 7 & 3))
+}
+
 /// What `AT S1E1R` says about a virtual address of the guest that is loaded: its IPA page, if stage
 /// 1 translates it. PAR_EL1 is the guest's, and comes back.
 pub(crate) fn translate_stage1(address: u64) -> Option<u64> {

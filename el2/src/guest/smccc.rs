@@ -14,11 +14,15 @@ use crate::smc::{SMCCC_ARCH_FEATURES_ID, SMCCC_VERSION, SMCCC_VERSION_ID};
 /// NOT_SUPPORTED, sign-extended.
 const NOT_SUPPORTED: u64 = u64::MAX;
 const SUCCESS: u64 = 0;
+/// INVALID_PARAMETER, sign-extended (DEN 0028 7.1).
+pub const INVALID_PARAMETER: u64 = u64::MAX - 2;
 const WORKAROUND_1: u32 = 0x8000_8000;
 const WORKAROUND_2: u32 = 0x8000_7fff;
 const WORKAROUND_3: u32 = 0x8000_3fff;
 const VENDOR_UID: u32 = 0x8600_ff01;
 const VENDOR_FEATURES: u32 = 0x8600_0000;
+/// Ours: how memory at an address of the guest is really accessed, see [`Action::Attributes`].
+const MEMORY_ATTRIBUTES: u32 = abi::GUEST_MEMORY_ATTRIBUTES;
 /// 28b46fb6-2ec5-11e9-a9ca-4b564d003a74, little-endian words.
 const KVM_UID: [u64; 4] = [0xb66f_b428, 0xe911_c52e, 0x564b_caa9, 0x743a_004d];
 /// Bitmap of the vendor calls by function number: only the bitmap itself.
@@ -98,6 +102,9 @@ pub enum Action {
     Return([u64; 4]),
     /// PSCI: see [`psci::Action`].
     Power(psci::Action),
+    /// Translate this virtual address of the guest by AT S12E1R: `x0` 0, `x1` the attribute
+    /// (PAR_EL1 63:56), `x2` the shareability (8:7), or `x0` [`INVALID_PARAMETER`] if it has none.
+    Attributes(u64),
     /// Make this call of firmware, which takes no argument, and put 0 into `x0`.
     Firmware(u32),
 }
@@ -119,6 +126,7 @@ pub fn call<M: Fn(u64) -> bool>(
         SMCCC_ARCH_FEATURES_ID => one(arch_feature(first, environment)),
         WORKAROUND_1 | WORKAROUND_2 | WORKAROUND_3 => workaround(id, environment),
         VENDOR_UID => Action::Return(KVM_UID),
+        MEMORY_ATTRIBUTES => Action::Attributes(first),
         VENDOR_FEATURES => Action::Return([KVM_FEATURES, 0, 0, 0]),
         _ if id & !0x4000_001f == 0x8400_0000 => {
             let args = [first, second, third];

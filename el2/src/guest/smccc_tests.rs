@@ -89,6 +89,14 @@ fn vendor_is_kvm_with_its_bitmap() {
 }
 
 #[test]
+fn attributes_are_measured_by_the_caller() {
+    assert_eq!(
+        ask(0xc600_0180, 0x4008_0000),
+        Action::Attributes(0x4008_0000)
+    );
+}
+
+#[test]
 fn host_calls_and_strange_ids_are_not_supported() {
     for id in [
         0,
