@@ -17,7 +17,6 @@ pub mod entropy;
 pub mod idregs;
 pub mod mmio;
 pub mod psci;
-pub mod sgi;
 pub mod smccc;
 pub mod sysreg;
 pub mod timer;

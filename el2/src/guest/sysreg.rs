@@ -139,7 +139,7 @@ pub enum Outcome {
     Read(u64),
     /// The write has no effect.
     WriteIgnored,
-    /// Send an SGI: hand the general register's value to [`super::sgi::SgiRequest::decode`].
+    /// Send an SGI: the general register says which, and to whom (`crate::vgic`).
     Sgi(SgiGroup),
     /// ICC_DIR_EL1, trapped by ICH_HCR_EL2.TDIR: deactivate the interrupt in the general register.
     Deactivate,
