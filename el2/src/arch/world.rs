@@ -200,8 +200,10 @@ pub(crate) mod hcr {
     pub(crate) const TVM: u64 = 1 << 26;
     pub(crate) const RW: u64 = 1 << 31;
     pub(crate) const TLOR: u64 = 1 << 35;
+    pub(crate) const TERR: u64 = 1 << 36;
     pub(crate) const POINTER_AUTH: u64 = 1 << 40 | 1 << 41;
     pub(crate) const FWB: u64 = 1 << 46;
+    pub(crate) const TID5: u64 = 1 << 58;
 }
 
 /// HCR_EL2 of a guest (spec/arm.md 2.13); TVM comes and goes with the guest's caches.
@@ -209,6 +211,9 @@ pub(crate) fn guest_hcr(features: &Features) -> u64 {
     let fwb = if features.fwb { hcr::FWB } else { 0 };
     let keys = if features.pauth { hcr::POINTER_AUTH } else { 0 };
     let lor = if features.lor { hcr::TLOR } else { 0 };
+    // What the identification registers hide, and what nothing else would trap.
+    let error_records = if features.ras { hcr::TERR } else { 0 };
+    let tags = if features.mte { hcr::TID5 } else { 0 };
     hcr::VM
         | hcr::PTW
         | hcr::SWIO
@@ -227,6 +232,8 @@ pub(crate) fn guest_hcr(features: &Features) -> u64 {
         | fwb
         | keys
         | lor
+        | error_records
+        | tags
 }
 
 /// SCTLR_EL1 of a core that starts: RES1 bits, MMU and caches off.
