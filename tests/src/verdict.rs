@@ -1,7 +1,7 @@
 //! What a console must say for a scenario to pass. Silence, a time-out and an early exit never pass.
 
 use crate::process::{End, Transcript};
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use std::collections::BTreeMap;
 
 /// The last line of a machine that stays halted on purpose.
@@ -25,19 +25,8 @@ const ALARMS: [&str; 6] = [
 /// Says which of these is not so.
 pub fn closes(transcript: &Transcript, at_least: u32) -> Result<()> {
     no_alarm(transcript)?;
-    if let Some(line) = transcript
-        .lines
-        .iter()
-        .find(|line| line.contains(" FAILED"))
-    {
-        bail!("a check failed: {line}");
-    }
-    let closings: Vec<_> = transcript
-        .lines
-        .iter()
-        .filter_map(|line| closing_line(line))
-        .collect();
-    match closings[..] {
+    no_failed_check(transcript)?;
+    match closings(transcript, "")[..] {
         [] => bail!(
             "no closing line (N passed, N failed){}",
             explain(&transcript.end)
@@ -49,10 +38,65 @@ pub fn closes(transcript: &Transcript, at_least: u32) -> Result<()> {
         [(_, failed)] => bail!("{failed} checks failed"),
         _ => bail!(
             "{} closing lines: the machine ran more than once",
-            closings.len()
+            closings(transcript, "").len()
         ),
     }
     ended_well(transcript)
+}
+
+/// Each guest counted its own checks, VM n of them at least `at_least[n - 1]`, and our host said that all of them
+/// powered off, counted its own, and switched the machine off. With several VMs their lines begin with `[vmN] `.
+///
+/// # Errors
+/// Says which of these is not so.
+pub fn guests_close(transcript: &Transcript, at_least: &[u32]) -> Result<()> {
+    no_alarm(transcript)?;
+    no_failed_check(transcript)?;
+    let mut unlabelled = closings(transcript, "");
+    let host = unlabelled.pop();
+    for (number, least) in (1..).zip(at_least) {
+        let lines = if at_least.len() > 1 {
+            closings(transcript, &format!("[vm{number}] "))
+        } else {
+            std::mem::take(&mut unlabelled)
+        };
+        guest_closed(&lines, *least)
+            .with_context(|| format!("VM {number}{}", explain(&transcript.end)))?;
+    }
+    ensure!(
+        matches!(host, Some((1.., 0))) && unlabelled.is_empty(),
+        "no closing line of the host behind its guests'{}",
+        explain(&transcript.end)
+    );
+    ended_well(transcript)
+}
+
+/// The closing lines that begin with `label`.
+fn closings(transcript: &Transcript, label: &str) -> Vec<(u32, u32)> {
+    let lines = transcript.lines.iter();
+    lines
+        .filter_map(|line| closing_line(line.strip_prefix(label)?))
+        .collect()
+}
+
+fn guest_closed(closings: &[(u32, u32)], at_least: u32) -> Result<()> {
+    match closings {
+        [(passed, 0)] => ensure!(
+            *passed >= at_least,
+            "only {passed} checks ran, expected at least {at_least}"
+        ),
+        [(_, failed)] => bail!("{failed} checks failed"),
+        lines => bail!("{} closing lines (N passed, N failed)", lines.len()),
+    }
+    Ok(())
+}
+
+fn no_failed_check(transcript: &Transcript) -> Result<()> {
+    let mut lines = transcript.lines.iter();
+    match lines.find(|line| line.contains(" FAILED")) {
+        Some(line) => bail!("a check failed: {line}"),
+        None => Ok(()),
+    }
 }
 
 /// The machine switched itself off, or said that it halted.
@@ -238,6 +282,34 @@ mod tests {
         assert!(fatal(&transcript("", End::TimedOut), &[""]).is_err());
         let twice = format!("{good}\n{good}");
         assert!(fatal(&transcript(&twice, End::Stopped), &["no device tree"]).is_err());
+    }
+
+    #[test]
+    fn one_guest_closes_before_its_host() {
+        guests_close(
+            &transcript("6 passed, 0 failed\n1 passed, 0 failed", OFF),
+            &[6],
+        )
+        .unwrap();
+        for bad in [
+            "1 passed, 0 failed",
+            "5 passed, 0 failed\n1 passed, 0 failed",
+            "6 passed, 1 failed\n1 passed, 0 failed",
+            "6 passed, 0 failed\n6 passed, 0 failed\n1 passed, 0 failed",
+            "6 passed, 0 failed\n0 passed, 1 failed",
+            "6 passed, 0 failed\na FAILED\n1 passed, 0 failed",
+        ] {
+            assert!(guests_close(&transcript(bad, OFF), &[6]).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn every_guest_closes_under_its_own_label() {
+        let good = "[vm2] 2 passed, 0 failed\n[vm1] 6 passed, 0 failed\n1 passed, 0 failed";
+        guests_close(&transcript(good, OFF), &[6, 2]).unwrap();
+        assert!(guests_close(&transcript(good, OFF), &[6, 3]).is_err());
+        assert!(guests_close(&transcript(good, OFF), &[6, 2, 1]).is_err());
+        assert!(guests_close(&transcript(good, End::TimedOut), &[6, 2]).is_err());
     }
 
     #[test]

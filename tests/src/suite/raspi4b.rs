@@ -1,6 +1,6 @@
 //! QEMU's `raspi4b` with Debian's real Pi 4 device tree: spin table, no SMC, true addresses.
 
-use super::{bad_input, linux, shim};
+use super::{bad_input, guests, linux, shim};
 use crate::device_tree::Damage;
 use crate::machine::Machine;
 use crate::payload::Payloads;
@@ -11,7 +11,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     let machine = Machine::raspi4b;
     let damaged = |damage, reasons| bad_input::damaged(machine(), damage, reasons);
     let left_out = |damage, line| bad_input::cpu_left_out(machine(), damage, line);
-    vec![
+    let mut all = vec![
         linux::selfcheck(machine(), payloads),
         shim::all(machine()),
         shim::report(machine()),
@@ -23,5 +23,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
         damaged(Damage::NoMemory, &["memory"]),
         left_out(Damage::PhantomCpu, "did not come up"),
         left_out(Damage::NoEnableMethod, "no enable-method"),
-    ]
+    ];
+    all.extend(guests::all(&machine(), payloads));
+    all
 }

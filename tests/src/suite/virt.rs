@@ -1,6 +1,6 @@
 //! QEMU's `virt`: every CPU with every interrupt controller.
 
-use super::{bad_input, linux, shim};
+use super::{bad_input, guests, linux, shim};
 use crate::device_tree::Damage;
 use crate::machine::{CPUS, Gic, Machine};
 use crate::payload::Payloads;
@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 /// Numbers of CPUs that Linux is booted with besides 4.
 const OTHER_CPU_COUNTS: [u32; 7] = [8, 7, 6, 5, 3, 2, 1];
+/// CPUs that every guest is tried on: both boards', one with forced write-back, and everything.
+const GUEST_CPUS: [&str; 4] = ["cortex-a72", "cortex-a76", "neoverse-v1", "max"];
 /// What EL2 can be told to do wrong.
 pub(super) const SELF_TESTS: [&str; 5] =
     ["panic", "stack-overflow", "write-text", "exec-data", "null"];
@@ -36,6 +38,14 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
         Machine::virt("max", Gic::V3, 2),
     ] {
         all.extend(SELF_TESTS.map(|kind| shim::self_test(machine.clone(), kind)));
+    }
+    for cpu in GUEST_CPUS {
+        for gic in [Gic::V2, Gic::V3] {
+            all.extend(guests::all(&Machine::virt(cpu, gic, 4), payloads));
+        }
+    }
+    for gic in [Gic::V2, Gic::V3] {
+        all.extend(guests::bare(&a76(gic, 4)));
     }
     all.extend(bad_inputs(payloads));
     all
