@@ -6,6 +6,7 @@ mod linux;
 mod raspi4b;
 mod shim;
 mod virt;
+mod vm_linux;
 
 use crate::emulate;
 use crate::payload::{self, Payloads};

@@ -1,5 +1,6 @@
 //! QEMU's `raspi4b` with Debian's real Pi 4 device tree: spin table, no SMC, true addresses.
 
+use super::vm_linux::{self, DEFAULT, Setting};
 use super::{bad_input, guests, linux, shim};
 use crate::device_tree::Damage;
 use crate::machine::Machine;
@@ -11,7 +12,13 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     let machine = Machine::raspi4b;
     let damaged = |damage, reasons| bad_input::damaged(machine(), damage, reasons);
     let left_out = |damage, line| bad_input::cpu_left_out(machine(), damage, line);
+    let large = Setting {
+        vcpus: 4,
+        memory_mib: 512,
+        ..DEFAULT
+    };
     let mut all = vec![
+        vm_linux::shell(machine(), payloads, large, ""),
         linux::selfcheck(machine(), payloads),
         shim::all(machine()),
         shim::report(machine()),

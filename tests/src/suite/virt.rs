@@ -1,5 +1,6 @@
 //! QEMU's `virt`: every CPU with every interrupt controller.
 
+use super::vm_linux::{self, DEFAULT, Setting};
 use super::{bad_input, guests, linux, shim};
 use crate::device_tree::Damage;
 use crate::machine::{CPUS, Gic, Machine};
@@ -29,6 +30,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     for gic in [Gic::V2, Gic::V3] {
         all.extend([8, 1].map(|cpus| shim::all(a76(gic, cpus))));
     }
+    all.extend(linux_guests(payloads));
     all.push(linux::reset(a76(Gic::V3, 2), payloads));
     all.push(linux::shell(a76(Gic::V3, 2), payloads));
     all.push(shim::report(a76(Gic::V3, 4)));
@@ -48,6 +50,48 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
         all.extend(guests::bare(&a76(gic, 4)));
     }
     all.extend(bad_inputs(payloads));
+    all
+}
+
+/// What `make run` promises, and its settings.
+fn linux_guests(payloads: &Arc<Payloads>) -> Vec<Scenario> {
+    let mut all = Vec::new();
+    let four = Setting {
+        vcpus: 4,
+        ..DEFAULT
+    };
+    for (cpu, gic) in [
+        ("cortex-a72", Gic::V2),
+        ("cortex-a76", Gic::V3),
+        ("neoverse-v1", Gic::V3),
+        ("max", Gic::V3),
+    ] {
+        all.push(vm_linux::shell(
+            Machine::virt(cpu, gic, 4),
+            payloads,
+            four,
+            "",
+        ));
+    }
+    let a76 = |gic| Machine::virt("cortex-a76", gic, 4);
+    all.push(vm_linux::shell(a76(Gic::V2), payloads, DEFAULT, "-single"));
+    let loose = Setting {
+        lock: false,
+        noncoherent: true,
+        ..four
+    };
+    for cpu in ["cortex-a72", "max"] {
+        let machine = Machine::virt(cpu, Gic::V3, 2);
+        all.push(vm_linux::shell(machine, payloads, loose, "-on-demand"));
+    }
+    let three = Setting {
+        vms: 3,
+        vcpus: 2,
+        memory_mib: 192,
+        ..DEFAULT
+    };
+    all.push(vm_linux::several(a76(Gic::V3), payloads, three));
+    all.push(vm_linux::reset(a76(Gic::V3), payloads));
     all
 }
 
