@@ -11,6 +11,14 @@ CPU ?= cortex-a76
 GIC ?= 3
 MEM ?= 1G
 ARGS ?=
+GUEST ?= linux
+INITRD ?=
+CMDLINE ?=
+VCPUS ?= 1
+GUEST_MEM ?= 256M
+VMS ?= 1
+LOCK ?= 1
+NONCOHERENT ?= 0
 LOG ?= info
 RUST_ROUTE ?= auto
 FILTER ?=
@@ -23,8 +31,13 @@ help: ## this list
 	@echo
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo 'Settings: make run BOARD=virt|raspi4b HOST=shim|linux SMP=1..8 CPU=cortex-a72|cortex-a76|neoverse-v1|neoverse-n2|max'
-	@echo '          GIC=2|3 MEM=1G ARGS=... LOG=off|error|warn|info|debug|trace; make test-virt FILTER=word; RUST_ROUTE=rustup|debian'
+	@echo 'Settings of make run, with their defaults:'
+	@echo '  the machine  BOARD=virt (or raspi4b) CPU=cortex-a76 (cortex-a72, neoverse-v1, neoverse-n2, max) GIC=3 (2) SMP=4 MEM=1G'
+	@echo '  the host     HOST=shim (or linux) LOG=info (off, error, warn, debug, trace) ARGS="..."'
+	@echo '  the guests   GUEST=linux (demo, none, or the path of an arm64 Image or raw binary for QEMU virt) INITRD=path'
+	@echo '               CMDLINE="..." VCPUS=1 GUEST_MEM=256M VMS=1 LOCK=1 (0: mapped on demand) NONCOHERENT=0 (1)'
+	@echo '  at the console: Ctrl-A c opens the monitor (try help), Ctrl-A N gives the input to VM N, Ctrl-T x ends the emulator'
+	@echo 'Others: make test-virt FILTER=word; RUST_ROUTE=rustup|debian'
 
 setup: ## install and fetch what is missing (quick when nothing is)
 	@scripts/setup.sh
@@ -33,9 +46,10 @@ build: setup ## the EL2 image with the host inside: build/ravelin.img
 	@scripts/build-guests.sh
 	@scripts/build.sh
 
-run: build ## boot on the emulator: our own host, or HOST=linux for a shell
+run: build ## boot Linux in a VM on the emulator, to a shell; its poweroff ends the run
 	@$(RAVELIN) run --board $(BOARD) --host $(HOST) --smp $(SMP) --cpu $(CPU) --gic $(GIC) --memory $(MEM) --log $(LOG) \
-		--arguments '$(ARGS)'
+		--arguments '$(ARGS)' --guest '$(GUEST)' $(if $(INITRD),--initrd '$(INITRD)') --cmdline '$(CMDLINE)' --vcpus $(VCPUS) \
+		--guest-memory $(GUEST_MEM) --vms $(VMS) --lock $(LOCK) --noncoherent $(NONCOHERENT)
 
 test: test-host test-emulator ## everything: the host's tests, then the emulators'
 
