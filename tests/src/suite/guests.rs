@@ -70,7 +70,7 @@ const BARE: [Payload; 11] = [
     payload("gic", 1, 23),
     payload("smp", 4, 13),
     payload("timer", 4, 23),
-    payload("power", 4, 22),
+    payload("power", 4, 20),
     payload("reset", 1, 2),
     payload("mmio", 1, 11),
 ];
