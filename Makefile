@@ -1,7 +1,7 @@
 # Ravelin's front door. `make` lists what there is; every target sets up what it needs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test test-host test-virt test-raspi4b test-boards bench bench-boot bench-host image doc lint clean
+.PHONY: help setup build run test test-host test-virt test-raspi4b test-boards bench bench-boot bench-target bench-host image doc lint clean
 
 # Settings of `make run` and `make image`; RUST_ROUTE is for every target.
 BOARD ?= virt
@@ -69,7 +69,7 @@ test-raspi4b: build ## boot QEMU's raspi4b with Debian's Pi 4 device tree
 test-boards: setup ## what EL2 reads in the real Pi 4 and Pi 5 device trees
 	@scripts/test-boards.sh
 
-bench: bench-boot bench-host ## every benchmark
+bench: bench-boot bench-target bench-host ## every benchmark
 
 bench-host: setup ## page tables and memory slots beside their peers, on this machine
 	@. scripts/lib.sh && load_env && "$$CARGO" bench --quiet -p ravelin-tests --bench stage2 -- "$(CURDIR)/docs/benchmarks"
@@ -78,6 +78,9 @@ bench-host: setup ## page tables and memory slots beside their peers, on this ma
 
 bench-boot: build ## instructions from reset to Linux's userland, bare and under the hypervisor
 	@$(RAVELIN) bench-boot
+
+bench-target: build ## instructions of a guest's operations beside the peers', and a Linux guest's boot
+	@$(RAVELIN) bench-target
 
 image: build ## the SD card's folder: make image BOARD=rpi4|rpi5
 	@$(RAVELIN) sdcard --board $(if $(filter command% environment%,$(origin BOARD)),$(BOARD),rpi4)

@@ -146,13 +146,13 @@ fn measure(cpu: &'static str, payloads: &Payloads) -> Result<Measurement> {
 }
 
 /// The middle one; the list is not empty.
-fn median(mut counts: Vec<u64>) -> u64 {
+pub(crate) fn median(mut counts: Vec<u64>) -> u64 {
     counts.sort_unstable();
     counts.get(counts.len() / 2).copied().unwrap_or(0)
 }
 
 /// Reads `ticks N of F Hz`.
-fn ticks(transcript: &Transcript) -> Result<(u64, u64)> {
+pub(crate) fn ticks(transcript: &Transcript) -> Result<(u64, u64)> {
     verdict::no_alarm(transcript)?;
     // " of " tells it from EL2's own line about its boot.
     let ours = |line: &&String| line.starts_with("ticks ") && line.contains(" of ");
@@ -167,7 +167,7 @@ fn ticks(transcript: &Transcript) -> Result<(u64, u64)> {
 }
 
 /// One instruction takes one nanosecond of virtual time.
-fn in_instructions((ticks, frequency): (u64, u64)) -> u64 {
+pub(crate) fn in_instructions((ticks, frequency): (u64, u64)) -> u64 {
     let instructions = u128::from(ticks) * u128::from(NANOSECONDS) / u128::from(frequency);
     u64::try_from(instructions).unwrap_or(u64::MAX)
 }

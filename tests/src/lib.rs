@@ -7,6 +7,7 @@
 //! * [`suite`] lists the scenarios, [`bench_boot`] measures the boot, [`symbolise`] reads backtraces.
 
 pub mod bench_boot;
+pub mod bench_target;
 pub mod device_tree;
 pub mod emulate;
 pub mod files;

@@ -7,7 +7,8 @@ use ravelin_tests::payload::{self, Payloads};
 use ravelin_tests::runner::{self, Options};
 use ravelin_tests::symbolise::Symboliser;
 use ravelin_tests::{
-    bench_boot, device_tree, files, fit, image, interactive, kernel_image, sdcard, suite,
+    bench_boot, bench_target, device_tree, files, fit, image, interactive, kernel_image, sdcard,
+    suite,
 };
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
@@ -74,6 +75,7 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
         Command::Run(settings) => return interactive::run(&settings),
         Command::Test(settings) => return test(&settings),
         Command::BenchBoot => return bench_boot::run(),
+        Command::BenchTarget => return bench_target::run(),
         Command::Sdcard { board } => {
             println!("{}: see README.txt there", sdcard::write(board)?.display())
         }

@@ -60,6 +60,8 @@ enum Command {
     Test(commands::TestSettings),
     /// Count the boot's instructions, bare and under the hypervisor, and write docs/benchmarks/boot.*
     BenchBoot,
+    /// Count the instructions of a guest's operations, and write docs/benchmarks/target.*
+    BenchTarget,
     /// Write the folder that goes onto a Raspberry Pi's SD card
     Sdcard {
         /// Which board

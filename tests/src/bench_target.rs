@@ -1,0 +1,334 @@
+//! What operations of a guest cost, in instructions: the payload's microbenchmarks in a VM, and a Linux guest's boot.
+//!
+//! Same method as for the peers (docs/benchmarks/target.md): QEMU's `virt` with GICv3, two CPUs, 1 GiB, and
+//! `-icount shift=0`, so that a nanosecond of the guest's counter is an instruction, of whoever executed it.
+
+mod report;
+
+use crate::bench_boot::{in_instructions, median, ticks};
+use crate::emulate::{Boot, LINUX_ARGUMENTS};
+use crate::fit::{self, Guest};
+use crate::machine::{Clock, Gic, Machine};
+use crate::payload::{self, Payloads};
+use crate::runner::Context;
+use crate::{files, verdict};
+use anyhow::{Context as _, Result};
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+/// Models that are measured.
+const CPUS: [&str; 2] = ["cortex-a76", "max"];
+/// Most that a Linux guest's boot may take longer than bare, in per cent.
+const TARGET_BOOT_PERCENT: f64 = 5.0;
+/// RAM of the Linux guest and of the bare machine, in MiB: Linux's boot moves with where things lie in memory, so the
+/// median over three sizes counts.
+const BOOT_SIZES: [u32; 3] = [256, 272, 288];
+const PAYLOAD_MIB: u64 = 128;
+
+/// An operation.
+#[derive(Debug, Clone, Copy)]
+struct Operation {
+    /// The payload's name of it.
+    name: &'static str,
+    title: &'static str,
+    /// The VM's memory is locked, or else mapped on demand.
+    locked: bool,
+    /// Most instructions that it may take; `None`: shown only.
+    target: Option<u64>,
+    /// The same on Bao, Xen, KVM with VHE, without, and as pKVM; `None`: not measured.
+    peers: [Option<u64>; 5],
+}
+
+const fn operation(
+    name: &'static str,
+    title: &'static str,
+    target: Option<u64>,
+    peers: [Option<u64>; 5],
+) -> Operation {
+    Operation {
+        name,
+        title,
+        locked: true,
+        target,
+        peers,
+    }
+}
+
+/// Names of the peers' columns, with what they were measured on.
+const PEERS: [&str; 5] = [
+    "Bao 2026-07 (A72)",
+    "Xen 4.17 (A72)",
+    "KVM VHE 6.12 (A76)",
+    "KVM nVHE 6.12 (A72)",
+    "pKVM 6.12 (A72)",
+];
+
+/// What is shown, in this order.
+const OPERATIONS: [Operation; 10] = [
+    operation(
+        "hypercall",
+        "null hypercall (PSCI_VERSION)",
+        Some(150),
+        [Some(200), Some(482), Some(1366), Some(1746), Some(2965)],
+    ),
+    operation(
+        "mmio-el2",
+        "distributor read",
+        Some(220),
+        [Some(241), Some(627), Some(2149), Some(2486), Some(3705)],
+    ),
+    operation(
+        "mmio-host",
+        "MMIO read emulated by the VMM",
+        Some(1500),
+        [None, None, Some(6821), Some(6394), Some(7583)],
+    ),
+    operation("sysreg", "trapped system register", None, [None; 5]),
+    operation(
+        "eoi",
+        "end of interrupt",
+        None,
+        [Some(21), Some(21), Some(21), Some(21), Some(21)],
+    ),
+    operation(
+        "ipi",
+        "IPI between two vCPUs",
+        Some(1000),
+        [Some(1344), Some(2175), Some(5121), Some(5856), Some(8297)],
+    ),
+    operation(
+        "timer",
+        "timer interrupt",
+        Some(800),
+        [None, Some(1057), Some(5299), Some(6089), Some(8524)],
+    ),
+    operation(
+        "first-touch",
+        "first touch of a locked page",
+        Some(23),
+        [None, Some(23), None, None, None],
+    ),
+    Operation {
+        locked: false,
+        ..operation(
+            "first-touch",
+            "first touch of a page on demand",
+            Some(1500),
+            [None, None, Some(8623), Some(9070), Some(10751)],
+        )
+    },
+    operation(
+        "second-touch",
+        "second touch",
+        Some(23),
+        [Some(23), Some(23), Some(23), Some(23), Some(23)],
+    ),
+];
+
+/// What was measured on one model, in instructions.
+#[derive(Debug, Clone)]
+struct Measurement {
+    cpu: &'static str,
+    /// In the order of [`OPERATIONS`].
+    operations: Vec<u64>,
+    /// Linux from its first instruction to user space: bare, and as a guest.
+    boot_bare: u64,
+    boot_guest: u64,
+}
+
+impl Measurement {
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "a percentage of counts far below 2^52"
+    )]
+    fn boot_percent(&self) -> f64 {
+        (self.boot_guest as f64 / self.boot_bare as f64 - 1.0) * 100.0
+    }
+
+    fn meets_targets(&self) -> bool {
+        let mut pairs = self.operations.iter().zip(OPERATIONS);
+        self.boot_percent() < TARGET_BOOT_PERCENT
+            && pairs.all(|(value, operation)| operation.target.is_none_or(|most| *value <= most))
+    }
+}
+
+/// Measures, writes `docs/benchmarks/target.md` and `target.svg`, prints the table; a missed target is a failure.
+///
+/// # Errors
+/// Something has not been built, or a guest did not do what it should.
+pub fn run() -> Result<ExitCode> {
+    let payloads = payload::prepare()?;
+    let measurements = CPUS
+        .into_iter()
+        .map(|cpu| measure(cpu, &payloads))
+        .collect::<Result<Vec<_>>>()?;
+    let text = report::markdown(&measurements);
+    print!("{text}");
+    let folder = files::root().join("docs/benchmarks");
+    files::write(&folder.join("target.md"), text.as_bytes())?;
+    files::write(
+        &folder.join("target.svg"),
+        report::svg(&measurements).as_bytes(),
+    )?;
+    let met = measurements.iter().all(Measurement::meets_targets);
+    let verdict = if met {
+        "all targets met"
+    } else {
+        "a target was MISSED"
+    };
+    println!("\n{verdict}");
+    Ok(if met {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn measure(cpu: &'static str, payloads: &Payloads) -> Result<Measurement> {
+    let context = Context {
+        folder: files::build("logs/bench-target").join(cpu),
+        patience: 1,
+    };
+    println!("{cpu}: microbenchmarks, then Linux's boot, bare and as a guest ...");
+    let locked = microbench(cpu, &context, true)?;
+    let on_demand = microbench(cpu, &context, false)?;
+    let operations = OPERATIONS.iter().map(|operation| {
+        let figures = if operation.locked {
+            &locked
+        } else {
+            &on_demand
+        };
+        let value = figures.get(operation.name).copied();
+        value.with_context(|| format!("no line 'bench {} N'", operation.name))
+    });
+    let operations = operations.collect::<Result<_>>()?;
+    let (boot_bare, boot_guest) = boots(cpu, payloads, &context)?;
+    Ok(Measurement {
+        cpu,
+        operations,
+        boot_bare,
+        boot_guest,
+    })
+}
+
+fn machine(cpu: &str, cpus: u32) -> Machine {
+    Machine {
+        clock: Clock::Instructions,
+        ..Machine::virt(cpu, Gic::V3, cpus)
+    }
+}
+
+/// Our host with one VM.
+fn vm(machine: &Machine, context: &Context, name: &str, guest: Guest<'_>) -> Result<Boot<'static>> {
+    let path = context.folder.join(format!("{name}.fit"));
+    files::write(&path, &fit::guests(&[guest])?)?;
+    let mut boot = Boot::shim(machine, "");
+    boot.timeout *= 3;
+    boot.software.initrd = Some(path);
+    Ok(boot)
+}
+
+fn microbench(cpu: &str, context: &Context, lock: bool) -> Result<BTreeMap<String, u64>> {
+    let kernel = files::read(&files::build("guests/payload"), "run `make build`")?;
+    let guest = Guest {
+        kernel: &kernel,
+        ramdisk: None,
+        arguments: "run=bench",
+        memory_mib: PAYLOAD_MIB,
+        vcpus: 2,
+        lock,
+        noncoherent: false,
+    };
+    let name = if lock { "locked" } else { "on-demand" };
+    let transcript = vm(&machine(cpu, 2), context, name, guest)?.run(context, name)?;
+    verdict::guests_close(&transcript, &[3])?;
+    Ok(figures(&transcript.lines))
+}
+
+/// The lines `bench NAME VALUE`.
+fn figures(lines: &[String]) -> BTreeMap<String, u64> {
+    let figure = |line: &String| {
+        let (name, value) = line.strip_prefix("bench ")?.split_once(' ')?;
+        Some((name.to_owned(), value.parse().ok()?))
+    };
+    lines.iter().filter_map(figure).collect()
+}
+
+/// Linux's way to user space on the board itself at EL1, and as a guest with as much memory.
+fn boots(cpu: &str, payloads: &Payloads, context: &Context) -> Result<(u64, u64)> {
+    let kernel = files::read(&payloads.linux, "run `make setup`")?;
+    let ramdisk = files::read(&payloads.initramfs, "run `make setup`")?;
+    let (mut bare, mut guest) = (Vec::new(), Vec::new());
+    for size in BOOT_SIZES {
+        let alone = Machine {
+            memory_mib: size,
+            ..machine(cpu, 1)
+        };
+        let boot = Boot::linux_bare(&alone, payloads, "ticks");
+        let console = boot.run(context, &format!("bare-{size}"))?;
+        bare.push(in_instructions(ticks(&console)?));
+        let linux = Guest {
+            kernel: &kernel,
+            ramdisk: Some(&ramdisk),
+            arguments: &format!(
+                "{LINUX_ARGUMENTS} ravelin.test=ticks ravelin.cpus=1 ravelin.under=guest"
+            ),
+            memory_mib: size.into(),
+            vcpus: 1,
+            lock: true,
+            noncoherent: false,
+        };
+        let name = format!("guest-{size}");
+        let console = vm(&machine(cpu, 1), context, &name, linux)?.run(context, &name)?;
+        guest.push(in_instructions(ticks(&console)?));
+    }
+    Ok((median(bare), median(guest)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Measurement {
+        Measurement {
+            cpu: "max",
+            operations: OPERATIONS
+                .iter()
+                .map(|operation| operation.target.unwrap_or(9999))
+                .collect(),
+            boot_bare: 1000,
+            boot_guest: 1049,
+        }
+    }
+
+    #[test]
+    fn each_target_counts() {
+        assert!(good().meets_targets());
+        for (place, operation) in OPERATIONS.iter().enumerate() {
+            let mut slow = good();
+            slow.operations[place] += 1;
+            assert_eq!(slow.meets_targets(), operation.target.is_none());
+        }
+        let slow = Measurement {
+            boot_guest: 1051,
+            ..good()
+        };
+        assert!(!slow.meets_targets());
+    }
+
+    #[test]
+    fn only_whole_figures_are_read() {
+        let lines = ["bench a 1", "bench b x", "bench c", "no bench d 2"].map(str::to_owned);
+        assert_eq!(figures(&lines), BTreeMap::from([("a".to_owned(), 1)]));
+    }
+
+    #[test]
+    fn table_and_chart_hold_every_operation() {
+        let (text, chart) = (report::markdown(&[good()]), report::svg(&[good()]));
+        for operation in OPERATIONS {
+            assert!(text.contains(operation.title), "{}", operation.title);
+        }
+        assert!(text.contains("| null hypercall (PSCI_VERSION) | 150 | 150 |"));
+        assert!(chart.matches("<rect").count() > OPERATIONS.len());
+    }
+}
