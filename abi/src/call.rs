@@ -90,8 +90,9 @@ calls! {
     /// `x1`: handle, `x2`: index, `x3`: PC (an IPA), `x4`: `x0` of the guest. Turns on a vCPU that
     /// is off. A protected VM refuses it after its first run.
     VcpuStart = 0xc600_0131,
-    /// `x1`: handle, `x2`: index, `x3`: what an [`crate::Exit::MmioRead`] before asked for. Runs
-    /// the guest until something needs the host. `x1`: an [`crate::Exit`], `x2` to `x4`: its
+    /// `x1`: handle, `x2`: index, `x3`: what an [`crate::Exit::MmioRead`] before asked for, `x4`: 1
+    /// if the CPU has nothing else to do, so that EL2 may wait for the guest's interrupts itself
+    /// (one of the host's ends that, as it ends a run). Runs the guest until something needs the host. `x1`: an [`crate::Exit`], `x2` to `x4`: its
     /// values. The host's FP and SIMD registers survive; the higher parts of SVE's don't.
     VcpuRun = 0xc600_0132,
     /// `x1`: handle, `x2`: index; gives bit 0: on, bit 1: an interrupt is pending.

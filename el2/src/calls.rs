@@ -43,13 +43,8 @@ const fn arguments(call: Call) -> usize {
         | Call::SlotState
         | Call::VcpuCreate
         | Call::VcpuState => 2,
-        Call::VmTopUp
-        | Call::SlotMove
-        | Call::SlotDirty
-        | Call::DmaDevice
-        | Call::VcpuRun
-        | Call::IrqLine => 3,
-        Call::VmCreate | Call::SlotLock | Call::VcpuStart => 4,
+        Call::VmTopUp | Call::SlotMove | Call::SlotDirty | Call::DmaDevice | Call::IrqLine => 3,
+        Call::VcpuRun | Call::VmCreate | Call::SlotLock | Call::VcpuStart => 4,
         Call::SlotCreate => 5,
         _ => 6,
     }
@@ -100,7 +95,10 @@ fn dispatch(hypervisor: &'static Hypervisor, call: Call, args: [u64; 6]) -> Answ
             Ok([address, count, 0, 0])
         }
         Call::VcpuRun => vms.with(handle, |vm| {
-            let exit = vm.vcpu(a)?.run(hypervisor, vm, b)?;
+            if c > 1 {
+                return Err(ErrorCode::Invalid.into());
+            }
+            let exit = vm.vcpu(a)?.run(hypervisor, vm, b, c == 1)?;
             Ok(exit.to_registers())
         }),
         Call::VmMapping => vms.with(handle, |vm| mapping(vm, a)),

@@ -20,9 +20,9 @@ use memslot::fault::{FaultKind as MemoryFaultKind, FaultOutcome, Stage2Fault};
 use memslot::toggle::CacheWatch;
 use stage2::Ipa;
 
-use crate::arch::firmware;
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::world::{self, GuestRegs, hcr};
+use crate::arch::{cpu, firmware};
 use crate::vcpu::{Next, Running};
 
 /// Vectors of exceptions from a guest: synchronous, IRQ, FIQ, SError; plus four from AArch32.
@@ -61,15 +61,14 @@ pub(crate) fn handle(run: &mut Running<'_>, vector: u64) -> Next {
 }
 
 fn synchronous(run: &mut Running<'_>) -> Next {
-    let syndrome = regs::syndrome();
-    match esr::decode(syndrome.esr) {
+    match esr::decode(regs::esr()) {
         Cause::Hvc(immediate) => call(run, immediate),
         Cause::WaitFor => wait(run),
         Cause::SystemRegister(iss) => register(run, iss),
-        Cause::Abort(abort) => fault(run, &abort, &syndrome),
+        Cause::Abort(abort) => fault(run, &abort, &regs::syndrome()),
         Cause::Other(EC_FP) => {
             run.state.counts.count(VmCounter::FpSwitches);
-            run.host.lend_fp(&run.state.context);
+            run.host.lend_fp(&mut run.state.context);
             Next::Resume
         }
         // A guest has no EL3, says its ID_AA64PFR0_EL1.
@@ -121,6 +120,12 @@ fn sleep(run: &mut Running<'_>) -> Next {
     run.refresh_timers();
     if run.vm.vgic.has_pending(run.index()) {
         return Next::Refresh;
+    }
+    if run.wait_here {
+        // The host has nothing else for this core: whatever ends the wait is looked at as if it had
+        // interrupted the guest, which may wake for nothing.
+        cpu::wait_as_guest();
+        return interrupt(run);
     }
     let virtual_timer = regs::virtual_timer_deadline(run.vm.world.time_offset);
     let physical_timer = run.state.physical_timer.deadline().unwrap_or(u64::MAX);
@@ -424,8 +429,12 @@ fn in_gic(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
         Decoded::ExternalAbort => return Some(external_abort(run, abort, syndrome.esr)),
     };
     run.state.counts.count(VmCounter::MmioInEl2);
-    // What the list registers say now belongs to the answer.
-    run.save_interrupts();
+    let is_read = matches!(access, MmioAccess::Read { .. });
+    let shows_lists = frame.shows_lists();
+    if shows_lists || !is_read {
+        // What the list registers say now belongs to the answer, or changes with it.
+        run.save_interrupts();
+    }
     let (vgic, index, size) = (&run.vm.vgic, run.index(), access.size());
     let regs = &mut run.state.context.regs;
     let kicks = match access {
@@ -447,7 +456,11 @@ fn in_gic(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
     };
     regs.skip();
     let _: Next = kick(run, kicks);
-    Some(Next::Refresh)
+    Some(if run.lists_are_loaded() {
+        Next::Resume
+    } else {
+        Next::Refresh
+    })
 }
 
 /// A frame of the virtual GIC, and the offset in it.
@@ -458,6 +471,13 @@ enum Frame {
 }
 
 impl Frame {
+    /// Whether the register shows what list registers hold: ISPENDR, ICPENDR, ISACTIVER, ICACTIVER,
+    /// and a GICv2's pending SGIs.
+    fn shows_lists(&self) -> bool {
+        let (Self::Distributor(at) | Self::Redistributor(_, at)) = *self;
+        matches!(at & 0xffff, 0x200..0x400 | 0xf00..0xf30)
+    }
+
     fn of(run: &Running<'_>, ipa: u64) -> Option<Self> {
         if let Some(offset) = ipa.checked_sub(GICD).filter(|offset| *offset < GICD_SIZE) {
             return Some(Self::Distributor(offset));

@@ -59,8 +59,14 @@ impl Counts {
     /// Adds one.
     #[inline]
     pub(crate) fn count(&mut self, counter: VmCounter) {
+        self.add(counter, 1);
+    }
+
+    /// Adds `n`.
+    #[inline]
+    pub(crate) fn add(&mut self, counter: VmCounter, n: u32) {
         if let Some(value) = self.0.get_mut(counter as usize) {
-            *value = value.wrapping_add(1);
+            *value = value.wrapping_add(n);
         }
     }
 
@@ -93,6 +99,8 @@ pub(crate) struct Running<'a> {
     pub(crate) state: &'a mut VcpuState,
     pub(crate) host: HostWorld,
     pub(crate) cpu: &'static CpuData,
+    /// The host has nothing else to run here.
+    pub(crate) wait_here: bool,
 }
 
 impl Vcpu {
@@ -149,6 +157,7 @@ impl Vcpu {
         hypervisor: &'static Hypervisor,
         vm: &Vm,
         loaded: u64,
+        wait_here: bool,
     ) -> Result<Exit, Refusal> {
         let mut state = self.state.try_lock().ok_or(ErrorCode::Busy)?;
         let cpu = cpu::this_cpu().ok_or(ErrorCode::Invalid)?;
@@ -164,7 +173,7 @@ impl Vcpu {
         let me = cpu.index as u32 + 1;
         self.last_on.store(me, Ordering::Relaxed);
         self.running_on.store(me, Ordering::SeqCst);
-        let exit = self.run_loaded(hypervisor, vm, &mut state, cpu);
+        let exit = self.run_loaded(hypervisor, vm, &mut state, cpu, wait_here);
         drop(pass);
         state.counts.hand_over(vm);
         drop(state);
@@ -181,6 +190,7 @@ impl Vcpu {
         vm: &Vm,
         state: &mut VcpuState,
         cpu: &'static CpuData,
+        wait_here: bool,
     ) -> Exit {
         let features = &hypervisor.features;
         let host = HostWorld::load_guest(features, &vm.world, self.index, &state.context);
@@ -192,10 +202,10 @@ impl Vcpu {
             state,
             host,
             cpu,
+            wait_here,
         };
         let exit = running.until_exit();
-        let Running { state, host, .. } = running;
-        host.load_host(features, &mut state.context);
+        running.host.load_host(features, &mut running.state.context);
         self.running_on.store(NOWHERE, Ordering::Relaxed);
         self.block(hypervisor, vm, exit)
     }
@@ -281,13 +291,17 @@ impl Running<'_> {
         exit
     }
 
+    /// Whether the list registers are in the core.
+    pub(crate) fn lists_are_loaded(&self) -> bool {
+        self.state.lists_loaded
+    }
+
     /// Fills the core's list registers.
     fn load_interrupts(&mut self) {
         let index = self.index();
         self.vm.vgic.load(index, &mut self.state.gic);
-        for _ in 0..self.state.gic.used {
-            self.state.counts.count(VmCounter::InterruptsDelivered);
-        }
+        let used = u32::from(self.state.gic.used);
+        self.state.counts.add(VmCounter::InterruptsDelivered, used);
         let gic = &self.hypervisor.gic;
         gic.enter(&self.state.gic);
         gic.set_timer_active(self.cpu, self.state.timer_in_flight);

@@ -162,9 +162,10 @@ impl Vm {
         vm_call!(Call::VcpuStart, self.handle, u64::from(index), pc, x0).map(drop)
     }
 
-    /// Runs a vCPU; `loaded` is what the last read wants.
-    pub(crate) fn run(self, index: u8, loaded: u64) -> Result<Exit, Refused> {
-        let registers = vm_call!(Call::VcpuRun, self.handle, u64::from(index), loaded)?;
+    /// Runs a vCPU; `loaded` is what the last read wants; `alone` if this core has nothing else.
+    pub(crate) fn run(self, index: u8, loaded: u64, alone: bool) -> Result<Exit, Refused> {
+        let alone = u64::from(alone);
+        let registers = vm_call!(Call::VcpuRun, self.handle, u64::from(index), loaded, alone)?;
         Exit::from_registers(registers).ok_or(Refused {
             code: ErrorCode::Invalid,
             pages: 0,

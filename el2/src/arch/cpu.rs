@@ -215,6 +215,13 @@ pub(crate) fn wait_for_interrupt() {
     unsafe { regs::msr!("hcr_el2", hcr) };
 }
 
+/// Waits for an interrupt in the place of a guest that is loaded: with its HCR_EL2, interrupts
+/// target EL2, which masks them.
+pub(crate) fn wait_as_guest() {
+    // SAFETY: a barrier and a hint.
+    unsafe { asm!("dsb sy", "wfi", options(nostack, preserves_flags)) };
+}
+
 /// Stops this core for ever.
 pub(crate) fn halt() -> ! {
     loop {

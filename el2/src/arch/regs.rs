@@ -96,6 +96,11 @@ pub(crate) fn syndrome() -> Syndrome {
     }
 }
 
+/// ESR_EL2 alone: most exceptions need no more.
+pub(crate) fn esr() -> u64 {
+    ESR_EL2.get()
+}
+
 /// Steps the interrupted code over the instruction that trapped: all of A64's have four bytes.
 pub(crate) fn skip_instruction() {
     ELR_EL2.set(ELR_EL2.get().wrapping_add(4));

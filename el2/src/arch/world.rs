@@ -174,6 +174,8 @@ pub(crate) struct Context {
     pub(crate) tcr: u64,
     keys: Keys,
     fp: FpState,
+    /// The host's FP registers while the guest's are in the core.
+    host_fp: FpState,
     /// CNTV_CTL_EL0 and CNTV_CVAL_EL0.
     pub(crate) timer: Timer,
     /// HCR_EL2 while it runs.
@@ -251,6 +253,7 @@ impl Context {
             tcr: 0,
             keys: Keys::default(),
             fp: FpState::new(),
+            host_fp: FpState::new(),
             timer: Timer::default(),
             hcr: guest_hcr(features),
         }
@@ -288,7 +291,6 @@ pub(crate) struct HostWorld {
     traps: FineTraps,
     pc: u64,
     pstate: u64,
-    fp: FpState,
     /// The guest's FP registers are in the core.
     fp_is_guests: bool,
 }
@@ -403,6 +405,7 @@ impl FineTraps {
 
 impl HostWorld {
     /// Reads everything of the host that the guest will replace, then loads the guest.
+    #[inline]
     pub(crate) fn load_guest(
         features: &Features,
         vm: &VmWorld,
@@ -435,6 +438,7 @@ impl HostWorld {
         host
     }
 
+    #[inline]
     fn read(features: &Features) -> Self {
         let timer = Timer::read();
         set!("cntv_ctl_el0", 0);
@@ -462,13 +466,12 @@ impl HostWorld {
             traps: FineTraps::read(features),
             pc: mrs!("elr_el2"),
             pstate: mrs!("spsr_el2"),
-            fp: FpState::new(),
             fp_is_guests: false,
         }
     }
 
     /// Saves the guest and loads the host.
-    pub(crate) fn load_host(mut self, features: &Features, guest: &mut Context) {
+    pub(crate) fn load_host(&mut self, features: &Features, guest: &mut Context) {
         self.return_fp(guest);
         guest.timer = Timer::read();
         set!("cntv_ctl_el0", 0);
@@ -505,11 +508,11 @@ impl HostWorld {
     }
 
     /// The guest uses FP for the first time in this run: its registers in, the host's out.
-    pub(crate) fn lend_fp(&mut self, guest: &Context) {
+    pub(crate) fn lend_fp(&mut self, guest: &mut Context) {
         set!("cptr_el2", CPTR_GUEST & !CPTR_TFP);
         isb();
         // SAFETY: as large as guest.S expects; FP is open.
-        unsafe { fp_save(&raw mut self.fp) };
+        unsafe { fp_save(&raw mut guest.host_fp) };
         // SAFETY: as above.
         unsafe { fp_load(&raw const guest.fp) };
         self.fp_is_guests = true;
@@ -522,7 +525,7 @@ impl HostWorld {
         // SAFETY: as in `lend_fp`, which has opened FP.
         unsafe { fp_save(&raw mut guest.fp) };
         // SAFETY: as above.
-        unsafe { fp_load(&raw const self.fp) };
+        unsafe { fp_load(&raw const guest.host_fp) };
         self.fp_is_guests = false;
     }
 }

@@ -123,24 +123,59 @@ impl Vgic {
             return;
         }
         let mut state = self.state.lock();
-        let mut chosen = [(0u16, 0u16); MAX_LISTS];
-        let (count, all, left_active) = self.choose(&state, vcpu, interface.count, &mut chosen);
-        for (_, number) in chosen.iter().take(count) {
+        let room = usize::from(interface.count).min(MAX_LISTS);
+        let mut some = [0u16; MAX_LISTS];
+        let count = match self.few(&state, vcpu, &mut some[..room]) {
+            Some(count) => count,
+            None => self.most_urgent(&state, vcpu, &mut some[..room], interface),
+        };
+        for number in some.iter().take(count) {
             let list = self.place(&mut state, vcpu, usize::from(*number));
             if let Some(place) = interface.lists.get_mut(usize::from(interface.used)) {
                 *place = list.encode(self.version);
                 interface.used += 1;
             }
         }
+        if count == 0 && !state.has_live(vcpu, self.version) {
+            self.busy.fetch_and(!(1 << vcpu), Ordering::Release);
+        }
+    }
+
+    /// The interrupts for the list registers in any order, if there are enough registers: the
+    /// hardware delivers by priority. `None` if there are not.
+    fn few(&self, state: &State, vcpu: usize, some: &mut [u16]) -> Option<usize> {
+        let mut count = 0;
+        for number in state.live(vcpu) {
+            let irq = state.irq(vcpu, number);
+            if self.concerns(irq, vcpu, number, state.enabled) {
+                *some.get_mut(count)? = number.to_le_bytes16();
+                count += 1;
+            }
+        }
+        Some(count)
+    }
+
+    /// The most urgent interrupts, as many as there are registers, and maintenance for the others.
+    fn most_urgent(
+        &self,
+        state: &State,
+        vcpu: usize,
+        some: &mut [u16],
+        interface: &mut CpuInterface,
+    ) -> usize {
+        let mut chosen = [(0u16, 0u16); MAX_LISTS];
+        let room = interface.count;
+        let (count, all, left_active) = self.choose(state, vcpu, room, &mut chosen);
         if !all {
             interface.hcr |= HCR_UIE;
         }
         if left_active {
             interface.hcr |= HCR_LRENPIE;
         }
-        if count == 0 && !state.has_live(vcpu, self.version) {
-            self.busy.fetch_and(!(1 << vcpu), Ordering::Release);
+        for (place, (_, number)) in some.iter_mut().zip(chosen) {
+            *place = number;
         }
+        count
     }
 
     /// The interrupts for the list registers, sorted; whether all are among them, and whether an

@@ -90,6 +90,8 @@ struct State {
     live_private: [u32; VCPUS],
     /// Shared interrupts that are pending or active, INTID 32 in bit 0 of the first word.
     live_spis: [u64; SPIS.div_ceil(64)],
+    /// Which of those words are not zero.
+    live_words: u32,
 }
 
 impl Vgic {
@@ -120,6 +122,7 @@ impl Vgic {
         state.spis.fill(Irq::SPI);
         state.live_private = [0; VCPUS];
         state.live_spis.fill(0);
+        state.live_words = 0;
         self.busy.store(0, Ordering::Relaxed);
     }
 
@@ -249,6 +252,7 @@ impl State {
             spis: [Irq::SPI; SPIS],
             live_private: [0; VCPUS],
             live_spis: [0; SPIS.div_ceil(64)],
+            live_words: 0,
         }
     }
 
@@ -284,6 +288,8 @@ impl State {
             Some(spi) => {
                 let word = &mut self.live_spis[spi / 64];
                 *word = *word & !(1 << (spi % 64)) | u64::from(live) << (spi % 64);
+                let any = *word != 0;
+                set_bit32(&mut self.live_words, spi / 64, any);
             }
         }
     }
@@ -291,8 +297,11 @@ impl State {
     /// INTIDs that are pending or active: the vCPU's private ones, and all shared ones.
     fn live(&self, vcpu: usize) -> impl Iterator<Item = usize> {
         let private = bits(u64::from(self.live_private[vcpu % VCPUS]));
-        let spis = self.live_spis.iter().zip(0..);
-        let spis = spis.flat_map(|(word, at)| bits(*word).map(move |bit| PRIVATE + at * 64 + bit));
+        let words = bits(u64::from(self.live_words));
+        let spis = words.flat_map(|at| {
+            let word = self.live_spis.get(at).copied().unwrap_or(0);
+            bits(word).map(move |bit| PRIVATE + at * 64 + bit)
+        });
         private.chain(spis)
     }
 }

@@ -133,7 +133,7 @@ fn converse(vm: Vm) -> Result<(), &'static str> {
     .into_iter()
     .peekable();
     for _ in 0..10_000 {
-        let exit = words(vm.run(0, loaded))?;
+        let exit = words(vm.run(0, loaded, false))?;
         if exit == Exit::Interrupted {
             continue;
         }
@@ -204,7 +204,7 @@ fn refusals(memory: &Memory) -> Result<(), &'static str> {
     let el2s = code(vm.create_slot(SlotWord { id: 1, ..SLOT }, 0, memory.state));
     let twice = code(vm.create_vcpu(0));
     let beyond = code(vm.create_vcpu(1));
-    let missing = vm.run(1, 0).err().map(|refused| refused.code);
+    let missing = vm.run(1, 0, false).err().map(|refused| refused.code);
     end(vm)?;
     expect(
         again == Some(ErrorCode::Exists),

@@ -70,6 +70,8 @@ pub(crate) struct VcpuSlot {
     pub(crate) index: u8,
     /// The core that runs it.
     pub(crate) core: usize,
+    /// No other vCPU has that core.
+    pub(crate) alone: bool,
     /// Not to be run before this time, in ticks, unless it is woken.
     pub(crate) until: AtomicU64,
     /// Something happened that it may wait for.
@@ -124,6 +126,7 @@ impl Guest {
             VcpuSlot {
                 index,
                 core,
+                alone: false,
                 until: AtomicU64::new(0),
                 woken: AtomicBool::new(false),
                 loaded: AtomicU64::new(0),

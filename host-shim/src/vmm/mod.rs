@@ -100,6 +100,13 @@ pub(crate) fn run(
             "a VM could not be created"
         })?);
     }
+    let uses: Vec<usize> = guests
+        .iter()
+        .flat_map(|guest| guest.vcpus.iter().map(|vcpu| vcpu.core))
+        .collect();
+    for vcpu in guests.iter_mut().flat_map(|guest| guest.vcpus.iter_mut()) {
+        vcpu.alone = uses.iter().filter(|core| **core == vcpu.core).count() == 1;
+    }
     let labelled = guests.len() > 1;
     let vmm = VMM.call_once(|| Vmm {
         guests,

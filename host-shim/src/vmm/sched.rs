@@ -97,7 +97,7 @@ fn step(vmm: &Vmm, guest: &Guest, vcpu: &VcpuSlot) -> u64 {
     loop {
         let exit = guest
             .vm
-            .run(vcpu.index, vcpu.loaded.load(Ordering::Relaxed));
+            .run(vcpu.index, vcpu.loaded.load(Ordering::Relaxed), vcpu.alone);
         let exit = match exit {
             Ok(exit) => exit,
             Err(refused) if matches!(refused.code, ErrorCode::Again | ErrorCode::Busy) => return 0,
