@@ -3,7 +3,7 @@
 //! Sources: Arm GIC architecture version 2 (IHI 0048) and version 3 (IHI 0069).
 
 use super::{cpu, instruction, mem, mrs, msr};
-use core::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
 const GICD: u64 = 0x0800_0000;
 const GICC: u64 = 0x0801_0000;
@@ -63,9 +63,13 @@ pub enum Quiet {
 /// PL011: interrupt mask.
 const UART_IMSC: u64 = 0x0900_0038;
 
+/// Kept, because reading an identification register is a trap under a hypervisor.
+static IS_V3: AtomicBool = AtomicBool::new(false);
+
 /// Whether it is version 3.
+#[inline(always)]
 pub fn is_v3() -> bool {
-    mrs!("id_aa64pfr0_el1") >> 24 & 0xf != 0
+    IS_V3.load(Ordering::Relaxed)
 }
 
 /// Number of INTIDs that the distributor has.
@@ -81,6 +85,7 @@ pub fn distributor(offset: u64) -> u64 {
 
 /// Turns the distributor on; once.
 pub fn enable_distributor() {
+    IS_V3.store(mrs!("id_aa64pfr0_el1") >> 24 & 0xf != 0, Ordering::Relaxed);
     let control = if is_v3() { 1 << 4 | 1 << 1 } else { 1 };
     for first in (32..u64::from(lines())).step_by(32) {
         let word = first / 8;
