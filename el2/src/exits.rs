@@ -82,7 +82,8 @@ fn interrupt(run: &mut Running<'_>) -> Next {
     run.state.counts.count(VmCounter::Interrupts);
     let maintenance = run.hypervisor.gic.maintenance_pending();
     run.save_interrupts();
-    let timer = regs::virtual_timer_fired() && !run.state.timer_in_flight;
+    let may_be_timer = run.hypervisor.gic.timer_may_fire(run.cpu);
+    let timer = may_be_timer && regs::virtual_timer_fired();
     if timer || maintenance || run.physical_timer_fired() {
         return Next::Refresh;
     }

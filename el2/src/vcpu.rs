@@ -314,7 +314,9 @@ impl Running<'_> {
             return;
         }
         let index = self.index();
-        self.hypervisor.gic.leave(&mut self.state.gic);
+        let gic = &self.hypervisor.gic;
+        gic.leave(&mut self.state.gic);
+        gic.timer_was_ended(self.cpu, &self.state.gic);
         let kicks = self.vm.vgic.save(index, &self.state.gic);
         for other in kicks.iter() {
             if let Ok(vcpu) = self.vm.vcpu(other as u64) {

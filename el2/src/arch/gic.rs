@@ -6,7 +6,7 @@
 use abi::{GUEST_TIMER_PPI, KICK_SGI};
 use board::uart::UartRegs;
 use board::{AddrRange, Gic};
-use el2::vgic::CpuInterface;
+use el2::vgic::{CpuInterface, GicVersion};
 
 use super::cpu::CpuData;
 use super::mmio::Mmio;
@@ -272,6 +272,24 @@ impl PhysicalGic {
             };
             Mmio::gic(base).write(register, TIMER_BIT);
         }
+    }
+
+    /// The guest's end of the timer's interrupt has deactivated the physical one behind it.
+    pub(crate) fn timer_was_ended(&self, cpu: &CpuData, interface: &CpuInterface) {
+        use core::sync::atomic::Ordering;
+        let version = match self {
+            Self::V3(_) => GicVersion::V3,
+            Self::V2(_) | Self::None(_) => GicVersion::V2,
+        };
+        if cpu.timer_active.load(Ordering::Relaxed) && interface.has_ended(GUEST_TIMER_PPI, version)
+        {
+            cpu.timer_active.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the guest timer's physical interrupt can be what interrupted: it is not active.
+    pub(crate) fn timer_may_fire(&self, cpu: &CpuData) -> bool {
+        !cpu.timer_active.load(core::sync::atomic::Ordering::Relaxed)
     }
 
     /// Interrupts the core with this affinity.

@@ -42,6 +42,17 @@ impl CpuInterface {
     }
 }
 
+impl CpuInterface {
+    /// Whether the registers that were read back show that the guest has ended `intid`. With a
+    /// physical interrupt behind it, that one was deactivated by the hardware then.
+    #[must_use]
+    pub fn has_ended(&self, intid: u32, version: GicVersion) -> bool {
+        let used = self.lists.iter().take(usize::from(self.used));
+        let mut lists = used.map(|list| List::decode(*list, version));
+        lists.any(|(number, pending, active)| number == intid as usize && !pending && !active)
+    }
+}
+
 /// HCR: the interface is on.
 const HCR_EN: u32 = 1;
 /// HCR.UIE: maintenance interrupt when at most one list register is in use.

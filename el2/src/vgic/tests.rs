@@ -249,6 +249,24 @@ fn the_timers_interrupt_is_backed_by_the_physical_one() {
 }
 
 #[test]
+fn list_registers_tell_that_the_timers_interrupt_was_ended() {
+    for version in [V2, V3] {
+        let vgic = enabled(version, 1);
+        let mut cpu = Cpu::new(0, version, 4);
+        assert!(!cpu.interface.has_ended(27, version), "nothing was loaded");
+        let _: Kicks = vgic.set_ppi(0, 27, true);
+        vgic.load(0, &mut cpu.interface);
+        assert!(!cpu.interface.has_ended(27, version), "pending");
+        let shift = cpu.state_shift();
+        cpu.interface.lists[0] ^= 3 << shift;
+        assert!(!cpu.interface.has_ended(27, version), "active");
+        cpu.interface.lists[0] &= !(3 << shift);
+        assert!(cpu.interface.has_ended(27, version));
+        assert!(!cpu.interface.has_ended(30, version), "another");
+    }
+}
+
+#[test]
 fn eoi_of_an_interrupt_without_a_list_register_is_counted_and_ends_it() {
     let vgic = enabled(V3, 1);
     let mut cpu = Cpu::new(0, V3, 1);
