@@ -52,6 +52,8 @@ pub struct Features {
     pub pan: bool,
     /// FEAT_MTE2: tag checks and PSTATE.TCO.
     pub mte: bool,
+    /// FEAT_CSV2_2: SCXTNUM_EL0 and SCXTNUM_EL1.
+    pub scxtnum: bool,
     /// FEAT_RAS: error records.
     pub ras: bool,
     /// TLBI by range (FEAT_TLBIRANGE).
@@ -119,6 +121,7 @@ impl Features {
             haf: field(id.mmfr1, 0) != 0,
             pan: field(id.mmfr1, 20) != 0,
             mte: field(id.pfr1, 8) >= 2,
+            scxtnum: field(id.pfr0, 56) >= 2,
             ras: field(id.pfr0, 28) != 0,
             tlbi_range: field(id.isar0, 56) >= 2,
             ttl: field(id.mmfr2, 48) != 0,
@@ -223,7 +226,14 @@ mod tests {
         assert_eq!(features.pa_bits, 44);
         assert!(features.granule_4k && features.pmu);
         assert!(!features.fwb && !features.xnx && !features.vhe && !features.vmid16);
-        assert!(!features.ras && !features.pan && !features.hcx && !features.fgt && !features.idc);
+        assert!(
+            !features.ras
+                && !features.scxtnum
+                && !features.pan
+                && !features.hcx
+                && !features.fgt
+                && !features.idc
+        );
         assert_eq!((features.dcache_line, features.icache_line), (64, 64));
     }
 
@@ -235,7 +245,7 @@ mod tests {
             mmfr2: 0x1221_0111_1201_1011,
             ctr: 0xb444_c004,
             isar0: 2 << 56,
-            pfr0: 1 << 28 | 1 << 24 | 1 << 32 | 1 << 40,
+            pfr0: 3 << 56 | 1 << 28 | 1 << 24 | 1 << 32 | 1 << 40,
             pfr1: 3 << 8 | 1 << 24,
             ..A72
         };
@@ -245,7 +255,7 @@ mod tests {
         assert!(
             features.pan && features.hcx && features.fgt && !features.fgt2 && features.tlbi_range
         );
-        assert!(features.ras);
+        assert!(features.ras && features.scxtnum);
         assert!(features.idc && features.dic && features.ttl && features.haf);
         assert!(features.sve && features.sme && features.mte && features.gic_sysregs);
     }

@@ -145,6 +145,14 @@ context! {
 }
 
 context! {
+    /// Numbers of software contexts, for the core's predictors (FEAT_CSV2_2).
+    SoftwareContext {
+        el0 = "s3_3_c13_c0_7",
+        el1 = "s3_0_c13_c0_7",
+    }
+}
+
+context! {
     /// What EL2 tells the core about EL1; stage 2 and HCR_EL2 have their own place.
     Controls {
         cptr = "cptr_el2",
@@ -173,6 +181,7 @@ pub(crate) struct Context {
     pub(crate) sctlr: u64,
     pub(crate) tcr: u64,
     keys: Keys,
+    software: SoftwareContext,
     fp: FpState,
     /// The host's FP registers while the guest's are in the core.
     host_fp: FpState,
@@ -205,6 +214,7 @@ pub(crate) mod hcr {
     pub(crate) const TERR: u64 = 1 << 36;
     pub(crate) const POINTER_AUTH: u64 = 1 << 40 | 1 << 41;
     pub(crate) const FWB: u64 = 1 << 46;
+    pub(crate) const EN_SCXT: u64 = 1 << 53;
     pub(crate) const TID5: u64 = 1 << 58;
 }
 
@@ -216,6 +226,7 @@ pub(crate) fn guest_hcr(features: &Features) -> u64 {
     // What the identification registers hide, and what nothing else would trap.
     let error_records = if features.ras { hcr::TERR } else { 0 };
     let tags = if features.mte { hcr::TID5 } else { 0 };
+    let contexts = if features.scxtnum { hcr::EN_SCXT } else { 0 };
     hcr::VM
         | hcr::PTW
         | hcr::SWIO
@@ -236,6 +247,7 @@ pub(crate) fn guest_hcr(features: &Features) -> u64 {
         | lor
         | error_records
         | tags
+        | contexts
 }
 
 /// SCTLR_EL1 of a core that starts: RES1 bits, MMU and caches off.
@@ -252,6 +264,7 @@ impl Context {
             sctlr: SCTLR_START,
             tcr: 0,
             keys: Keys::default(),
+            software: SoftwareContext::default(),
             fp: FpState::new(),
             host_fp: FpState::new(),
             timer: Timer::default(),
@@ -283,6 +296,7 @@ pub(crate) struct HostWorld {
     sctlr: u64,
     tcr: u64,
     keys: Keys,
+    software: SoftwareContext,
     controls: Controls,
     timer: Timer,
     stage2: Stage2Regs,
@@ -423,6 +437,9 @@ impl HostWorld {
         if features.pauth {
             guest.keys.write();
         }
+        if features.scxtnum {
+            guest.software.write();
+        }
         load_controls(features, vm, index, &host.controls);
         FineTraps::default().write(features);
         // The tables behind VTTBR are the guest's.
@@ -450,6 +467,11 @@ impl HostWorld {
                 Keys::read()
             } else {
                 Keys::default()
+            },
+            software: if features.scxtnum {
+                SoftwareContext::read()
+            } else {
+                SoftwareContext::default()
             },
             controls: Controls::read(),
             timer,
@@ -481,6 +503,9 @@ impl HostWorld {
         if features.pauth {
             guest.keys = Keys::read();
         }
+        if features.scxtnum {
+            guest.software = SoftwareContext::read();
+        }
         if features.speculative_at {
             set!("tcr_el1", guest.tcr | NO_WALKS);
             isb();
@@ -490,6 +515,9 @@ impl HostWorld {
         self.el1.write();
         if features.pauth {
             self.keys.write();
+        }
+        if features.scxtnum {
+            self.software.write();
         }
         self.controls.write();
         self.traps.write(features);
@@ -607,6 +635,9 @@ pub(crate) fn reload(features: &Features, guest: &Context) {
     guest.el1.write();
     if features.pauth {
         guest.keys.write();
+    }
+    if features.scxtnum {
+        guest.software.write();
     }
     set_hcr(guest.hcr);
     load_walk_registers(features, guest.sctlr, guest.tcr);

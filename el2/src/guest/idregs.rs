@@ -6,7 +6,7 @@
 //!
 //! Hidden, because their state is not switched or their traps are not handled: SVE, SME, MTE,
 //! MPAM, AMU, RAS, PMU, SPE, trace and branch records, MOPS, LS64, WFxT (a WFI that EL2 traps
-//! would lose its time-out), FEAT_TME, SCXTNUM (CSV2_2), permission indirection and the other
+//! would lose its time-out), FEAT_TME, permission indirection and the other
 //! registers of ID_AA64MMFR3_EL1, LORegions, 52-bit addresses with small granules (LPA2), NMI,
 //! EL2, EL3, AArch32, and big-endian data (MMIO values are completed little-endian).
 //!
@@ -71,7 +71,7 @@ const PFR0: &[Field] = &[
     (16, AbsentOrUpTo(1)),
     (20, AbsentOrUpTo(1)),
     (48, UpTo(1)),
-    (56, UpTo(1)),
+    (56, UpTo(3)),
     (60, UpTo(1)),
 ];
 

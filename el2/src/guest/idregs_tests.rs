@@ -105,7 +105,7 @@ fn neoverse_v1_keeps_its_pointer_authentication_and_loses_sve() {
 #[test]
 fn max_is_cut_to_what_is_handled() {
     let expected = HardwareIds {
-        pfr0: 0x1101_0000_0111_0011,
+        pfr0: 0x1301_0000_0111_0011,
         pfr1: 0x21,
         isar2: 0x0010_0010,
         mmfr0: 0x1000_0000_0010_1022,

@@ -5,6 +5,8 @@ use crate::arch::{cpu, mem, mrs, msr};
 use crate::console;
 use crate::machine::{Arguments, Report};
 
+/// A register that the host emulates.
+const UART_FLAGS: u64 = 0x0900_0018;
 /// Name and access.
 type Access = (&'static str, fn() -> u64);
 
@@ -27,7 +29,6 @@ const HIDDEN: &[Access] = readers![
     "AMCR_EL0" "s3_3_c13_c2_0",
     "MPAM1_EL1" "s3_0_c10_c5_0",
     "LORID_EL1" "s3_0_c10_c4_7",
-    "SCXTNUM_EL1" "s3_0_c13_c0_7",
     "ZCR_EL1" "s3_0_c1_c2_0",
     "SMCR_EL1" "s3_0_c1_c2_6",
     "TPIDR2_EL0" "s3_3_c13_c0_5",
@@ -82,6 +83,7 @@ pub fn run(arguments: &Arguments, report: &mut Report) {
         "GMID_EL1",
         class.is_some_and(|c| matches!(c.class(), 0 | 0x18)),
     );
+    software_context(report);
     // RAS is hidden: undefined, or no records.
     let mut records = 0;
     let caught = catch(|| records = mrs!("s3_0_c5_c3_0"));
@@ -96,6 +98,24 @@ pub fn run(arguments: &Arguments, report: &mut Report) {
     }
     features(report);
     calls(report);
+}
+
+/// SCXTNUM_EL1: there from CSV2_2 on, and then it survives the host; else undefined.
+fn software_context(report: &mut Report) {
+    let is_there = mrs!("id_aa64pfr0_el1") >> 56 & 0xf >= 2;
+    let mut kept = 0;
+    let caught = catch(|| msr!("s3_0_c13_c0_7", 0x5c));
+    if is_there {
+        mem::read32(UART_FLAGS);
+        kept = mrs!("s3_0_c13_c0_7");
+        msr!("s3_0_c13_c0_7", 0);
+    }
+    let undefined = caught.is_some_and(|c| c.is_undefined());
+    report.expect(
+        "SCXTNUM_EL1",
+        (undefined, kept),
+        if is_there { (false, 0x5c) } else { (true, 0) },
+    );
 }
 
 /// DC CISW on every level's first line, as old boot loaders do.
