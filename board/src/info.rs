@@ -1,7 +1,7 @@
 //! The board as plain, bounded values.
 
-use dtoolkit::Node;
 use dtoolkit::fdt::FdtNode;
+use dtoolkit::{Node, Property};
 use heapless::Vec;
 
 use crate::tree::{Path, cpu_reg, is_any, is_enabled, number, string};
@@ -117,6 +117,8 @@ pub struct Chosen<'a> {
     pub bootargs: &'a str,
     /// Payload that the boot loader put into memory.
     pub initrd: Option<AddrRange>,
+    /// Random bytes from the boot loader, empty if there are none; a secret of this boot.
+    pub rng_seed: &'a [u8],
     /// `ravelin,log-level`.
     pub log_level: Option<&'a str>,
     /// `ravelin,self-test`.
@@ -210,6 +212,10 @@ impl<'a> Board<'a> {
         self.chosen = Chosen {
             bootargs: string(&chosen, "bootargs").unwrap_or(""),
             initrd: start.zip(end).and_then(|(s, e)| AddrRange::new(s, e)),
+            rng_seed: chosen
+                .property("rng-seed")
+                .and_then(|seed| seed.value_as().ok())
+                .unwrap_or(&[]),
             log_level: string(&chosen, "ravelin,log-level"),
             self_test: string(&chosen, "ravelin,self-test").and_then(self_test),
         };
@@ -415,7 +421,28 @@ fn self_test(name: &str) -> Option<SelfTest> {
     }
 }
 
+/// Most virtio devices that are looked at: as many as QEMU's `virt` has.
+pub const MAX_VIRTIO: usize = 32;
+
 impl Tree<'_> {
+    /// Registers of the virtio devices over MMIO; whether a device is behind them they say.
+    #[must_use]
+    pub fn virtio_mmio(&self) -> Vec<AddrRange, MAX_VIRTIO> {
+        let mut found = Vec::new();
+        let full = self.find_map(|path| {
+            let node = path.last()?;
+            if is_any(node, &["virtio,mmio"]) && is_enabled(node) {
+                return found.push(cpu_reg(path, 0)?).err();
+            }
+            None
+        });
+        debug_assert!(
+            full.is_none() || found.is_full(),
+            "what is beyond is left out"
+        );
+        found
+    }
+
     /// EL2's memory, as [`crate::patch_for_host`] reserved it.
     #[must_use]
     pub fn reserved_by_ravelin(&self) -> Option<AddrRange> {

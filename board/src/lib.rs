@@ -30,8 +30,8 @@ pub use dtoolkit;
 pub use edit::{HostTree, add_child, patch_for_host};
 pub use error::{BoardError, EditError};
 pub use info::{
-    Board, Chosen, Console, Cpu, Gic, MAX_CPUS, MAX_MEMORY, MAX_RESERVED, Power, PsciConduit,
-    SelfTest, StartMethod, UartKind, check_header,
+    Board, Chosen, Console, Cpu, Gic, MAX_CPUS, MAX_MEMORY, MAX_RESERVED, MAX_VIRTIO, Power,
+    PsciConduit, SelfTest, StartMethod, UartKind, check_header,
 };
 pub use place::{Placement, highest_free, lowest_free};
 pub use ranges::{AddrRange, PAGE_SIZE, RangeList};

@@ -48,7 +48,15 @@ fn virt(cpus: u64) -> Vec<u8> {
     fdt.property_array_u64("reg", &[0x900_0000, 0x1000])
         .unwrap();
     fdt.end_node(node).unwrap();
+    for number in [0u64, 1] {
+        let base = 0xa00_0000 + 0x200 * number;
+        let node = fdt.begin_node(&format!("virtio_mmio@{base:x}")).unwrap();
+        fdt.property_string("compatible", "virtio,mmio").unwrap();
+        fdt.property_array_u64("reg", &[base, 0x200]).unwrap();
+        fdt.end_node(node).unwrap();
+    }
     let node = fdt.begin_node("chosen").unwrap();
+    fdt.property_array_u64("rng-seed", &[1, 2]).unwrap();
     fdt.property_string("stdout-path", "/pl011@9000000")
         .unwrap();
     fdt.property_string("bootargs", "shim.run=all").unwrap();
@@ -389,4 +397,16 @@ proptest! {
             drop(board);
         }
     }
+}
+
+#[test]
+fn virtio_devices_and_seed_are_found() {
+    let blob = virt(1);
+    let tree = Tree::new(&blob).unwrap();
+    let found = tree.virtio_mmio();
+    let starts: Vec<u64> = found.iter().map(|range| range.start()).collect();
+    assert_eq!(starts, [0xa00_0000, 0xa00_0200]);
+    assert_eq!(found[0].size(), 0x200);
+    let seed = Board::read(&tree).unwrap().chosen.rng_seed;
+    assert_eq!(seed, [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2]);
 }

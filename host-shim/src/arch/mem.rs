@@ -73,6 +73,51 @@ pub(crate) fn copy(from: &[u8], to: &mut [u8]) {
     }
 }
 
+/// Copies from memory that a guest may write meanwhile. The caller has checked that it is the
+/// guest's.
+pub(crate) fn read_shared(address: u64, to: &mut [u8]) {
+    let mut address = address as usize;
+    let mut left = to;
+    while !left.is_empty() {
+        let step = if address.is_multiple_of(8) && left.len() >= 8 {
+            let pointer = core::ptr::with_exposed_provenance::<u64>(address);
+            // SAFETY: mapped RAM, aligned; volatile, since it may change under our hands.
+            let word = unsafe { pointer.read_volatile() };
+            left[..8].copy_from_slice(&word.to_ne_bytes());
+            8
+        } else {
+            let pointer = core::ptr::with_exposed_provenance::<u8>(address);
+            // SAFETY: as above.
+            left[0] = unsafe { pointer.read_volatile() };
+            1
+        };
+        left = &mut left[step..];
+        address += step;
+    }
+}
+
+/// Copies to memory that a guest may read and write meanwhile; as above.
+pub(crate) fn write_shared(address: u64, from: &[u8]) {
+    let mut address = address as usize;
+    let mut left = from;
+    while let Some(first) = left.first() {
+        let word = left.first_chunk().filter(|_| address.is_multiple_of(8));
+        let step = if let Some(word) = word {
+            let pointer = core::ptr::with_exposed_provenance_mut::<u64>(address);
+            // SAFETY: mapped RAM of a guest, aligned; nothing of ours is there.
+            unsafe { pointer.write_volatile(u64::from_ne_bytes(*word)) };
+            8
+        } else {
+            let pointer = core::ptr::with_exposed_provenance_mut::<u8>(address);
+            // SAFETY: as above.
+            unsafe { pointer.write_volatile(*first) };
+            1
+        };
+        left = &left[step..];
+        address += step;
+    }
+}
+
 /// Cleans and invalidates the data cache to the point of coherency.
 pub(crate) fn clean_invalidate_to_poc(range: AddrRange) {
     let line = 4 << (super::mrs!("ctr_el0") >> 16 & 0xf);

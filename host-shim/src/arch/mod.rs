@@ -5,6 +5,7 @@
 //! try every access.
 
 pub(crate) mod cpu;
+pub(crate) mod disk;
 pub(crate) mod fault;
 pub(crate) mod gic;
 pub(crate) mod guest;
@@ -122,6 +123,20 @@ pub(crate) fn smc(id: u64) -> u64 {
             options(nostack));
     }
     answer
+}
+
+/// A random number of the RNDR instruction (Arm ARM D24.2.143), if this core has it and it has one.
+pub(crate) fn random() -> Option<u64> {
+    if mrs!("id_aa64isar0_el1") >> 60 == 0 {
+        return None;
+    }
+    let (value, failed): (u64, u64);
+    // SAFETY: the core has the register; it sets the zero flag when it has no number.
+    unsafe {
+        asm!("mrs {}, s3_3_c2_c4_0", "cset {}, eq", out(reg) value, out(reg) failed,
+            options(nomem, nostack));
+    }
+    (failed == 0).then_some(value)
 }
 
 /// Size of a physical address in bits (ID_AA64MMFR0_EL1.PARange).

@@ -3,7 +3,8 @@
 //!
 //! A FIT is a device tree whose `/images/*` nodes hold `data`. Properties of a configuration that
 //! are ours: `ravelin,role` ("host" or "guest"), and for guests `ravelin,memory` (bytes, 64 bits),
-//! `ravelin,vcpus`, `ravelin,protected`, `ravelin,no-lock`, `ravelin,non-coherent` (flags).
+//! `ravelin,vcpus`, `ravelin,disk` (the image that is its disk), `ravelin,host-disk`,
+//! `ravelin,protected`, `ravelin,no-lock`, `ravelin,non-coherent` (flags).
 
 use alloc::vec::Vec;
 
@@ -35,6 +36,9 @@ pub enum FitError {
     /// A ramdisk that is named but not there.
     #[error("a configuration names a ramdisk that has no data")]
     NoRamdisk,
+    /// A disk that is named but not there.
+    #[error("a configuration names a disk that has no data")]
+    NoDisk,
     /// A number of vCPUs that no VM can have.
     #[error("ravelin,vcpus must be 1 to 8")]
     BadVcpus,
@@ -52,6 +56,10 @@ pub struct GuestConfig<'a> {
     pub kernel: &'a [u8],
     /// Initramfs.
     pub ramdisk: Option<&'a [u8]>,
+    /// Contents of its disk, of which it gets a copy.
+    pub disk: Option<&'a [u8]>,
+    /// Its disk is the host's, if that has one and no other guest got it.
+    pub host_disk: bool,
     /// Command line.
     pub bootargs: &'a str,
     /// Bytes of RAM.
@@ -106,10 +114,12 @@ pub fn guests(bytes: &[u8]) -> Result<Vec<GuestConfig<'_>>, FitError> {
 
 fn guest<'a>(fit: Fdt<'a>, node: &FdtNode<'a>) -> Result<GuestConfig<'a>, FitError> {
     let kernel = text(node, "kernel").and_then(|name| data(fit, name));
-    let ramdisk = match text(node, "ramdisk") {
-        None => None,
-        Some(name) => Some(data(fit, name).ok_or(FitError::NoRamdisk)?),
+    let optional = |property, missing| match text(node, property) {
+        None => Ok(None),
+        Some(name) => data(fit, name).map(Some).ok_or(missing),
     };
+    let ramdisk = optional("ramdisk", FitError::NoRamdisk)?;
+    let disk = optional("ravelin,disk", FitError::NoDisk)?;
     let memory = match node.property("ravelin,memory") {
         None => DEFAULT_MEMORY,
         Some(value) => value.value_as::<u64>().map_err(|_| FitError::BadMemory)?,
@@ -130,6 +140,8 @@ fn guest<'a>(fit: Fdt<'a>, node: &FdtNode<'a>) -> Result<GuestConfig<'a>, FitErr
         name: node.name(),
         kernel: kernel.ok_or(FitError::NoKernel)?,
         ramdisk,
+        disk,
+        host_disk: has("ravelin,host-disk"),
         bootargs: text(node, "bootargs").unwrap_or(""),
         memory,
         vcpus,
@@ -198,6 +210,8 @@ mod tests {
             w.property_string("bootargs", "quiet").unwrap();
             w.property_u64("ravelin,memory", 64 << 20).unwrap();
             w.property_u32("ravelin,vcpus", 8).unwrap();
+            w.property_string("ravelin,disk", "kernel").unwrap();
+            w.property_null("ravelin,host-disk").unwrap();
             w.property_null("ravelin,no-lock").unwrap();
             w.property_null("ravelin,non-coherent").unwrap();
             w.property_null("ravelin,protected").unwrap();
@@ -206,12 +220,14 @@ mod tests {
         assert_eq!((guest.vcpus, guest.memory), (8, 64 << 20));
         assert!(!guest.lock && guest.protected && guest.noncoherent);
         assert_eq!(guest.bootargs, "quiet");
+        assert_eq!(guest.disk, Some(&b"kernel's bytes"[..]));
+        assert!(guest.host_disk);
     }
 
     #[test]
     fn impossible_configurations_are_named() {
         type Configure = fn(&mut FdtWriter);
-        let cases: [(Configure, FitError); 5] = [
+        let cases: [(Configure, FitError); 6] = [
             (|_| {}, FitError::NoKernel),
             (
                 |w| w.property_string("kernel", "packed").unwrap(),
@@ -223,6 +239,13 @@ mod tests {
                     w.property_string("ramdisk", "missing").unwrap();
                 },
                 FitError::NoRamdisk,
+            ),
+            (
+                |w| {
+                    w.property_string("kernel", "kernel").unwrap();
+                    w.property_string("ravelin,disk", "packed").unwrap();
+                },
+                FitError::NoDisk,
             ),
             (
                 |w| {

@@ -13,7 +13,9 @@ pub mod fit;
 pub mod image;
 pub mod keys;
 pub mod pl011;
+pub mod random;
 pub mod tree;
+pub mod virtio;
 
 /// The guest platform's addresses and interrupts, those of QEMU's `virt` (docs/guest-platform.md).
 pub mod platform {
@@ -25,6 +27,12 @@ pub mod platform {
     pub const UART_SIZE: u64 = 0x1000;
     /// Its interrupt: SPI 1.
     pub const UART_INTID: u32 = 33;
+    /// First of the virtio devices' registers (VIRTIO over MMIO).
+    pub const VIRTIO: u64 = 0x0a00_0000;
+    /// From one to the next, and size of each.
+    pub const VIRTIO_STRIDE: u64 = 0x200;
+    /// Interrupt of the first: SPI 16; the next ones follow.
+    pub const VIRTIO_INTID: u32 = 48;
     /// Distributor.
     pub const GICD: u64 = 0x0800_0000;
     /// CPU interface of a GICv2.

@@ -6,7 +6,10 @@ use core::fmt::Write;
 
 use vm_fdt::{Error, FdtWriter};
 
-use crate::platform::{GICC, GICD, GICR, GICR_STRIDE, RAM, UART, UART_INTID, UART_SIZE};
+use crate::platform::{
+    GICC, GICD, GICR, GICR_STRIDE, RAM, UART, UART_INTID, UART_SIZE, VIRTIO, VIRTIO_INTID,
+    VIRTIO_STRIDE,
+};
 
 /// What the tree says.
 #[derive(Clone, Copy, Debug)]
@@ -21,8 +24,10 @@ pub struct Guest<'a> {
     pub bootargs: &'a str,
     /// IPA range of the ramdisk.
     pub ramdisk: Option<(u64, u64)>,
-    /// Seeds for the kernel's randomness; they are no secret to the host.
-    pub seed: [u64; 4],
+    /// Seeds for the kernel's randomness, which the host knows, too; `None` if it has none.
+    pub seed: Option<[u64; 5]>,
+    /// Which virtio devices there are, as a bitmap.
+    pub virtio: u32,
 }
 
 const INTERRUPT_CONTROLLER: u32 = 1;
@@ -58,6 +63,9 @@ pub fn build(guest: &Guest<'_>) -> Result<Vec<u8>, Error> {
     timer(&mut tree)?;
     interrupt_controller(&mut tree, guest)?;
     uart(&mut tree)?;
+    for number in (0..u32::BITS).filter(|number| guest.virtio & 1 << number != 0) {
+        virtio(&mut tree, number)?;
+    }
     tree.end_node(root)?;
     tree.finish()
 }
@@ -81,8 +89,10 @@ fn chosen(tree: &mut FdtWriter, guest: &Guest<'_>) -> Result<(), Error> {
         tree.property_u64("linux,initrd-start", start)?;
         tree.property_u64("linux,initrd-end", end)?;
     }
-    tree.property_array_u64("rng-seed", &guest.seed[..3])?;
-    tree.property_u64("kaslr-seed", guest.seed[3])?;
+    if let Some([kaslr, rng @ ..]) = guest.seed {
+        tree.property_u64("kaslr-seed", kaslr)?;
+        tree.property_array_u64("rng-seed", &rng)?;
+    }
     tree.end_node(chosen)
 }
 
@@ -143,9 +153,21 @@ fn uart(tree: &mut FdtWriter) -> Result<(), Error> {
     tree.end_node(uart)
 }
 
+/// A virtio device (mmio.yaml of virtio). Its memory accesses are the host's, which are cached.
+fn virtio(tree: &mut FdtWriter, number: u32) -> Result<(), Error> {
+    let base = VIRTIO + VIRTIO_STRIDE * u64::from(number);
+    let node = tree.begin_node(&at("virtio_mmio", base))?;
+    tree.property_string("compatible", "virtio,mmio")?;
+    tree.property_array_u64("reg", &[base, VIRTIO_STRIDE])?;
+    tree.property_array_u32("interrupts", &[SPI, VIRTIO_INTID - 32 + number, LEVEL_HIGH])?;
+    tree.property_null("dma-coherent")?;
+    tree.end_node(node)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use board::dtoolkit::{Node, Property};
     use board::{Board, Gic, Tree};
 
     const GUEST: Guest<'_> = Guest {
@@ -154,7 +176,8 @@ mod tests {
         gic_v3: true,
         bootargs: "quiet",
         ramdisk: Some((0x4300_0000, 0x4310_0000)),
-        seed: [1, 2, 3, 4],
+        seed: Some([1, 2, 3, 4, 5]),
+        virtio: 0b101,
     };
 
     fn board(guest: &Guest<'_>) -> Board<'static> {
@@ -192,6 +215,28 @@ mod tests {
         };
         assert_eq!(gicc.start(), 0x0801_0000);
         assert_eq!(gich, None, "no virtualization inside a guest");
+    }
+
+    #[test]
+    fn virtio_devices_are_where_qemus_are() {
+        let blob = build(&GUEST).unwrap().leak();
+        let tree = Tree::new(blob).unwrap();
+        let value = |path: &str, name: &str| {
+            let node = tree.fdt().find_node(path)?;
+            Some(node.property(name)?.value().to_vec())
+        };
+        let interrupts = value("/virtio_mmio@a000400", "interrupts").unwrap();
+        assert_eq!(interrupts, [0, 0, 0, 0, 0, 0, 0, 18, 0, 0, 0, 4]);
+        assert!(value("/virtio_mmio@a000000", "dma-coherent").is_some());
+        assert!(value("/virtio_mmio@a000200", "reg").is_none());
+        assert_eq!(value("/chosen", "rng-seed").unwrap().len(), 32);
+        let bare = Guest {
+            seed: None,
+            ..GUEST
+        };
+        let blob = build(&bare).unwrap().leak();
+        let chosen = Tree::new(blob).unwrap().fdt().find_node("/chosen").unwrap();
+        assert!(chosen.property("kaslr-seed").is_none());
     }
 
     #[test]

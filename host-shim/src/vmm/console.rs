@@ -114,7 +114,11 @@ fn handle(vmm: &Vmm, key: Key, input: u8) {
                 && !guest.is_gone()
             {
                 vmm.console.lock().flush(input);
-                guest.devices.lock().type_key(guest.vm, byte);
+                let mut devices = guest.devices.lock();
+                devices.type_key(guest.vm, byte);
+                if devices.has_work() {
+                    super::sched::work(vmm, guest, &mut devices);
+                }
             }
         }
         Key::Switch(number) => line(format_args!("\nhost: input goes to VM {number}")),

@@ -3,17 +3,19 @@
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use abi::{ErrorCode, SlotWord, VmConfig};
+use alloc::boxed::Box;
 use alloc::vec::Vec;
-use board::{AddrRange, Gic};
+use board::{AddrRange, Gic, PAGE_SIZE};
 use spin::Mutex;
 use vmm::fit::GuestConfig;
 use vmm::image::{self, Layout};
 use vmm::platform::RAM;
 use vmm::tree;
+use vmm::virtio::block::{Disk, RamDisk};
 
-use super::devices::Devices;
-use super::{BLOCK, Memory};
-use crate::arch::{gic, mem};
+use super::devices::{self, Devices};
+use super::{BLOCK, Memory, random};
+use crate::arch::mem;
 use crate::vm::{Refused, Vm};
 
 /// Pages donated to a VM: its objects and first tables.
@@ -89,6 +91,8 @@ pub(crate) struct Guest {
     pub(crate) ram: AddrRange,
     pub(crate) vcpus: Vec<VcpuSlot>,
     pub(crate) devices: Mutex<Devices>,
+    /// The devices have something left to do; changes under their lock.
+    pub(crate) backlog: AtomicBool,
     layout: Layout,
     gic_v3: bool,
     state: AtomicU8,
@@ -105,6 +109,7 @@ impl Guest {
         memory: &mut Memory,
         cores: &[u64],
         next_core: &mut usize,
+        host_disk: &mut Option<Box<dyn Disk>>,
     ) -> Result<Self, &'static str> {
         let ramdisk = config.ramdisk.map_or(0, |disk| disk.len() as u64);
         let layout = image::layout(config.kernel, ramdisk, config.memory)
@@ -119,6 +124,7 @@ impl Guest {
             vcpus: config.vcpus,
             protected: config.protected,
         };
+        let disk = disk(&config, memory, host_disk)?;
         let vm = Vm::create(vm_config, state).map_err(reason)?;
         let vcpus = (0..config.vcpus).map(|index| {
             let core = *next_core;
@@ -138,7 +144,8 @@ impl Guest {
             config,
             vm,
             ram,
-            devices: Mutex::new(Devices::new()),
+            devices: Mutex::new(Devices::new(disk)),
+            backlog: AtomicBool::new(false),
             layout,
             gic_v3: matches!(gic, Gic::V3 { .. }),
             state: AtomicU8::new(State::Running as u8),
@@ -224,7 +231,8 @@ impl Guest {
             gic_v3: self.gic_v3,
             bootargs: self.config.bootargs,
             ramdisk,
-            seed: core::array::from_fn(|n| seed(self.number, n as u64)),
+            seed: random::seed(),
+            virtio: self.devices.lock().present(),
         });
         let tree = tree.map_err(|_| "the guest's device tree can't be built")?;
         if tree.len() as u64 > image::TREE_SIZE {
@@ -249,6 +257,14 @@ impl Guest {
         self.state
             .compare_exchange(from as u8, to as u8, Ordering::AcqRel, Ordering::Acquire)
             .is_ok()
+    }
+
+    /// What its devices see of it.
+    pub(crate) const fn machine(&self) -> devices::Machine {
+        devices::Machine {
+            vm: self.vm,
+            ram: self.ram,
+        }
     }
 
     /// Ends it, whatever it does now.
@@ -298,7 +314,7 @@ impl Guest {
 
     fn start_over(&self) -> Result<(), &'static str> {
         self.vm.reset().map_err(reason)?;
-        *self.devices.lock() = Devices::new();
+        self.devices.lock().reset();
         for vcpu in &self.vcpus {
             vcpu.until.store(0, Ordering::Relaxed);
         }
@@ -325,14 +341,23 @@ impl Guest {
     }
 }
 
-/// Seeds from the counter's jitter: for the kernel's address layout and a start of its entropy.
-/// Guests get real entropy from EL2's TRNG interface.
-fn seed(number: u8, n: u64) -> u64 {
-    let mut state = gic::now() ^ u64::from(number) << 56 ^ n << 48;
-    for _ in 0..8 {
-        state = state.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ state >> 29 ^ gic::now();
-    }
-    state
+/// The disk that a configuration asks for: a copy of its own of what the FIT holds, or the host's.
+fn disk(
+    config: &GuestConfig<'_>,
+    memory: &mut Memory,
+    host: &mut Option<Box<dyn Disk>>,
+) -> Result<Option<Box<dyn Disk>>, &'static str> {
+    let Some(contents) = config.disk else {
+        return Ok(host.take_if(|_| config.host_disk));
+    };
+    let place = memory
+        .take(contents.len().max(1) as u64, PAGE_SIZE)
+        .ok_or("the host has no memory for its disk")?;
+    let place = mem::bytes_mut(place)
+        .get_mut(..contents.len())
+        .ok_or("its disk has no room")?;
+    mem::copy(contents, place);
+    Ok(Some(Box::new(RamDisk(place))))
 }
 
 /// A refusal for the log.

@@ -7,16 +7,19 @@
 mod console;
 mod devices;
 mod guest;
+mod random;
 mod sched;
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-use board::{AddrRange, Gic, MAX_RESERVED, PAGE_SIZE, Placement, RangeList, highest_free};
+use board::{AddrRange, Gic, MAX_RESERVED, PAGE_SIZE, Placement, RangeList, Tree, highest_free};
 use spin::{Mutex, Once};
 use vmm::fit::GuestConfig;
+use vmm::virtio::block::Disk;
 
 use crate::arch::mmu::Settings;
-use crate::arch::{cpu, heap};
+use crate::arch::{cpu, disk, heap, mem};
 use crate::console::line;
 use crate::machine::Machine;
 use guest::Guest;
@@ -91,10 +94,20 @@ pub(crate) fn run(
         .iter()
         .position(|mpidr| *mpidr == crate::arch::mpidr())
         .ok_or("this core is not in the device tree")?;
+    random::start(machine);
+    let mut host_disk = host_disk(machine);
     let mut guests = Vec::new();
     let mut next_core = boot_core;
     for (config, number) in configs.into_iter().zip(1..) {
-        let guest = Guest::create(number, config, &gic, &mut memory, &cores, &mut next_core);
+        let guest = Guest::create(
+            number,
+            config,
+            &gic,
+            &mut memory,
+            &cores,
+            &mut next_core,
+            &mut host_disk,
+        );
         guests.push(guest.map_err(|why| {
             line(format_args!("host: VM {number}: {why}"));
             "a VM could not be created"
@@ -118,6 +131,14 @@ pub(crate) fn run(
     start_cores(vmm, boot_core, machine.settings);
     sched::run(vmm, boot_core);
     vmm.verdict()
+}
+
+/// The machine's own disk.
+fn host_disk(machine: &Machine) -> Option<Box<dyn Disk>> {
+    let tree = Tree::new(mem::bytes(machine.tree_range)).ok()?;
+    let disk = disk::find(&tree.virtio_mmio())?;
+    line(format_args!("host: a disk of {} sectors", disk.sectors()));
+    Some(disk)
 }
 
 /// Turns on the cores that have vCPUs.
@@ -150,14 +171,20 @@ impl Vmm {
             .iter()
             .filter(|guest| guest.ended_well())
             .count();
-        line(format_args!(
-            "host: {clean} of {} guest(s) powered off",
-            self.guests.len()
-        ));
-        if clean == self.guests.len() {
-            Ok(())
-        } else {
-            Err("a guest did not power itself off")
+        let all = self.guests.len();
+        if clean == all {
+            line(format_args!("host: all {all} guests powered off"));
+            return Ok(());
         }
+        for guest in self.guests.iter().filter(|guest| !guest.ended_well()) {
+            line(format_args!(
+                "host: VM {} ({}) did not power itself off",
+                guest.number, guest.config.name
+            ));
+        }
+        line(format_args!(
+            "host: only {clean} of {all} guests powered off"
+        ));
+        Err("a guest did not power itself off")
     }
 }

@@ -4,10 +4,13 @@ use core::sync::atomic::Ordering;
 
 use abi::{ErrorCode, Exit, KICK_SGI};
 
+use super::devices::Devices;
 use super::guest::{Guest, State, VcpuSlot, reason};
-use super::{Vmm, console};
+use super::{Vmm, console, random};
 use crate::arch::{gic, ticks_per_second};
 use crate::console::line;
+use vmm::virtio::Host;
+use vmm::virtio::transport::Progress;
 
 /// Slices per second.
 const SLICES: u64 = 100;
@@ -69,6 +72,13 @@ fn turn(vmm: &Vmm, guest: &Guest, core: usize, kicked: bool, slice: u64) -> u64 
         wake_all(vmm, core);
     }
     let mut next = u64::MAX;
+    if guest.uses_core(core) && guest.backlog.load(Ordering::Acquire) {
+        // Another core that holds the lock does it.
+        if let Some(mut devices) = guest.devices.try_lock() {
+            work(vmm, guest, &mut devices);
+        }
+        next = 0;
+    }
     for vcpu in guest.vcpus.iter().filter(|vcpu| vcpu.core == core) {
         if guest.state() != State::Running {
             return u64::MAX;
@@ -107,18 +117,13 @@ fn step(vmm: &Vmm, guest: &Guest, vcpu: &VcpuSlot) -> u64 {
             Exit::Interrupted => return 0,
             Exit::WaitForInterrupt { until } => return until,
             Exit::VcpuOff => return u64::MAX,
-            Exit::MmioRead { ipa, .. } => {
-                let value = guest.devices.lock().read(guest.vm, ipa);
+            Exit::MmioRead { ipa, size } => {
+                let value = guest.devices.lock().read(guest.vm, ipa, size);
                 // An address without a device reads as all ones.
                 let value = value.unwrap_or(u64::MAX);
                 vcpu.loaded.store(value, Ordering::Relaxed);
             }
-            Exit::MmioWrite { ipa, value, .. } => {
-                let sent = guest.devices.lock().write(guest.vm, ipa, value);
-                if let Ok(Some(byte)) = sent {
-                    vmm.console.lock().output(guest.number, byte);
-                }
-            }
+            Exit::MmioWrite { ipa, size, value } => write(vmm, guest, ipa, size, value),
             Exit::NeedPages { pages } => {
                 if let Err(refused) = guest.top_up(&mut vmm.memory.lock(), pages) {
                     if refused.code == ErrorCode::Busy {
@@ -149,6 +154,49 @@ fn step(vmm: &Vmm, guest: &Guest, vcpu: &VcpuSlot) -> u64 {
             }
             _ => return fail(guest, vcpu, "EL2 gave an exit that this host does not know"),
         }
+    }
+}
+
+/// A guest's write to a device, and what it starts.
+fn write(vmm: &Vmm, guest: &Guest, ipa: u64, size: u8, value: u64) {
+    let mut devices = guest.devices.lock();
+    let sent = devices.write(guest.vm, ipa, size, value);
+    if let Ok(Some(byte)) = sent {
+        vmm.console.lock().output(guest.number, byte);
+    } else if devices.has_work() {
+        work(vmm, guest, &mut devices);
+    }
+}
+
+/// Lets a guest's virtio devices work, for less than a slice of time; the rest is its backlog.
+pub(super) fn work(vmm: &Vmm, guest: &Guest, devices: &mut Devices) {
+    let deadline = gic::now() + ticks_per_second() / SLICES / 2;
+    let mut services = Services { vmm, guest };
+    let machine = guest.machine();
+    let mut progress = Progress::More;
+    while progress == Progress::More && gic::now() < deadline {
+        progress = devices.work(&machine, &mut services);
+    }
+    let more = progress == Progress::More;
+    guest.backlog.store(more, Ordering::Release);
+}
+
+/// What a guest's devices need.
+struct Services<'a> {
+    vmm: &'a Vmm,
+    guest: &'a Guest,
+}
+
+impl Host for Services<'_> {
+    fn print(&mut self, bytes: &[u8]) {
+        let mut console = self.vmm.console.lock();
+        for byte in bytes {
+            console.output(self.guest.number, *byte);
+        }
+    }
+
+    fn random(&mut self, bytes: &mut [u8]) {
+        random::fill(bytes);
     }
 }
 
