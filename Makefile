@@ -13,6 +13,7 @@ MEM ?= 1G
 ARGS ?=
 GUEST ?= linux
 INITRD ?=
+DISK ?=
 CMDLINE ?=
 VCPUS ?= 1
 GUEST_MEM ?= 256M
@@ -34,7 +35,7 @@ help: ## this list
 	@echo 'Settings of make run, with their defaults:'
 	@echo '  the machine  BOARD=virt (or raspi4b) CPU=cortex-a76 (cortex-a72, neoverse-v1, neoverse-n2, max) GIC=3 (2) SMP=4 MEM=1G'
 	@echo '  the host     HOST=shim (or linux) LOG=info (off, error, warn, debug, trace) ARGS="..."'
-	@echo '  the guests   GUEST=linux (demo, none, or the path of an arm64 Image or raw binary for QEMU virt) INITRD=path'
+	@echo '  the guests   GUEST=linux (demo, none, or the path of an arm64 Image or raw binary for QEMU virt) INITRD=path DISK=file'
 	@echo '               CMDLINE="..." VCPUS=1 GUEST_MEM=256M VMS=1 LOCK=1 (0: mapped on demand) NONCOHERENT=0 (1)'
 	@echo '  at the console: Ctrl-A c opens the monitor (try help), Ctrl-A N gives the input to VM N, Ctrl-T x ends the emulator'
 	@echo 'Others: make test-virt FILTER=word; RUST_ROUTE=rustup|debian'
@@ -48,7 +49,7 @@ build: setup ## the EL2 image with the host inside: build/ravelin.img
 
 run: build ## boot Linux in a VM on the emulator, to a shell; its poweroff ends the run
 	@$(RAVELIN) run --board $(BOARD) --host $(HOST) --smp $(SMP) --cpu $(CPU) --gic $(GIC) --memory $(MEM) --log $(LOG) \
-		--arguments '$(ARGS)' --guest '$(GUEST)' $(if $(INITRD),--initrd '$(INITRD)') --cmdline '$(CMDLINE)' --vcpus $(VCPUS) \
+		--arguments '$(ARGS)' --guest '$(GUEST)' $(if $(INITRD),--initrd '$(INITRD)') $(if $(DISK),--disk '$(DISK)') --cmdline '$(CMDLINE)' --vcpus $(VCPUS) \
 		--guest-memory $(GUEST_MEM) --vms $(VMS) --lock $(LOCK) --noncoherent $(NONCOHERENT)
 
 test: test-host test-emulator ## everything: the host's tests, then the emulators'

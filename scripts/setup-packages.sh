@@ -25,6 +25,7 @@ add_backports() {
 have apt-get || die "this is no Debian: install qemu-system-aarch64 >= $QEMU_MIN.0, a C compiler and Rust >= 1.90 by hand"
 missing=()
 have cc || missing+=(gcc libc6-dev)
+have xz || missing+=(xz-utils)
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 if [ "${#missing[@]}" -gt 0 ]; then
     say "installing ${missing[*]}"

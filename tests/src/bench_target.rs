@@ -238,6 +238,7 @@ fn microbench(cpu: &str, context: &Context, lock: bool) -> Result<BTreeMap<Strin
         vcpus: 2,
         lock,
         noncoherent: false,
+        disk: fit::Disk::None,
     };
     let name = if lock { "locked" } else { "on-demand" };
     let transcript = vm(&machine(cpu, 2), context, name, guest)?.run(context, name)?;
@@ -277,6 +278,7 @@ fn boots(cpu: &str, payloads: &Payloads, context: &Context) -> Result<(u64, u64)
             vcpus: 1,
             lock: true,
             noncoherent: false,
+            disk: fit::Disk::None,
         };
         let name = format!("guest-{size}");
         let console = vm(&machine(cpu, 1), context, &name, linux)?.run(context, &name)?;

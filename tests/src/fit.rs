@@ -45,6 +45,20 @@ pub struct Guest<'a> {
     pub lock: bool,
     /// There is a device that does not snoop.
     pub noncoherent: bool,
+    /// Its virtio disk.
+    pub disk: Disk<'a>,
+}
+
+/// The disk of a guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Disk<'a> {
+    /// It has none.
+    #[default]
+    None,
+    /// A copy of these bytes, which ends with the VM.
+    Image(&'a [u8]),
+    /// The machine's own, if no other guest has it.
+    Machine,
 }
 
 /// The FIT with one configuration, `linux`, whose role is "host".
@@ -95,7 +109,11 @@ fn shared_files<'a>(guests: &[Guest<'a>]) -> SharedFiles<'a> {
     let ramdisks = guests
         .iter()
         .filter_map(|guest| Some(("ramdisk", guest.ramdisk?)));
-    for (kind, data) in kernels.chain(ramdisks) {
+    let disks = guests.iter().filter_map(|guest| match guest.disk {
+        Disk::Image(bytes) => Some(("disk", bytes)),
+        Disk::None | Disk::Machine => None,
+    });
+    for (kind, data) in kernels.chain(ramdisks).chain(disks) {
         if !files.iter().any(|(_, k, d)| *k == kind && *d == data) {
             let number = files.iter().filter(|(_, k, _)| *k == kind).count();
             let name = if number == 0 {
@@ -132,6 +150,11 @@ fn guest_configuration(
     if let Some(ramdisk) = guest.ramdisk {
         set(&mut configuration, "ramdisk", &name_of("ramdisk", ramdisk)?)?;
     }
+    match guest.disk {
+        Disk::None => {}
+        Disk::Image(bytes) => set(&mut configuration, "ravelin,disk", &name_of("disk", bytes)?)?,
+        Disk::Machine => flag(&mut configuration, "ravelin,host-disk"),
+    }
     set(&mut configuration, "bootargs", guest.arguments)?;
     let bytes = guest.memory_mib << 20;
     configuration.add_property(DeviceTreeProperty::new_unchecked("ravelin,memory", bytes));
@@ -140,18 +163,17 @@ fn guest_configuration(
         guest.vcpus,
     ));
     if !guest.lock {
-        configuration.add_property(DeviceTreeProperty::new_unchecked(
-            "ravelin,no-lock",
-            Vec::<u8>::new(),
-        ));
+        flag(&mut configuration, "ravelin,no-lock");
     }
     if guest.noncoherent {
-        configuration.add_property(DeviceTreeProperty::new_unchecked(
-            "ravelin,non-coherent",
-            Vec::<u8>::new(),
-        ));
+        flag(&mut configuration, "ravelin,non-coherent");
     }
     Ok(configuration)
+}
+
+/// Sets a property without a value.
+fn flag(node: &mut DeviceTreeNode, name: &str) {
+    node.add_property(DeviceTreeProperty::new_unchecked(name, Vec::<u8>::new()));
 }
 
 /// Builds the tree twice: the second time with as much before the images as aligns the first one.
@@ -311,11 +333,13 @@ mod tests {
             vcpus: 2,
             lock: true,
             noncoherent: false,
+            disk: Disk::Image(b"sectors"),
         };
         let two = Guest {
             kernel: b"other",
             lock: false,
             noncoherent: true,
+            disk: Disk::Machine,
             ..one
         };
         let fit = guests(&[one, two, one]).unwrap();
@@ -335,6 +359,10 @@ mod tests {
         assert!(property("vm1", "ravelin,no-lock").is_none());
         assert!(property("vm2", "ravelin,no-lock").is_some());
         assert!(property("vm2", "ravelin,non-coherent").is_some());
+        assert_eq!(value(&fit, "/images/disk", "data").unwrap(), b"sectors");
+        assert_eq!(property("vm3", "ravelin,disk").unwrap(), b"disk\0");
+        assert!(property("vm2", "ravelin,disk").is_none());
+        assert!(property("vm2", "ravelin,host-disk").is_some());
         assert_eq!(kernel_offset(&fit).unwrap() % 64, 0);
     }
 

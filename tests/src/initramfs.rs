@@ -126,11 +126,12 @@ impl Archive {
     }
 }
 
-/// The initramfs of the Linux host: busybox, our `/init`, and the programs that measure and test.
+/// The initramfs of the Linux host: busybox, our `/init`, and the programs that measure and test,
+/// or modules.
 ///
 /// # Errors
 /// A file is 4 GiB or larger.
-pub fn linux_host(busybox: &[u8], init: &[u8], programs: &[(&str, &[u8])]) -> Result<Vec<u8>> {
+pub fn linux_host(busybox: &[u8], init: &[u8], programs: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
     let mut archive = Archive::new();
     for folder in ["bin", "dev", "proc", "sys", "tmp"] {
         archive.directory(folder)?;
@@ -171,7 +172,7 @@ mod tests {
 
     #[test]
     fn every_header_is_aligned_and_the_trailer_is_last() {
-        let bytes = linux_host(b"12345", b"#!x", &[("t", b"9")]).unwrap();
+        let bytes = linux_host(b"12345", b"#!x", &[("t".to_owned(), b"9".to_vec())]).unwrap();
         assert_eq!(bytes.len() % 4, 0);
         let headers: Vec<_> = (0..bytes.len() - 6)
             .filter(|&i| bytes[i..].starts_with(b"070701"))

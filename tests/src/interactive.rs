@@ -3,10 +3,10 @@
 use crate::emulate::{self, LINUX_ARGUMENTS};
 use crate::machine::{Board, Clock, Entry, Gic, Machine, QEMU, Software};
 use crate::payload;
-use crate::{device_tree, files, fit, process};
+use crate::{device_tree, files, fit, machine, process};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 /// What runs at EL1.
@@ -69,6 +69,9 @@ pub struct GuestSettings {
     /// RAM of each VM, such as 256M
     #[arg(long, default_value = "256M")]
     guest_memory: String,
+    /// File that the machine has as its disk, and VM 1 as its own (virt only)
+    #[arg(long)]
+    disk: Option<PathBuf>,
     /// How many VMs
     #[arg(long, default_value_t = 1)]
     vms: usize,
@@ -85,9 +88,12 @@ pub struct GuestSettings {
 /// # Errors
 /// A setting is out of range, something has not been built, or QEMU cannot be started.
 pub fn run(settings: &Settings) -> Result<ExitCode> {
-    let machine = machine(settings)?;
+    let machine = emulated(settings)?;
     let software = software(settings, &machine)?;
     let mut args = with_monitor(machine.args(&software));
+    if let Some(disk) = &settings.guests.disk {
+        args.extend(disk_args(&machine, disk)?);
+    }
     // Our own host's console has Ctrl-A for itself.
     let escape = if settings.host == Host::Shim {
         args.extend(["-echr", "0x14"].map(str::to_owned));
@@ -108,6 +114,16 @@ pub fn run(settings: &Settings) -> Result<ExitCode> {
     })
 }
 
+/// A virtio disk of the machine, whose bytes are the file's.
+fn disk_args(machine: &Machine, disk: &Path) -> Result<Vec<String>> {
+    ensure!(
+        machine.board == Board::Virt,
+        "DISK needs BOARD=virt: the other one has no virtio devices"
+    );
+    ensure!(disk.is_file(), "DISK={} is no file", disk.display());
+    Ok(machine::disk_args(disk))
+}
+
 /// The terminal is console and QEMU's monitor in one: behind the escape key x ends, c switches.
 fn with_monitor(args: Vec<String>) -> Vec<String> {
     let shared = |arg: String| match arg.as_str() {
@@ -118,7 +134,7 @@ fn with_monitor(args: Vec<String>) -> Vec<String> {
     args.into_iter().map(shared).collect()
 }
 
-fn machine(settings: &Settings) -> Result<Machine> {
+fn emulated(settings: &Settings) -> Result<Machine> {
     if settings.board == Board::Raspi4b {
         return Ok(Machine::raspi4b());
     }
@@ -254,8 +270,13 @@ fn guests_fit(settings: &GuestSettings) -> Result<Vec<u8>> {
         vcpus: settings.vcpus,
         lock: settings.lock == 1,
         noncoherent: settings.noncoherent == 1,
+        disk: fit::Disk::None,
     };
-    fit::guests(&vec![guest; settings.vms])
+    let mut guests = vec![guest; settings.vms];
+    if let (Some(first), Some(_)) = (guests.first_mut(), &settings.disk) {
+        first.disk = fit::Disk::Machine;
+    }
+    fit::guests(&guests)
 }
 
 /// The level is a property of `/chosen`; "info" is EL2's own default and needs no tree of ours.

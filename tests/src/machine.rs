@@ -249,6 +249,19 @@ impl Machine {
     }
 }
 
+/// Arguments that give `virt` a virtio block device over MMIO, whose bytes are the file's.
+#[must_use]
+pub fn disk_args(file: &Path) -> Vec<String> {
+    // A comma ends a value; two of them are one.
+    let file = text(file).replace(',', ",,");
+    vec![
+        "-drive".into(),
+        format!("if=none,id=disk,format=raw,file={file}"),
+        "-device".into(),
+        "virtio-blk-device,drive=disk".into(),
+    ]
+}
+
 /// A Raspberry Pi device tree of Debian's kernel package.
 #[must_use]
 pub fn debian_dtb(name: &str) -> PathBuf {

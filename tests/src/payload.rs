@@ -42,6 +42,9 @@ impl Default for Payloads {
     }
 }
 
+/// Drivers of a guest's virtio devices, which Debian does not link into the kernel, in the order of loading.
+const MODULES: [&str; 3] = ["virtio_mmio", "virtio_blk", "virtio-rng"];
+
 const SETUP: &str = "run `make setup`";
 
 /// Builds initramfs and FIT from what set-up fetched and built.
@@ -57,7 +60,13 @@ pub fn prepare() -> Result<Payloads> {
         "the source tree is incomplete",
     )?;
     let ticks = files::read(&files::build("guests/ticks"), "run scripts/build-guests.sh")?;
-    let ramdisk = initramfs::linux_host(&busybox, &init, &[("ticks", &ticks)])?;
+    let mut programs = vec![("ticks".to_owned(), ticks)];
+    for module in MODULES {
+        let name = format!("{module}.ko");
+        let path = files::build("debian/modules").join(&name);
+        programs.push((name, files::read(&path, SETUP)?));
+    }
+    let ramdisk = initramfs::linux_host(&busybox, &init, &programs)?;
     let host = fit::HostLinux {
         kernel: &kernel,
         ramdisk: &ramdisk,

@@ -228,6 +228,7 @@ fn boot(
             vcpus: payload.vcpus,
             lock: setting.lock,
             noncoherent: setting.noncoherent,
+            disk: fit::Disk::None,
         })
         .collect();
     let fit = context.folder.join("guests.fit");

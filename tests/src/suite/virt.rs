@@ -92,6 +92,8 @@ fn linux_guests(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     };
     all.push(vm_linux::several(a76(Gic::V3), payloads, three));
     all.push(vm_linux::reset(a76(Gic::V3), payloads));
+    all.push(vm_linux::devices(a76(Gic::V3), payloads, false));
+    all.push(vm_linux::devices(a76(Gic::V2), payloads, true));
     all
 }
 

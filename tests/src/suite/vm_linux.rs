@@ -2,8 +2,8 @@
 
 use super::shim::name;
 use crate::emulate::{Boot, LINUX_ARGUMENTS};
-use crate::fit::{self, Guest};
-use crate::machine::{Board, Machine};
+use crate::fit::{self, Disk, Guest};
+use crate::machine::{Board, Machine, disk_args};
 use crate::payload::Payloads;
 use crate::process::Reply;
 use crate::runner::{Context, Scenario};
@@ -123,6 +123,61 @@ pub(super) fn reset(machine: Machine, payloads: &Arc<Payloads>) -> Scenario {
     .for_cpus(cpus)
 }
 
+/// Bytes of the disk.
+const DISK: usize = 4 << 20;
+/// What the guest does with its devices. Each echo computes, so that the typed line is not taken for the answer.
+const DEVICES: [&str; 4] = [
+    "head -c 16 /dev/vda; echo; [ $(head -c 64 /dev/hwrng | wc -c) = 64 ] && echo random $((40 + 2))",
+    "head -c 2000000 /dev/urandom > /tmp/r; dd if=/tmp/r of=/dev/vda bs=100k seek=1 conv=fsync",
+    "echo 3 > /proc/sys/vm/drop_caches; tail -c +102401 /dev/vda | cmp -n 2000000 - /tmp/r && echo same $((40 + 2))",
+    "echo printed $((40 + 2)) > /dev/hvc0; echo -n 'kept by the disk' | dd of=/dev/vda conv=fsync",
+];
+
+/// Disk, random numbers and second console of a guest. `own`: the disk is the machine's, else a copy out of the FIT.
+pub(super) fn devices(machine: Machine, payloads: &Arc<Payloads>, own: bool) -> Scenario {
+    let payloads = Arc::clone(payloads);
+    let cpus = machine.cpus;
+    let kind = if own { "machine" } else { "image" };
+    Scenario::new(
+        name(&machine, &format!("vm-linux-disk-{kind}")),
+        move |context| {
+            let mut contents = b"first of sectors".to_vec();
+            contents.resize(DISK, 0x5a);
+            let file = context.folder.join("disk");
+            files::write(&file, &contents)?;
+            let disk = if own {
+                Disk::Machine
+            } else {
+                Disk::Image(&contents)
+            };
+            let mut boot = boot_with(&machine, &payloads, context, DEFAULT, disk)?;
+            let args = disk_args(&file);
+            let mut extra = boot.extra.to_vec();
+            extra.extend(args.iter().map(String::as_str));
+            boot.extra = &extra;
+            boot.replies = DEVICES
+                .iter()
+                .map(|line| reply(PROMPT, &format!("{line}\n")))
+                .collect();
+            boot.replies.push(reply(PROMPT, "poweroff\n"));
+            let transcript = boot.run(context, "console")?;
+            verdict::no_alarm(&transcript)?;
+            for answer in ["first of sectors", "random 42", "same 42", "printed 42"] {
+                let said = transcript.lines.iter().any(|line| line.trim() == answer);
+                ensure!(said, "no line '{answer}'");
+            }
+            verdict::closes(&transcript, 1)?;
+            let after = files::read(&file, "QEMU had it as a disk")?;
+            ensure!(
+                after.starts_with(b"kept by the disk") == own,
+                "what the guest wrote is in the wrong place"
+            );
+            Ok(())
+        },
+    )
+    .for_cpus(cpus)
+}
+
 fn reply(cue: &str, send: &str) -> Reply {
     Reply {
         cue: cue.into(),
@@ -136,6 +191,16 @@ fn boot(
     context: &Context,
     setting: Setting,
 ) -> Result<Boot<'static>> {
+    boot_with(machine, payloads, context, setting, Disk::None)
+}
+
+fn boot_with(
+    machine: &Machine,
+    payloads: &Payloads,
+    context: &Context,
+    setting: Setting,
+    disk: Disk<'_>,
+) -> Result<Boot<'static>> {
     let kernel = files::read(&payloads.linux, "run `make setup`")?;
     let ramdisk = files::read(&payloads.initramfs, "run `make build`")?;
     let arguments = format!("{LINUX_ARGUMENTS} ravelin.under=guest");
@@ -147,6 +212,7 @@ fn boot(
         vcpus: setting.vcpus,
         lock: setting.lock,
         noncoherent: setting.noncoherent,
+        disk,
     };
     let path = context.folder.join("guests.fit");
     files::write(&path, &fit::guests(&vec![guest; setting.vms])?)?;

@@ -385,7 +385,7 @@ mod tests {
     #[test]
     fn what_was_written_is_read_across_chunks() {
         let (mut transport, mut driver) = started(disk());
-        let pattern: Vec<u8> = (0..9 * SECTOR).map(|n| (n % 251) as u8).collect();
+        let pattern: Vec<u8> = (0..=250).cycle().take(9 * SECTOR).collect();
         driver.memory.put(DATA, &pattern);
         let length = u32::try_from(pattern.len()).unwrap();
         let answer = ask(&mut transport, &mut driver, OUT, 3, Some((length, false)));
