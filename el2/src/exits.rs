@@ -67,7 +67,7 @@ fn synchronous(run: &mut Running<'_>) -> Next {
         Cause::SystemRegister(iss) => register(run, iss),
         Cause::Abort(abort) => fault(run, &abort, &regs::syndrome()),
         Cause::Other(EC_FP) => {
-            run.state.counts.count(VmCounter::FpSwitches);
+            run.vcpu.counts.count(VmCounter::FpSwitches);
             run.host.lend_fp(&mut run.state.context);
             Next::Resume
         }
@@ -79,7 +79,7 @@ fn synchronous(run: &mut Running<'_>) -> Next {
 /// A physical interrupt: a timer of the guest, EL2's own kick, the virtual GIC's maintenance
 /// interrupt, or the host's.
 fn interrupt(run: &mut Running<'_>) -> Next {
-    run.state.counts.count(VmCounter::Interrupts);
+    run.vcpu.counts.count(VmCounter::Interrupts);
     let maintenance = run.hypervisor.gic.maintenance_pending();
     run.save_interrupts();
     let may_be_timer = run.hypervisor.gic.timer_may_fire(run.cpu);
@@ -102,7 +102,7 @@ fn serror(run: &mut Running<'_>) -> Next {
         run.vm.index,
         regs::syndrome().esr
     );
-    run.state.counts.count(VmCounter::Injected);
+    run.vcpu.counts.count(VmCounter::Injected);
     run.state.context.hcr |= hcr::VSE;
     world::set_hcr(run.state.context.hcr);
     Next::Resume
@@ -111,7 +111,7 @@ fn serror(run: &mut Running<'_>) -> Next {
 /// WFI; WFE does not trap.
 fn wait(run: &mut Running<'_>) -> Next {
     run.state.context.regs.skip();
-    run.state.counts.count(VmCounter::Waits);
+    run.vcpu.counts.count(VmCounter::Waits);
     sleep(run)
 }
 
@@ -137,7 +137,7 @@ fn sleep(run: &mut Running<'_>) -> Next {
 
 /// Makes the guest continue in its own exception handler.
 fn inject(run: &mut Running<'_>, entry: &Entry) -> Next {
-    run.state.counts.count(VmCounter::Injected);
+    run.vcpu.counts.count(VmCounter::Injected);
     let regs = &mut run.state.context.regs;
     regs::write_exception(entry, regs.pc, regs.pstate);
     regs.pc = entry.pc;
@@ -175,7 +175,7 @@ fn kick(run: &Running<'_>, kicks: Kicks) -> Next {
 
 /// HVC.
 fn call(run: &mut Running<'_>, immediate: u16) -> Next {
-    run.state.counts.count(VmCounter::Calls);
+    run.vcpu.counts.count(VmCounter::Calls);
     let [x0, x1, x2, x3, ..] = run.state.context.regs.x;
     let memory = &run.vm.memory;
     let entropy = run.hypervisor.entropy.as_ref();
@@ -241,7 +241,7 @@ fn power(run: &mut Running<'_>, action: PowerAction) -> Next {
 
 /// A trapped system register or instruction.
 fn register(run: &mut Running<'_>, iss: u32) -> Next {
-    run.state.counts.count(VmCounter::SystemRegisters);
+    run.vcpu.counts.count(VmCounter::SystemRegisters);
     let trapped = Trapped::decode(iss);
     let value = run.state.context.regs.get(trapped.rt);
     let outcome = sysreg::decide(trapped, &run.vm.ids);
@@ -339,7 +339,7 @@ fn fault(run: &mut Running<'_>, abort: &Abort, syndrome: &Syndrome) -> Next {
     };
     match run.vm.memory.handle_fault(&request, &()) {
         Ok(FaultOutcome::Resolved) => {
-            run.state.counts.count(VmCounter::Faults);
+            run.vcpu.counts.count(VmCounter::Faults);
             Next::Resume
         }
         Ok(FaultOutcome::Retry) => Next::Resume,
@@ -395,7 +395,7 @@ fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
         }
         Decoded::ExternalAbort => return external_abort(run, abort, syndrome.esr),
     };
-    run.state.counts.count(VmCounter::MmioInHost);
+    run.vcpu.counts.count(VmCounter::MmioInHost);
     let size = access.size();
     if let MmioAccess::Write { rt, .. } = access {
         let regs = &mut run.state.context.regs;
@@ -429,7 +429,7 @@ fn in_gic(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
         }
         Decoded::ExternalAbort => return Some(external_abort(run, abort, syndrome.esr)),
     };
-    run.state.counts.count(VmCounter::MmioInEl2);
+    run.vcpu.counts.count(VmCounter::MmioInEl2);
     let is_read = matches!(access, MmioAccess::Read { .. });
     let shows_lists = frame.shows_lists();
     if shows_lists || !is_read {

@@ -1,7 +1,7 @@
 //! Virtual CPUs: running one until something needs the host.
 
 use abi::{ErrorCode, Exit, VmCounter};
-use core::sync::atomic::{AtomicU32, Ordering, fence};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use el2::features::Features;
 use el2::guest::PHYSICAL_TIMER_PPI;
 use el2::guest::timer::EmulatedTimer;
@@ -28,6 +28,7 @@ pub(crate) struct Vcpu {
     running_on: AtomicU32,
     /// The CPU that ran it last, plus one: there the host looks after it.
     last_on: AtomicU32,
+    pub(crate) counts: Counts,
     state: Mutex<VcpuState>,
 }
 
@@ -47,36 +48,33 @@ pub(crate) struct VcpuState {
     physical_line: bool,
     /// The virtual timer's interrupt is pending or active in the virtual GIC.
     pub(crate) timer_in_flight: bool,
-    /// Counts of this run, added to the VM's when it ends.
-    pub(crate) counts: Counts,
 }
 
-/// Counts that one run collects without atomics.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Counts([u32; VmCounter::COUNT]);
+/// A vCPU's share of the VM's counters. Only the CPU that runs it writes, so that a count is a load
+/// and a store; anybody reads.
+#[derive(Debug, Default)]
+pub(crate) struct Counts([AtomicU64; VmCounter::COUNT]);
 
 impl Counts {
     /// Adds one.
     #[inline]
-    pub(crate) fn count(&mut self, counter: VmCounter) {
+    pub(crate) fn count(&self, counter: VmCounter) {
         self.add(counter, 1);
     }
 
     /// Adds `n`.
     #[inline]
-    pub(crate) fn add(&mut self, counter: VmCounter, n: u32) {
-        if let Some(value) = self.0.get_mut(counter as usize) {
-            *value = value.wrapping_add(n);
+    pub(crate) fn add(&self, counter: VmCounter, n: u64) {
+        if let Some(value) = self.0.get(counter as usize) {
+            value.store(value.load(Ordering::Relaxed) + n, Ordering::Relaxed);
         }
     }
 
-    fn hand_over(&mut self, vm: &Vm) {
-        for (counter, _) in VmCounter::ALL {
-            let value = self.0.get_mut(counter as usize).map(core::mem::take);
-            if let Some(value @ 1..) = value {
-                vm.counters().add(counter, u64::from(value));
-            }
-        }
+    /// The present value.
+    pub(crate) fn get(&self, counter: VmCounter) -> u64 {
+        self.0
+            .get(counter as usize)
+            .map_or(0, |value| value.load(Ordering::Relaxed))
     }
 }
 
@@ -110,6 +108,7 @@ impl Vcpu {
             index,
             running_on: AtomicU32::new(NOWHERE),
             last_on: AtomicU32::new(NOWHERE),
+            counts: Counts::default(),
             state: Mutex::new(VcpuState::new(hypervisor)),
         }
     }
@@ -175,7 +174,6 @@ impl Vcpu {
         self.running_on.store(me, Ordering::SeqCst);
         let exit = self.run_loaded(hypervisor, vm, &mut state, cpu, wait_here);
         drop(pass);
-        state.counts.hand_over(vm);
         drop(state);
         if exit == Exit::VcpuOff {
             // Only now: whoever turns it on again may run it elsewhere at once.
@@ -193,14 +191,14 @@ impl Vcpu {
         wait_here: bool,
     ) -> Exit {
         let features = &hypervisor.features;
-        let host = HostWorld::load_guest(features, &vm.world, self.index, &state.context);
-        state.counts.count(VmCounter::Runs);
+        self.counts.count(VmCounter::Runs);
+        // The host's registers go where they stay: they are many.
         let mut running = Running {
             hypervisor,
             vm,
             vcpu: self,
+            host: HostWorld::load_guest(features, &vm.world, self.index, &state.context),
             state,
-            host,
             cpu,
             wait_here,
         };
@@ -235,7 +233,6 @@ impl VcpuState {
             lists_loaded: false,
             physical_line: false,
             timer_in_flight: false,
-            counts: Counts::default(),
         }
     }
 
@@ -273,7 +270,7 @@ impl Running<'_> {
         self.load_interrupts();
         let exit = loop {
             let vector = world::enter(&mut self.state.context);
-            self.state.counts.count(VmCounter::Exits);
+            self.vcpu.counts.count(VmCounter::Exits);
             match exits::handle(self, vector) {
                 Next::Resume if self.state.lists_loaded => {}
                 Next::Resume | Next::Refresh => {
@@ -300,8 +297,8 @@ impl Running<'_> {
     fn load_interrupts(&mut self) {
         let index = self.index();
         self.vm.vgic.load(index, &mut self.state.gic);
-        let used = u32::from(self.state.gic.used);
-        self.state.counts.add(VmCounter::InterruptsDelivered, used);
+        let used = u64::from(self.state.gic.used);
+        self.vcpu.counts.add(VmCounter::InterruptsDelivered, used);
         let gic = &self.hypervisor.gic;
         gic.enter(&self.state.gic);
         gic.set_timer_active(self.cpu, self.state.timer_in_flight);

@@ -532,7 +532,11 @@ impl Vm {
         match counter {
             VmCounter::Tables => self.memory.with_table(|table| table.platform().in_use()),
             VmCounter::PendingRuns => self.memory.counters().pending_runs,
-            other => self.counters().get(other),
+            other => {
+                let vcpus = self.vcpus.iter().filter_map(Once::get);
+                let theirs: u64 = vcpus.map(|vcpu| vcpu.counts.get(other)).sum();
+                theirs + self.counters().get(other)
+            }
         }
     }
 }
