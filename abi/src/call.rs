@@ -1,6 +1,6 @@
 //! Function ids and their arguments.
 
-/// Declares the calls: their ids, and the list that [`Call::from_id`] searches.
+/// Declares the calls: their ids, in one list and as [`Call::from_id`].
 macro_rules! calls {
     ($($(#[$doc:meta])* $name:ident = $id:literal,)*) => {
         /// The host's calls.
@@ -21,6 +21,16 @@ macro_rules! calls {
         impl Call {
             /// All of them, in the order of their ids.
             pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+
+            /// The call with this function id.
+            #[must_use]
+            #[inline]
+            pub const fn from_id(id: u32) -> Option<Self> {
+                match id {
+                    $($id => Some(Self::$name),)*
+                    _ => None,
+                }
+            }
         }
     };
 }
@@ -100,14 +110,6 @@ calls! {
 
     /// `x1`: handle, `x2`: INTID of an SPI, `x3`: 1 high or pulse, 0 low. Sets a device's line.
     IrqLine = 0xc600_0140,
-}
-
-impl Call {
-    /// The call with this function id.
-    #[must_use]
-    pub fn from_id(id: u32) -> Option<Self> {
-        Self::ALL.iter().copied().find(|call| *call as u32 == id)
-    }
 }
 
 /// What this EL2 can do, as a bitmap: a host must not rely on a call whose bit is clear.

@@ -192,16 +192,19 @@ impl Vcpu {
     ) -> Exit {
         let features = &hypervisor.features;
         self.counts.count(VmCounter::Runs);
-        // The host's registers go where they stay: they are many.
         let mut running = Running {
             hypervisor,
             vm,
             vcpu: self,
-            host: HostWorld::load_guest(features, &vm.world, self.index, &state.context),
+            host: HostWorld::read(features),
             state,
             cpu,
             wait_here,
         };
+        let guest = &running.state.context;
+        running
+            .host
+            .load_guest(features, &vm.world, self.index, guest);
         let exit = running.until_exit();
         running.host.load_host(features, &mut running.state.context);
         self.running_on.store(NOWHERE, Ordering::Relaxed);

@@ -418,15 +418,9 @@ impl FineTraps {
 }
 
 impl HostWorld {
-    /// Reads everything of the host that the guest will replace, then loads the guest.
-    #[inline]
-    pub(crate) fn load_guest(
-        features: &Features,
-        vm: &VmWorld,
-        index: u8,
-        guest: &Context,
-    ) -> Self {
-        let host = Self::read(features);
+    /// Loads the guest in the place of the host, whose registers were just read.
+    pub(crate) fn load_guest(&self, features: &Features, vm: &VmWorld, index: u8, guest: &Context) {
+        let host = self;
         if features.speculative_at {
             set!("tcr_el1", host.tcr | NO_WALKS);
             isb();
@@ -452,11 +446,12 @@ impl HostWorld {
         guest.timer.write();
         load_walk_registers(features, guest.sctlr, guest.tcr);
         set_vectors((&raw const guest_vectors).addr() as u64);
-        host
     }
 
-    #[inline]
-    fn read(features: &Features) -> Self {
+    /// Reads everything of the host that a guest will replace. Inlined, so that it goes where it
+    /// stays: it is large.
+    #[inline(always)]
+    pub(crate) fn read(features: &Features) -> Self {
         let timer = Timer::read();
         set!("cntv_ctl_el0", 0);
         Self {
