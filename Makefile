@@ -35,7 +35,7 @@ help: ## this list
 	@echo 'Settings of make run, with their defaults:'
 	@echo '  the machine  BOARD=virt (or raspi4b) CPU=cortex-a76 (cortex-a72, neoverse-v1, neoverse-n2, max) GIC=3 (2) SMP=4 MEM=1G'
 	@echo '  the host     HOST=shim (or linux) LOG=info (off, error, warn, debug, trace) ARGS="..."'
-	@echo '  the guests   GUEST=linux (demo, none, or the path of an arm64 Image or raw binary for QEMU virt) INITRD=path DISK=file'
+	@echo '  the guests   GUEST=linux (demo, or the path of an arm64 Image or raw binary for QEMU virt) INITRD=path DISK=file'
 	@echo '               CMDLINE="..." VCPUS=1 GUEST_MEM=256M VMS=1 LOCK=1 (0: mapped on demand) NONCOHERENT=0 (1)'
 	@echo '  at the console: Ctrl-A c opens the monitor (try help), Ctrl-A N gives the input to VM N, Ctrl-T x ends the emulator'
 	@echo 'Others: make test-virt FILTER=word; RUST_ROUTE=rustup|debian'

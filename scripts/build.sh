@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the image for every Arm board: host-shim first, then EL2 with the shim inside.
+# Builds the image for every Arm board: host-shim first, then EL2 with the shim inside; the shim has
+# the guest inside that scripts/build-guests.sh has built.
 #   build/ravelin.img  what a boot loader loads      build/ravelin.elf, build/host-shim.elf  symbols
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -17,6 +18,7 @@ link() { # package, binary, linker script, output name
     scripts/ravelin.sh image "$BUILD/$4.elf" "$BUILD/$4.img"
 }
 
+export RAVELIN_DEMO="$BUILD/guests/payload"
 link ravelin-host-shim host-shim host-shim/shim.ld host-shim
 export RAVELIN_SHIM="$BUILD/host-shim.img"
 link ravelin-el2 ravelin el2/el2.ld ravelin

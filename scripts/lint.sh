@@ -5,6 +5,7 @@ set -euo pipefail
 load_env
 BARE_TARGET=aarch64-unknown-none-softfloat
 export RAVELIN_SHIM="$BUILD/host-shim.img" # EL2 links the shim in
+export RAVELIN_DEMO="$BUILD/guests/payload" # and the shim a guest
 
 step() { printf '\n== lint: %s\n' "$1"; }
 have cargo-clippy && have cargo-fmt || die "clippy and rustfmt come with rustup, or as Debian's rust-clippy and rustfmt"

@@ -46,6 +46,11 @@ pub(crate) fn read(address: u64) -> Result<Machine, BoardError> {
 }
 
 impl Machine {
+    /// Whether EL2 offers this.
+    pub(crate) const fn has(&self, feature: Features) -> bool {
+        self.features.contains(feature)
+    }
+
     /// Prints what was found.
     pub(crate) fn print(&self) {
         line(format_args!(

@@ -1,8 +1,8 @@
 //! The host that EL2 starts at EL1.
 //!
-//! It prints what it found, runs its scenarios when asked (`shim.run=all` on the command line),
-//! chain-loads Linux as host when a FIT image says so, and otherwise powers off with a result
-//! line. It trusts EL2 as any host must, and is trusted by nobody.
+//! It prints what it found, then does what it was given: runs its scenarios (`shim.run=all` on the
+//! command line), the guests of a FIT image, or Linux as host; without any, a small guest that is
+//! linked in. It powers off with a result line. It trusts EL2 as any host must, and is trusted by nobody.
 #![cfg_attr(target_os = "none", no_std, no_main)]
 #![cfg_attr(
     target_os = "none",
@@ -43,6 +43,8 @@ fn main() {
 
 #[cfg(target_os = "none")]
 mod run {
+    use abi::Features;
+    use alloc::vec;
     use board::{AddrRange, Board};
     use vmm::fit;
 
@@ -51,6 +53,11 @@ mod run {
     use crate::machine::{self, Machine};
     use crate::report::Report;
     use crate::{call, console, linux, monitor, scenario};
+
+    /// A guest for machines that were given none: tests/guests/payload.
+    static DEMO: &[u8] = include_bytes!(env!("RAVELIN_DEMO", "build it with scripts/build.sh"));
+    /// Its vCPUs, at most.
+    const DEMO_VCPUS: usize = 4;
 
     /// Reads the machine, does what was asked, ends the machine.
     pub(crate) fn run(tree: u64) -> ! {
@@ -95,8 +102,22 @@ mod run {
     fn run_scenarios(machine: &Machine, report: &mut Report) {
         match asked(&machine.board) {
             Some(which) => scenario::run(machine, which, report),
-            None => scenario::greet(report),
+            None => {
+                scenario::greet(report);
+                run_demo(machine, report);
+            }
         }
+    }
+
+    /// Runs the guest that is linked in, on as many cores as there are, up to four.
+    fn run_demo(machine: &Machine, report: &mut Report) {
+        if !machine.has(Features::GUESTS) {
+            console::line(format_args!("host: this machine can't have guests"));
+            return;
+        }
+        let vcpus = machine.board.cpus.len().min(DEMO_VCPUS);
+        let result = monitor::run(machine, || Ok(vec![fit::demo(DEMO, vcpus as u8)]));
+        report.check("demo_powers_off", result);
     }
 
     /// What `shim.run=` asks for.

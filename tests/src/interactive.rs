@@ -54,7 +54,7 @@ pub struct Settings {
 /// What our own host runs in its VMs.
 #[derive(Debug, Clone, Args)]
 pub struct GuestSettings {
-    /// linux, none, or the path of an arm64 Image or raw binary made for QEMU's virt
+    /// linux, demo (the one that is linked in), or the path of an arm64 Image or raw binary made for QEMU's virt
     #[arg(long, default_value = "linux")]
     guest: String,
     /// Ramdisk of the guest (default: our own for linux, none for a path)
@@ -218,7 +218,7 @@ fn shim(settings: &Settings) -> Result<Software> {
         arguments: settings.arguments.clone(),
         ..Software::default()
     };
-    if guests.guest == "none" || settings.arguments.contains("shim.run=") {
+    if guests.guest == "demo" || settings.arguments.contains("shim.run=") {
         return Ok(software);
     }
     let fit = files::build("work/run.fit");
@@ -250,7 +250,7 @@ fn guests_fit(settings: &GuestSettings) -> Result<Vec<u8>> {
     } else {
         (PathBuf::from(&settings.guest), None)
     };
-    let kernel = files::read(&kernel, "GUEST is linux, none, or a file")?;
+    let kernel = files::read(&kernel, "GUEST is linux, demo, or a file")?;
     let ramdisk = settings.initrd.clone().or(own_ramdisk);
     let ramdisk = ramdisk
         .map(|path| files::read(&path, "INITRD is a file"))

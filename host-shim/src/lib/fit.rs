@@ -77,6 +77,27 @@ pub struct GuestConfig<'a> {
 /// Bytes of RAM of a guest that does not say.
 pub const DEFAULT_MEMORY: u64 = 256 << 20;
 
+/// Bytes of RAM of the guest that is linked in.
+const DEMO_MEMORY: u64 = 16 << 20;
+
+/// The configuration of the guest that is linked in.
+#[must_use]
+pub const fn demo(kernel: &[u8], vcpus: u8) -> GuestConfig<'_> {
+    GuestConfig {
+        name: "demo",
+        kernel,
+        ramdisk: None,
+        disk: None,
+        host_disk: false,
+        bootargs: "run=demo",
+        memory: DEMO_MEMORY,
+        vcpus,
+        protected: false,
+        lock: true,
+        noncoherent: false,
+    }
+}
+
 /// The FIT without what a boot loader's rounding adds behind it.
 ///
 /// # Errors

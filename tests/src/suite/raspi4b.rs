@@ -21,7 +21,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
         vm_linux::shell(machine(), payloads, large, ""),
         linux::selfcheck(machine(), payloads),
         shim::all(machine()),
-        shim::report(machine()),
+        shim::demo(machine()),
         shim::self_test(machine(), "panic"),
         bad_input::no_tree(machine(), 0),
         // What this machine hands over without a device tree: an ATAG list at 0x100.

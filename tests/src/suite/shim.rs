@@ -2,6 +2,7 @@
 
 use crate::emulate::{self, Boot};
 use crate::machine::{Board, Gic, Machine};
+use crate::process::Reply;
 use crate::runner::{Context, Scenario};
 use crate::symbolise::{Symboliser, frame_offset};
 use crate::verdict;
@@ -9,8 +10,8 @@ use anyhow::{Result, ensure};
 
 /// Checks that `shim.run=all` makes at least.
 const SCENARIO_CHECKS: u32 = 42;
-/// Checks that the mere report makes at least.
-const REPORT_CHECKS: u32 = 1;
+/// Checks of a machine that is given nothing to run.
+const REPORT_CHECKS: u32 = 2;
 /// Frames of a panic's backtrace that must have a function's name.
 const NAMED_FRAMES: usize = 3;
 
@@ -37,13 +38,23 @@ pub(super) fn all(machine: Machine) -> Scenario {
     .for_cpus(cpus)
 }
 
-/// No arguments: the report alone.
-pub(super) fn report(machine: Machine) -> Scenario {
-    Scenario::new(name(&machine, "report"), move |context| {
-        let transcript = Boot::shim(&machine, "").run(context, "console")?;
+/// Nothing to run: the report, and the guest that is linked in, which is answered.
+pub(super) fn demo(machine: Machine) -> Scenario {
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "demo"), move |context| {
+        let mut boot = Boot::shim(&machine, "");
+        boot.replies = vec![Reply {
+            cue: "Who are you? ".into(),
+            send: "Ada\r".into(),
+        }];
+        let transcript = boot.run(context, "console")?;
         boots(&transcript)?;
+        let vcpus = machine.cpus.min(4);
+        verdict::line_with(&transcript, &format!("CPUs: {vcpus} came up"))?;
+        verdict::line_with(&transcript, "Nice to meet you, Ada.")?;
         verdict::closes(&transcript, REPORT_CHECKS)
     })
+    .for_cpus(cpus)
 }
 
 /// EL2 says how long its boot took and what it keeps.

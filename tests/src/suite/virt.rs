@@ -33,7 +33,8 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     all.extend(linux_guests(payloads));
     all.push(linux::reset(a76(Gic::V3, 2), payloads));
     all.push(linux::shell(a76(Gic::V3, 2), payloads));
-    all.push(shim::report(a76(Gic::V3, 4)));
+    all.push(shim::demo(a76(Gic::V3, 4)));
+    all.push(shim::demo(Machine::virt("max", Gic::V2, 1)));
     all.push(shim::log_levels(a76(Gic::V3, 2)));
     for machine in [
         Machine::virt("cortex-a72", Gic::V2, 2),

@@ -88,7 +88,7 @@ impl Report {
 }
 
 /// Turns the machine off.
-fn off() -> ! {
+pub fn off() -> ! {
     psci::call(psci::SYSTEM_OFF, 0, 0, 0);
     console::line(format_args!("SYSTEM_OFF FAILED it returned"));
     cpu::halt()

@@ -1,4 +1,4 @@
-//! The few facts of the device tree that the payload needs: `/chosen`.
+//! The few facts of the device tree that the payload needs: properties of the root's children, `/chosen` above all.
 //!
 //! Format: Devicetree Specification 0.4, chapter 5.
 
@@ -47,6 +47,18 @@ impl Tree {
 
     /// Address and length of a property of `/chosen`.
     pub fn chosen(&self, name: &str) -> Option<(u64, u64)> {
+        self.property("chosen", name)
+    }
+
+    /// 64-bit number `index` of a property of a child of the root.
+    pub fn number(&self, node: &str, name: &str, index: u64) -> Option<u64> {
+        let (address, size) = self.property(node, name)?;
+        let at = address + 8 * index;
+        (8 * (index + 1) <= size).then(|| u64::from(word(at)) << 32 | u64::from(word(at + 4)))
+    }
+
+    /// Address and length of a property of a child of the root.
+    fn property(&self, node: &str, name: &str) -> Option<(u64, u64)> {
         let strings = self.base + u64::from(word(self.base + 12));
         let mut at = self.base + u64::from(word(self.base + 8));
         let (mut depth, mut inside) = (0, false);
@@ -56,7 +68,7 @@ impl Tree {
             match token {
                 BEGIN_NODE => {
                     depth += 1;
-                    inside = depth == 2 && is(at, "chosen");
+                    inside = depth == 2 && is(at, node);
                     at = (at + length(at) + 4) & !3;
                 }
                 END_NODE => {

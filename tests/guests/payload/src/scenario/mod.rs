@@ -2,6 +2,7 @@
 
 mod attributes;
 mod bench;
+pub mod demo;
 mod fp;
 mod hello;
 mod interrupts;
