@@ -2,12 +2,13 @@
 
 use crate::emulate::{self, LINUX_ARGUMENTS};
 use crate::machine::{Board, Clock, Entry, Gic, Machine, QEMU, Software};
-use crate::payload;
 use crate::{device_tree, files, fit, machine, process};
+use crate::{payload, verdict};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 
 /// What runs at EL1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -103,15 +104,55 @@ pub fn run(settings: &Settings) -> Result<ExitCode> {
     };
     println!("$ {QEMU} {}", process::quote(&args));
     println!("(leave with {escape} x)\n");
-    let status = Command::new(QEMU)
-        .args(&args)
-        .status()
+    let last = converse(&args)?;
+    // Our own host says in its last words how its guests, or its scenarios, went.
+    if settings.host == Host::Shim && !ended_well(&last) {
+        eprintln!("make run: the guests, or the host, did not end well");
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs QEMU with this terminal, passes its output on byte by byte, and gives the last line that is not empty.
+fn converse(args: &[String]) -> Result<String> {
+    let mut qemu = Command::new(QEMU)
+        .args(args)
+        .stdout(Stdio::piped())
+        .spawn()
         .context("cannot start QEMU: run `make setup`")?;
-    Ok(if status.success() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    let output = qemu.stdout.take().context("QEMU has no output")?;
+    let last = pass_on(output, &mut std::io::stdout().lock())?;
+    let status = qemu.wait()?;
+    ensure!(status.success(), "QEMU ended with {status}");
+    Ok(last)
+}
+
+/// Copies until the end; gives the last line that is not empty.
+fn pass_on(mut from: impl Read, to: &mut impl Write) -> Result<String> {
+    let (mut buffer, mut line, mut last) = ([0; 4096], Vec::new(), Vec::new());
+    loop {
+        let count = from.read(&mut buffer)?;
+        if count == 0 {
+            break;
+        }
+        to.write_all(&buffer[..count])?;
+        to.flush()?;
+        for byte in &buffer[..count] {
+            if *byte != b'\n' {
+                line.push(*byte);
+            } else if line.iter().any(|byte| !byte.is_ascii_whitespace()) {
+                last = std::mem::take(&mut line);
+            } else {
+                line.clear();
+            }
+        }
+    }
+    Ok(String::from_utf8_lossy(&last).into_owned())
+}
+
+/// Whether this is the closing line of a host whose checks all passed: that its guests powered off is one of them.
+fn ended_well(last: &str) -> bool {
+    matches!(verdict::closing_line(last), Some((1.., 0)))
 }
 
 /// A virtio disk of the machine, whose bytes are the file's.
@@ -308,6 +349,27 @@ mod tests {
         assert_eq!(mebibytes("1G").unwrap(), 1024);
         assert_eq!(mebibytes("512M").unwrap(), 512);
         assert_eq!(mebibytes("512").unwrap(), 512);
+    }
+
+    #[test]
+    fn all_output_is_passed_on_and_the_last_line_kept() {
+        let text = b"a\r\n\xff b\r\n2 passed, 0 failed\r\n\r\n";
+        let mut out = Vec::new();
+        let last = pass_on(&text[..], &mut out).unwrap();
+        assert_eq!(out, text);
+        assert!(ended_well(&last), "{last}");
+    }
+
+    #[test]
+    fn only_a_host_without_failures_ends_well() {
+        for last in [
+            "",
+            "host: all 1 guests powered off",
+            "0 passed, 0 failed",
+            "1 passed, 1 failed",
+        ] {
+            assert!(!ended_well(last), "{last}");
+        }
     }
 
     #[test]
