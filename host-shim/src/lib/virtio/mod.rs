@@ -1,8 +1,8 @@
 //! The device side of virtio: split virtqueues, the MMIO transport, and three devices.
 //!
 //! Everything that a guest supplies is an allegation: addresses are checked by [`GuestMemory`] at
-//! every access, a descriptor is read once and chains are cut at the queue's size, and one call
-//! of [`transport::Transport::work`] does a bounded amount of work. A guest that breaks the rules
+//! every access, a descriptor is read once and chains are cut at the queue's size, and one access to
+//! a register of [`transport::Transport`] does a bounded amount of work. A guest that breaks the rules
 //! of a queue finds its device in the state DEVICE_NEEDS_RESET.
 //!
 //! Source: Virtual I/O Device (VIRTIO) Version 1.2, OASIS; the sections are named where they apply.
