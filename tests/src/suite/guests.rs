@@ -6,9 +6,10 @@ use crate::emulate::Boot;
 use crate::fit::{self, Guest};
 use crate::machine::{Board, Entry, Gic, Machine, Software};
 use crate::payload::Payloads;
+use crate::process::{Reply, Transcript};
 use crate::runner::{Context, Scenario};
 use crate::{files, verdict};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -16,6 +17,8 @@ use std::sync::Arc;
 const SECONDS: u64 = 90;
 /// RAM of each guest.
 const MEMORY_MIB: u64 = 128;
+/// Bytes of a cache line of all models.
+const LINE: u64 = 64;
 /// Bytes of the ramdisk, filled with [`PATTERN`].
 const RAMDISK: u64 = 512 << 10;
 /// Word n of the ramdisk is n times this, modulo 2^64: the payload knows it, too.
@@ -129,14 +132,18 @@ pub(super) fn all(machine: &Machine, payloads: &Arc<Payloads>) -> Vec<Scenario> 
         }
     }
     all.push(together(machine, payloads));
+    if machine.board == Board::Virt {
+        // They type at the monitor's prompt, which QEMU's raspi4b with its two UARTs does not pass on.
+        all.push(spinning(machine, payloads));
+        all.push(maintenance(machine, payloads));
+    }
     all
 }
 
 /// The prober, told what stage 2 should say (memory types on arm64: 0xF without forced write-back, else 6, or 7 with
 /// a device that does not snoop).
 fn attributes(cpu: &str, setting: Setting) -> Payload {
-    let has_fwb = matches!(cpu, "neoverse-v1" | "neoverse-n2" | "max");
-    let arguments = match (has_fwb, setting.noncoherent) {
+    let arguments = match (has_fwb(cpu), setting.noncoherent) {
         (false, _) => "fwb=0 s2-ram=15",
         (true, false) => "fwb=1 s2-ram=6",
         (true, true) => "fwb=1 s2-ram=7",
@@ -145,6 +152,11 @@ fn attributes(cpu: &str, setting: Setting) -> Payload {
         arguments,
         ..payload("attributes", 1, 11)
     }
+}
+
+/// Whether QEMU's model has FEAT_S2FWB.
+fn has_fwb(cpu: &str) -> bool {
+    matches!(cpu, "neoverse-v1" | "neoverse-n2" | "max")
 }
 
 /// One VM.
@@ -181,6 +193,78 @@ fn together(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
         verdict::guests_close(&transcript, &checks)
     })
     .for_cpus(cpus)
+}
+
+/// A VM that never gives its CPU back, its interrupts masked, beside one that needs its time, and the monitor's
+/// prompt. All share the machine's only core.
+fn spinning(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
+    let machine = Machine {
+        cpus: 1,
+        ..machine.clone()
+    };
+    let payloads = Arc::clone(payloads);
+    Scenario::new(name(&machine, "guest-spinning"), move |context| {
+        let vms = [payload("spin", 1, 0), payload("timer", 1, 23)].map(|one| (one, LOCKED));
+        let mut boot = boot(&machine, &payloads, context, &vms)?;
+        boot.extra = &["-echr", "0x14"]; // Ctrl-A is for the monitor, not for QEMU.
+        boot.replies = vec![reply("host: VM 2: powered off", "vm stop 1")];
+        let transcript = boot.run(context, "console")?;
+        verdict::no_alarm(&transcript)?;
+        verdict::line_with(&transcript, "[vm1] spinning")?;
+        verdict::line_with(&transcript, "[vm2] 24 passed, 0 failed")?;
+        verdict::line_with(&transcript, "host: VM 1: stopped")?;
+        verdict::ended_well(&transcript)
+    })
+}
+
+/// Locked memory owes its cache maintenance once, at the first run, and once more after a reset; nothing where the
+/// core forces write-back.
+fn maintenance(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
+    let (machine, payloads) = (machine.clone(), Arc::clone(payloads));
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "guest-maintenance"), move |context| {
+        // With its caches off: turning them on is a flush of its own.
+        let vms = [(payload("spin-uncached", 1, 0), LOCKED)];
+        let mut boot = boot(&machine, &payloads, context, &vms)?;
+        boot.extra = &["-echr", "0x14"]; // Ctrl-A is for the monitor, not for QEMU.
+        boot.replies = vec![
+            reply("spinning", "vm stat 1"),
+            reply("table pages", "vm reset 1"),
+            reply("spinning", "vm stat 1"),
+            reply("table pages", "vm stop 1"),
+        ];
+        let transcript = boot.run(context, "console")?;
+        verdict::no_alarm(&transcript)?;
+        verdict::ended_well(&transcript)?;
+        let whole = if has_fwb(&machine.cpu) {
+            0
+        } else {
+            (MEMORY_MIB << 20) / LINE
+        };
+        let flushed = counts(&transcript, "cache lines flushed ");
+        ensure!(
+            flushed == [whole, 2 * whole],
+            "lines flushed at the first run and after a reset: {flushed:?}, expected {whole} each"
+        );
+        Ok(())
+    })
+    .for_cpus(cpus)
+}
+
+/// What is typed at the monitor's prompt when the cue has come.
+fn reply(cue: &str, command: &str) -> Reply {
+    Reply {
+        cue: cue.into(),
+        send: format!("\u{1}c{command}\r"),
+    }
+}
+
+/// The numbers behind `label`, in their order.
+fn counts(transcript: &Transcript, label: &str) -> Vec<u64> {
+    let lines = transcript.lines.iter();
+    lines
+        .filter_map(|line| line.split_once(label)?.1.trim().parse().ok())
+        .collect()
 }
 
 /// The payload on the board itself, without a hypervisor.

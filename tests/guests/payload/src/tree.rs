@@ -41,7 +41,8 @@ fn length(address: u64) -> u64 {
 impl Tree {
     /// The tree at this address, if there is one.
     pub fn at(base: u64) -> Option<Self> {
-        let good = base != 0 && base % 8 == 0 && word(base) == MAGIC && word(base + 4) < LARGEST;
+        let good =
+            base != 0 && base.is_multiple_of(8) && word(base) == MAGIC && word(base + 4) < LARGEST;
         good.then_some(Self { base })
     }
 

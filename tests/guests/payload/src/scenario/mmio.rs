@@ -58,9 +58,12 @@ fn distributor(report: &mut Report) {
     report.expect("byte changes its own part", mem::read32(at), 0x40f0_2010);
 }
 
+/// An instruction on an address.
+type Attempt = fn(u64);
+
 /// Instructions that leave no valid syndrome: an external abort in the guest, which goes on.
 fn refusals(device: &str, address: u64, report: &mut Report) {
-    let attempts: [(&str, fn(u64)); 5] = [
+    let attempts: [(&str, Attempt); 5] = [
         ("load of a pair", mem::load_pair),
         ("store of a pair", mem::store_pair),
         ("load with write-back", mem::load_post_index),

@@ -38,7 +38,11 @@ pub const ALL: &[(&str, Run)] = &[
 ];
 
 /// With the MMU off.
-pub const EARLY: &[(&str, EarlyRun)] = &[("reader", memory::reader), ("reset", power::reset_loop)];
+pub const EARLY: &[(&str, EarlyRun)] = &[
+    ("reader", memory::reader),
+    ("reset", power::reset_loop),
+    ("spin-uncached", power::spin_uncached),
+];
 
 /// The scenario with this name.
 pub fn find<T: Copy>(list: &[(&str, T)], name: &str) -> Option<T> {

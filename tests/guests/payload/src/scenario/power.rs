@@ -185,6 +185,11 @@ pub fn spin(_: &Arguments, _: &mut Report) {
     }
 }
 
+/// The same with the MMU off.
+pub fn spin_uncached(arguments: &Arguments, _: Option<Tree>, report: &mut Report) {
+    spin(arguments, report);
+}
+
 /// Traps as fast as it can, for `seconds=` (default 2).
 pub fn flood(arguments: &Arguments, report: &mut Report) {
     let end = cpu::ticks() + cpu::frequency() * arguments.number("seconds=").unwrap_or(2);
