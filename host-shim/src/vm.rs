@@ -43,6 +43,12 @@ macro_rules! vm_call {
     }};
 }
 
+/// Gives EL2 memory for its own bookkeeping, for good.
+pub(crate) fn donate_heap(donated: AddrRange) -> Result<(), Refused> {
+    let pages = donated.size() / PAGE_SIZE;
+    vm_call!(Call::DonateHeap, donated.start(), pages).map(drop)
+}
+
 /// A VM, by its handle.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Vm {

@@ -16,10 +16,13 @@ use vmm::virtio::block::{Disk, RamDisk};
 use super::devices::{self, Devices};
 use super::{BLOCK, Memory, random};
 use crate::arch::mem;
-use crate::vm::{Refused, Vm};
+use crate::console::line;
+use crate::vm::{self, Refused, Vm};
 
 /// Pages donated to a VM: its objects and first tables.
 const STATE_PAGES: u64 = 64;
+/// Pages donated to EL2 itself when it asks for some.
+const HEAP_PAGES: u64 = 64;
 /// Number of the slot that is the guest's RAM.
 const RAM_SLOT: u16 = 0;
 
@@ -112,8 +115,10 @@ impl Guest {
         host_disk: &mut Option<Box<dyn Disk>>,
     ) -> Result<Self, &'static str> {
         let ramdisk = config.ramdisk.map_or(0, |disk| disk.len() as u64);
-        let layout = image::layout(config.kernel, ramdisk, config.memory)
-            .map_err(|_| "kernel and ramdisk do not fit into its memory")?;
+        let layout = image::layout(config.kernel, ramdisk, config.memory).map_err(|error| {
+            line(format_args!("host: VM {number}: {error}"));
+            "kernel and ramdisk do not fit into its memory"
+        })?;
         let ram = memory
             .take(config.memory, BLOCK)
             .ok_or("the host has not so much free memory in one piece")?;
@@ -125,7 +130,7 @@ impl Guest {
             protected: config.protected,
         };
         let disk = disk(&config, memory, host_disk)?;
-        let vm = Vm::create(vm_config, state).map_err(reason)?;
+        let vm = with_heap(memory, || Vm::create(vm_config, state)).map_err(reason)?;
         let vcpus = (0..config.vcpus).map(|index| {
             let core = *next_core;
             *next_core = (core + 1) % cores.len();
@@ -151,8 +156,12 @@ impl Guest {
             state: AtomicU8::new(State::Running as u8),
             inside: AtomicU32::new(0),
         };
-        guest.populate(memory).map_err(reason)?;
-        guest.load()?;
+        let ready = guest.populate(memory).map_err(reason);
+        if let Err(why) = ready.and_then(|()| guest.load()) {
+            guest.stop();
+            guest.bury(State::Stopped, State::Killed);
+            return Err(why);
+        }
         Ok(guest)
     }
 
@@ -163,7 +172,7 @@ impl Guest {
             device: false,
             flags: 0,
         };
-        self.vm.create_slot(word, RAM, self.ram)?;
+        self.with_pages(memory, || self.vm.create_slot(word, RAM, self.ram))?;
         if self.config.noncoherent {
             self.vm.noncoherent_device(true)?;
         }
@@ -182,10 +191,10 @@ impl Guest {
         memory: &mut Memory,
         call: impl Fn() -> Result<(), Refused>,
     ) -> Result<(), Refused> {
-        match call() {
+        match with_heap(memory, &call) {
             Err(refused) if refused.code == ErrorCode::NoMemory => {
                 self.top_up(memory, refused.pages)?;
-                call()
+                with_heap(memory, &call)
             }
             result => result,
         }
@@ -331,13 +340,25 @@ impl Guest {
                 self.change(from, to);
                 Some(to.name())
             }
-            // Somebody is still on the way out: again with the next round.
-            Err(refused) if refused.code == ErrorCode::Busy => None,
+            // Somebody is still on the way out, or there is more to do: again with the next round.
+            Err(refused) if matches!(refused.code, ErrorCode::Busy | ErrorCode::Again) => None,
             Err(_) => {
                 self.change(from, State::Killed);
                 Some("can't be destroyed")
             }
         }
+    }
+}
+
+/// Makes a call, with more memory for EL2 itself if it lacks some.
+fn with_heap<T>(memory: &mut Memory, call: impl Fn() -> Result<T, Refused>) -> Result<T, Refused> {
+    match call() {
+        Err(refused) if refused.code == ErrorCode::NoHeap => {
+            let pages = memory.pages(HEAP_PAGES).ok_or(refused)?;
+            vm::donate_heap(pages)?;
+            call()
+        }
+        result => result,
     }
 }
 

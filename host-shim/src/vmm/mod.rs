@@ -58,6 +58,8 @@ impl Memory {
 #[derive(Debug)]
 pub(crate) struct Vmm {
     guests: Vec<Guest>,
+    /// How many the FIT names.
+    wanted: usize,
     gic: Gic,
     /// Affinities of the cores.
     cores: Vec<u64>,
@@ -97,6 +99,7 @@ pub(crate) fn run(
     random::start(machine);
     let mut host_disk = host_disk(machine);
     let mut guests = Vec::new();
+    let wanted = configs.len();
     let mut next_core = boot_core;
     for (config, number) in configs.into_iter().zip(1..) {
         let guest = Guest::create(
@@ -108,10 +111,14 @@ pub(crate) fn run(
             &mut next_core,
             &mut host_disk,
         );
-        guests.push(guest.map_err(|why| {
-            line(format_args!("host: VM {number}: {why}"));
-            "a VM could not be created"
-        })?);
+        // The others run all the same.
+        match guest {
+            Ok(guest) => guests.push(guest),
+            Err(why) => line(format_args!("host: VM {number} is left out: {why}")),
+        }
+    }
+    if guests.is_empty() {
+        return Err("no VM could be created");
     }
     let uses: Vec<usize> = guests
         .iter()
@@ -120,9 +127,10 @@ pub(crate) fn run(
     for vcpu in guests.iter_mut().flat_map(|guest| guest.vcpus.iter_mut()) {
         vcpu.alone = uses.iter().filter(|core| **core == vcpu.core).count() == 1;
     }
-    let labelled = guests.len() > 1;
+    let labelled = wanted > 1;
     let vmm = VMM.call_once(|| Vmm {
         guests,
+        wanted,
         gic,
         cores,
         memory: Mutex::new(memory),
@@ -171,7 +179,7 @@ impl Vmm {
             .iter()
             .filter(|guest| guest.ended_well())
             .count();
-        let all = self.guests.len();
+        let all = self.wanted;
         if clean == all {
             line(format_args!("host: all {all} guests powered off"));
             return Ok(());

@@ -251,6 +251,47 @@ fn maintenance(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
     .for_cpus(cpus)
 }
 
+/// A VM whose kernel does not fit into its memory is named and left out; the other one runs.
+pub(super) fn too_big(machine: &Machine) -> Scenario {
+    let machine = machine.clone();
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "guest-too-big"), move |context| {
+        let kernel = files::read(&files::build("guests/payload"), "run `make build`")?;
+        let hello = Guest {
+            kernel: &kernel,
+            ramdisk: None,
+            arguments: "run=hello",
+            memory_mib: 16,
+            vcpus: 1,
+            lock: true,
+            noncoherent: false,
+            disk: fit::Disk::None,
+        };
+        let large = vec![0; 3 << 20];
+        let too_big = Guest {
+            kernel: &large,
+            memory_mib: 2,
+            ..hello
+        };
+        let fit = context.folder.join("guests.fit");
+        files::write(&fit, &fit::guests(&[too_big, hello])?)?;
+        let mut boot = Boot::shim(&machine, "");
+        boot.software.initrd = Some(fit);
+        let transcript = boot.run(context, "console")?;
+        verdict::no_alarm(&transcript)?;
+        for line in [
+            "VM 1: kernel and ramdisk need 4 MiB",
+            "VM 1 is left out",
+            "[vm2] hello from EL1",
+            "only 1 of 2 guests powered off",
+        ] {
+            verdict::line_with(&transcript, line)?;
+        }
+        verdict::ended_well(&transcript)
+    })
+    .for_cpus(cpus)
+}
+
 /// What is typed at the monitor's prompt when the cue has come.
 fn reply(cue: &str, command: &str) -> Reply {
     Reply {

@@ -51,6 +51,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
         all.extend(guests::bare(&a76(gic, 4)));
     }
     all.extend(bad_inputs(payloads));
+    all.push(guests::too_big(&a76(Gic::V3, 2)));
     all
 }
 
