@@ -245,7 +245,10 @@ impl VmTable {
         let mut entry = entry.try_write().ok_or(ErrorCode::Busy)?;
         match core::mem::take(&mut *entry) {
             Entry::Free => Err(ErrorCode::NotFound.into()),
-            Entry::Reserved => Ok(0),
+            Entry::Reserved => {
+                *entry = Entry::Reserved;
+                Ok(0)
+            }
             Entry::Dead { donated } => {
                 *entry = Entry::Dead { donated };
                 Ok(0)

@@ -69,6 +69,11 @@ impl Vm {
         }
     }
 
+    /// The VM with this handle, if there is one.
+    pub(crate) const fn from_handle(handle: u64) -> Self {
+        Self { handle }
+    }
+
     /// Reserves a handle.
     pub(crate) fn reserve() -> Result<Self, Refused> {
         let [handle, ..] = vm_call!(Call::VmReserve)?;

@@ -181,6 +181,11 @@ pub(crate) fn set_timer(deadline: u64) {
     msr!("cntp_ctl_el0", 1);
 }
 
+/// Stops the host's timer.
+pub(crate) fn stop_timer() {
+    msr!("cntp_ctl_el0", 0);
+}
+
 /// CNTPCT_EL0.
 pub(crate) fn now() -> u64 {
     mrs!("cntpct_el0")

@@ -40,13 +40,13 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
 }
 
 /// Free memory for one VM.
-struct Memory {
-    ram: AddrRange,
-    state: AddrRange,
+pub(super) struct Memory {
+    pub(super) ram: AddrRange,
+    pub(super) state: AddrRange,
 }
 
 impl Memory {
-    fn find(machine: &Machine) -> Option<Self> {
+    pub(super) fn find(machine: &Machine) -> Option<Self> {
         let want = Placement {
             size: RAM_SIZE + STATE_SIZE,
             align: 2 << 20,
@@ -61,7 +61,7 @@ impl Memory {
     }
 
     /// A VM with one slot, and the small guest in it.
-    fn vm(&self) -> Result<Vm, Refused> {
+    pub(super) fn vm(&self) -> Result<Vm, Refused> {
         let vm = Vm::create(CONFIG, self.state)?;
         vm.create_slot(SLOT, RAM, self.ram)?;
         vm.create_vcpu(0)?;
@@ -69,13 +69,13 @@ impl Memory {
         Ok(vm)
     }
 
-    fn load(&self) {
+    pub(super) fn load(&self) {
         let code = guest::hello();
         mem::bytes_mut(self.ram)[..code.len()].copy_from_slice(code);
     }
 }
 
-fn words<T>(result: Result<T, Refused>) -> Result<T, &'static str> {
+pub(super) fn words<T>(result: Result<T, Refused>) -> Result<T, &'static str> {
     result.map_err(|refused| match refused.code {
         ErrorCode::NotPermitted => "a call was refused: not permitted",
         ErrorCode::NotFound => "a call was refused: not found",
@@ -91,7 +91,7 @@ fn words<T>(result: Result<T, Refused>) -> Result<T, &'static str> {
 }
 
 /// Destroys a VM and takes everything back.
-fn end(vm: Vm) -> Result<(), &'static str> {
+pub(super) fn end(vm: Vm) -> Result<(), &'static str> {
     words(vm.destroy())?;
     while words(vm.reclaim())?.is_some() {}
     match vm.reclaim() {
@@ -101,7 +101,7 @@ fn end(vm: Vm) -> Result<(), &'static str> {
 }
 
 /// Runs the guest: it reads and writes a device, calls PSCI, uses FP, and powers off.
-fn converse(vm: Vm) -> Result<(), &'static str> {
+pub(super) fn converse(vm: Vm) -> Result<(), &'static str> {
     let mut loaded = 0;
     let mut expected = [
         Exit::MmioWrite {

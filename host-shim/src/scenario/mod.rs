@@ -1,6 +1,7 @@
 //! What the host tries, one file per subject. Each check is one behaviour and prints one line.
 
 mod abi_calls;
+mod any_call;
 mod cores;
 mod firmware;
 mod guests;
@@ -14,13 +15,14 @@ use crate::report::Report;
 
 type Scenario = fn(&Machine, &mut Report);
 
-const ALL: [(&str, Scenario); 6] = [
+const ALL: [(&str, Scenario); 7] = [
     ("abi", abi_calls::run),
     ("firmware", firmware::run),
     ("memory", memory::run),
     ("isolation", isolation::run),
     ("cores", cores::run),
     ("guests", guests::run),
+    ("any-call", any_call::run),
 ];
 
 /// Runs the scenarios that the comma-separated list names, or `all`.
