@@ -23,7 +23,7 @@ use stage2::Ipa;
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::world::{self, GuestRegs, hcr};
 use crate::arch::{cpu, firmware};
-use crate::vcpu::{Next, Running};
+use crate::vcpu::{Next, Running, VcpuState};
 
 /// Vectors of exceptions from a guest: synchronous, IRQ, FIQ, SError; plus four from AArch32.
 const SYNC: u64 = 8;
@@ -68,7 +68,8 @@ fn synchronous(run: &mut Running<'_>) -> Next {
         Cause::Abort(abort) => fault(run, &abort, &regs::syndrome()),
         Cause::Other(EC_FP) => {
             run.vcpu.counts.count(VmCounter::FpSwitches);
-            run.host.lend_fp(&mut run.state.context);
+            let VcpuState { host, context, .. } = &mut *run.state;
+            host.lend_fp(context);
             Next::Resume
         }
         // A guest has no EL3, says its ID_AA64PFR0_EL1.

@@ -66,6 +66,10 @@ fn undefined(hypervisor: &Hypervisor) {
 fn call(hypervisor: &'static Hypervisor, regs: &mut Regs, immediate: u16, by_smc: bool) {
     if !by_smc {
         hypervisor.counters.count(Counter::Hypercalls);
+        // The calls that a host makes all the time, first; none of them is on a list below.
+        if immediate == 0 && regs.x[0] == abi::Call::VcpuRun as u64 {
+            return about_vms(hypervisor, regs, abi::Call::VcpuRun);
+        }
     }
     match smc::judge(immediate, regs.x[0]) {
         Verdict::Psci => regs.x[0] = psci_call(hypervisor, regs),
@@ -83,15 +87,18 @@ fn call(hypervisor: &'static Hypervisor, regs: &mut Regs, immediate: u16, by_smc
             };
             match hvc::answer(immediate, regs.x[0], regs.x[1], &host) {
                 hvc::Answer::Now(answer) => regs.x[..4].copy_from_slice(&answer),
-                hvc::Answer::AboutVms(call) => {
-                    let [_, a, b, c, d, e, f, ..] = regs.x;
-                    let answer = calls::perform(hypervisor, call, [a, b, c, d, e, f]);
-                    regs.x[0] = SMCCC_SUCCESS;
-                    regs.x[1..5].copy_from_slice(&answer);
-                }
+                hvc::Answer::AboutVms(call) => about_vms(hypervisor, regs, call),
             }
         }
     }
+}
+
+/// A call about VMs.
+fn about_vms(hypervisor: &'static Hypervisor, regs: &mut Regs, call: abi::Call) {
+    let [_, a, b, c, d, e, f, ..] = regs.x;
+    let answer = calls::perform(hypervisor, call, [a, b, c, d, e, f]);
+    regs.x[0] = SMCCC_SUCCESS;
+    regs.x[1..5].copy_from_slice(&answer);
 }
 
 /// Hands an allow-listed call to firmware, where there is one.

@@ -35,6 +35,8 @@ pub(crate) struct Vcpu {
 /// What only the CPU that runs it touches.
 #[derive(Debug)]
 pub(crate) struct VcpuState {
+    /// The host's registers while this vCPU is loaded.
+    pub(crate) host: HostWorld,
     pub(crate) context: Context,
     pub(crate) gic: CpuInterface,
     pub(crate) watch: CacheWatch,
@@ -95,7 +97,6 @@ pub(crate) struct Running<'a> {
     pub(crate) vm: &'a Vm,
     pub(crate) vcpu: &'a Vcpu,
     pub(crate) state: &'a mut VcpuState,
-    pub(crate) host: HostWorld,
     pub(crate) cpu: &'static CpuData,
     /// The host has nothing else to run here.
     pub(crate) wait_here: bool,
@@ -196,25 +197,23 @@ impl Vcpu {
             hypervisor,
             vm,
             vcpu: self,
-            host: HostWorld::read(features),
             state,
             cpu,
             wait_here,
         };
-        let guest = &running.state.context;
-        running
-            .host
-            .load_guest(features, &vm.world, self.index, guest);
+        running.state.host.save(features);
+        let VcpuState { host, context, .. } = &*running.state;
+        host.load_guest(features, &vm.world, self.index, context);
         let exit = running.until_exit();
-        running.host.load_host(features, &mut running.state.context);
+        let VcpuState { host, context, .. } = &mut *running.state;
+        host.load_host(features, context);
         self.running_on.store(NOWHERE, Ordering::Relaxed);
-        self.block(hypervisor, vm, exit)
+        self.block(vm, exit)
     }
 
     /// A vCPU that goes to sleep looks once more for interrupts, now that who sends it one knows
     /// that it is out.
-    fn block(&self, hypervisor: &Hypervisor, vm: &Vm, exit: Exit) -> Exit {
-        let _: &Hypervisor = hypervisor;
+    fn block(&self, vm: &Vm, exit: Exit) -> Exit {
         fence(Ordering::SeqCst);
         match exit {
             Exit::WaitForInterrupt { .. } if vm.vgic.has_pending(usize::from(self.index)) => {
@@ -228,6 +227,7 @@ impl Vcpu {
 impl VcpuState {
     fn new(hypervisor: &Hypervisor) -> Self {
         Self {
+            host: HostWorld::default(),
             context: Context::new(&hypervisor.features),
             gic: hypervisor.gic.new_interface(),
             watch: CacheWatch::default(),

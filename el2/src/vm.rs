@@ -26,7 +26,7 @@ use memslot::lock::LockState;
 use memslot::policy::{ArmCaches, ArmPolicy};
 use memslot::slot::{Memslot, SlotFlags, SlotId, SlotKind};
 use memslot::vm::{GuestMemory, VmConfig as MemoryConfig, VmKind};
-use spin::{Once, RwLock};
+use spin::{Mutex, Once, RwLock};
 use stage2::{
     ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, Pfn, Stage2, WideAddresses,
 };
@@ -129,8 +129,8 @@ pub(crate) enum Entry {
     Live {
         /// The VM; dropped before its memory goes.
         vm: Owned<Vm>,
-        /// What the host has donated to it.
-        donated: Vec<AddrRange>,
+        /// What the host has donated to it. Its own lock, so that a VM whose vCPUs run can get more.
+        donated: Mutex<Vec<AddrRange>>,
     },
     /// A VM that was: its memory waits to be reclaimed.
     Dead {
@@ -216,6 +216,7 @@ impl VmTable {
         };
         donated.push(memory);
         let used = memory.size() - vm.shared.pool.free_bytes();
+        let donated = Mutex::new(donated);
         *entry = Entry::Live { vm, donated };
         Ok(used / PAGE_SIZE)
     }
@@ -228,10 +229,11 @@ impl VmTable {
         memory: AddrRange,
     ) -> Result<u64, Refusal> {
         let (_, entry) = self.entry(handle)?;
-        let mut entry = entry.try_write().ok_or(ErrorCode::Busy)?;
-        let Entry::Live { vm, donated } = &mut *entry else {
+        let entry = entry.try_read().ok_or(ErrorCode::Busy)?;
+        let Entry::Live { vm, donated } = &*entry else {
             return Err(ErrorCode::NotFound.into());
         };
+        let mut donated = donated.lock();
         donated.try_reserve(1).map_err(|_| ErrorCode::NoHeap)?;
         donate(hypervisor, memory)?;
         donated.push(memory);
@@ -258,6 +260,7 @@ impl VmTable {
                 // entry of the VMID invalidated behind this line.
                 drop(vm);
                 hypervisor.ownership.end_all_leases(index);
+                let donated = donated.into_inner();
                 *entry = Entry::Dead { donated };
                 Ok(0)
             }

@@ -39,7 +39,7 @@ const ATA: u64 = 1 << 56;
 const SCTLR_EL1_START: u64 = 0x30d0_0800;
 
 /// The host's stage 2 for the registers.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Stage2Regs {
     pub(crate) vtcr: u64,
     pub(crate) vttbr: u64,

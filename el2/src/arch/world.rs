@@ -290,7 +290,7 @@ pub(crate) struct VmWorld {
 }
 
 /// The host's side while a guest is loaded.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct HostWorld {
     el1: El1,
     sctlr: u64,
@@ -435,7 +435,9 @@ impl HostWorld {
             guest.software.write();
         }
         load_controls(features, vm, index, &host.controls);
-        FineTraps::default().write(features);
+        if features.fgt {
+            FineTraps::default().write(features);
+        }
         // The tables behind VTTBR are the guest's.
         set!("vtcr_el2", vm.stage2.vtcr);
         set!("vttbr_el2", vm.stage2.vttbr);
@@ -448,43 +450,31 @@ impl HostWorld {
         set_vectors((&raw const guest_vectors).addr() as u64);
     }
 
-    /// Reads everything of the host that a guest will replace. Inlined, so that it goes where it
-    /// stays: it is large.
-    #[inline(always)]
-    pub(crate) fn read(features: &Features) -> Self {
-        let timer = Timer::read();
+    /// Reads everything of the host that a guest will replace.
+    pub(crate) fn save(&mut self, features: &Features) {
+        self.timer = Timer::read();
+        // The host's timer must not fire for the guest.
         set!("cntv_ctl_el0", 0);
-        Self {
-            el1: El1::read(),
-            sctlr: mrs!("sctlr_el1"),
-            tcr: mrs!("tcr_el1"),
-            keys: if features.pauth {
-                Keys::read()
-            } else {
-                Keys::default()
-            },
-            software: if features.scxtnum {
-                SoftwareContext::read()
-            } else {
-                SoftwareContext::default()
-            },
-            controls: Controls::read(),
-            timer,
-            stage2: Stage2Regs {
-                vtcr: mrs!("vtcr_el2"),
-                vttbr: mrs!("vttbr_el2"),
-            },
-            hcr: mrs!("hcr_el2"),
-            hcrx: if features.hcx {
-                mrs!("s3_4_c1_c2_2")
-            } else {
-                0
-            },
-            traps: FineTraps::read(features),
-            pc: mrs!("elr_el2"),
-            pstate: mrs!("spsr_el2"),
-            fp_is_guests: false,
+        self.el1 = El1::read();
+        self.sctlr = mrs!("sctlr_el1");
+        self.tcr = mrs!("tcr_el1");
+        if features.pauth {
+            self.keys = Keys::read();
         }
+        self.controls = Controls::read();
+        self.stage2 = Stage2Regs {
+            vtcr: mrs!("vtcr_el2"),
+            vttbr: mrs!("vttbr_el2"),
+        };
+        self.hcr = mrs!("hcr_el2");
+        if features.hcx {
+            self.hcrx = mrs!("s3_4_c1_c2_2");
+        }
+        if features.fgt {
+            self.traps = FineTraps::read(features);
+        }
+        self.pc = mrs!("elr_el2");
+        self.pstate = mrs!("spsr_el2");
     }
 
     /// Saves the guest and loads the host.
@@ -515,7 +505,9 @@ impl HostWorld {
             self.software.write();
         }
         self.controls.write();
-        self.traps.write(features);
+        if features.fgt {
+            self.traps.write(features);
+        }
         // What was there when the guest was loaded.
         set!("vtcr_el2", self.stage2.vtcr);
         set!("vttbr_el2", self.stage2.vttbr);
