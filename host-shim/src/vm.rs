@@ -144,7 +144,13 @@ impl Vm {
 
     /// Locks a slot for reading and writing, with blocks where that is possible.
     pub(crate) fn lock_slot(self, id: u16) -> Result<(), Refused> {
-        vm_call!(Call::SlotLock, self.handle, 1, u64::from(id), 0b11 | 1 << 8).map(drop)
+        self.lock_slot_as(id, true)
+    }
+
+    /// The same by blocks where that is possible, or by single pages.
+    pub(crate) fn lock_slot_as(self, id: u16, blocks: bool) -> Result<(), Refused> {
+        let flags = 0b11 | u64::from(blocks) << 8;
+        vm_call!(Call::SlotLock, self.handle, 1, u64::from(id), flags).map(drop)
     }
 
     /// Unlocks a slot.

@@ -6,6 +6,7 @@ mod cores;
 mod firmware;
 mod guests;
 mod isolation;
+mod lock_cost;
 mod memory;
 
 use crate::call;
@@ -25,12 +26,21 @@ const ALL: [(&str, Scenario); 7] = [
     ("any-call", any_call::run),
 ];
 
+/// Measures, only when asked for by name.
+const MEASUREMENTS: [(&str, Scenario); 1] = [("lock-cost", lock_cost::run)];
+
 /// Runs the scenarios that the comma-separated list names, or `all`.
 pub(crate) fn run(machine: &Machine, which: &str, report: &mut Report) {
     for name in which.split(',') {
         let mut known = false;
         for (scenario, run) in ALL {
             if name == scenario || name == "all" {
+                known = true;
+                run(machine, report);
+            }
+        }
+        for (measurement, run) in MEASUREMENTS {
+            if name == measurement {
                 known = true;
                 run(machine, report);
             }
