@@ -95,7 +95,7 @@ impl List {
                     | tell << 41
                     | u64::from(self.intid)
             }
-            // GICH_LR<n> (IHI 0048B 5.3.?).
+            // GICH_LR<n> (IHI 0048B 5.3, table of the list register bits).
             GicVersion::V2 => {
                 let source = if self.hardware.is_none() {
                     u64::from(self.source & 7) << 10

@@ -13,7 +13,7 @@
 //!
 //! The guest's CPU interface is the hardware's (GICV, or ICV_* registers). Distributor and
 //! redistributors are emulated here, in both versions with one security state. Sources: GICv2 (Arm
-//! IHI 0048B), GICv3 and v4 (IHI 0069H); docs/vgic.md.
+//! IHI 0048B), GICv3 and v4 (IHI 0069H); docs/guests.md.
 
 mod irq;
 mod lists;
@@ -172,7 +172,7 @@ impl Vgic {
         irq.line() || irq.is_active()
     }
 
-    /// ICC_SGI1R_EL1 of a GICv3 guest: affinities are vCPU n = 0.0.0.n (IHI 0069H 12.2.?).
+    /// ICC_SGI1R_EL1 of a GICv3 guest: affinities are vCPU n = 0.0.0.n (IHI 0069H 12.2.19).
     pub fn sgi1r(&self, from: usize, value: u64) -> Kicks {
         /// IRM: all but the sender.
         const ALL_OTHERS: u64 = 1 << 40;
