@@ -204,6 +204,17 @@ mod tests {
     }
 
     #[test]
+    fn the_documentation_lists_every_call_and_no_other() {
+        let table = include_str!("../../docs/hypercalls.md");
+        let rows = table.lines().filter(|line| line.contains("| `0xc600"));
+        assert_eq!(rows.count(), Call::ALL.len());
+        for call in Call::ALL {
+            let row = std::format!("| `{call:?}` | `{:#x}` |", *call as u32);
+            assert!(table.contains(&row), "{row}");
+        }
+    }
+
+    #[test]
     fn unknown_ids_are_no_calls() {
         assert_eq!(Call::from_id(0xc600_00ff), None);
         assert_eq!(Call::from_id(0x8600_0100), None);
