@@ -18,6 +18,7 @@ pub mod interactive;
 pub mod kernel_image;
 pub mod launcher;
 pub mod machine;
+pub mod map_svg;
 pub mod payload;
 pub mod process;
 pub mod runner;

@@ -7,8 +7,8 @@ use ravelin_tests::payload::{self, Payloads};
 use ravelin_tests::runner::{self, Options};
 use ravelin_tests::symbolise::Symboliser;
 use ravelin_tests::{
-    bench_boot, bench_target, device_tree, files, fit, image, interactive, kernel_image, sdcard,
-    suite,
+    bench_boot, bench_target, device_tree, files, fit, image, interactive, kernel_image, map_svg,
+    sdcard, suite,
 };
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
@@ -76,6 +76,13 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
         Command::Test(settings) => return test(&settings),
         Command::BenchBoot => return bench_boot::run(),
         Command::BenchTarget => return bench_target::run(),
+        Command::MapSvg { console, out } => {
+            let text = files::read(&console, "name a console's log")?;
+            report(
+                &out,
+                map_svg::draw(&String::from_utf8_lossy(&text))?.as_bytes(),
+            )?;
+        }
         Command::Sdcard { board } => {
             println!("{}: see README.txt there", sdcard::write(board)?.display())
         }

@@ -62,6 +62,13 @@ enum Command {
     BenchBoot,
     /// Count the instructions of a guest's operations, and write docs/benchmarks/target.*
     BenchTarget,
+    /// Draw a guest's address space from what `vm map` prints at the monitor's prompt
+    MapSvg {
+        /// Console log, or the lines copied from it
+        console: PathBuf,
+        /// Picture to write
+        out: PathBuf,
+    },
     /// Write the folder that goes onto a Raspberry Pi's SD card
     Sdcard {
         /// Which board
