@@ -60,6 +60,7 @@ pub enum Cause {
 
 /// Decodes ESR_EL2 of an exception from a lower level. Never fails: what is unknown is `Other`.
 #[must_use]
+#[inline(always)]
 pub fn decode(esr: u64) -> Cause {
     let class = field(esr, 26, 6);
     match class {

@@ -79,6 +79,7 @@ pub(super) struct List {
 }
 
 impl List {
+    #[inline]
     pub(super) fn encode(self, version: GicVersion) -> u64 {
         let state = u64::from(self.active) << 1 | u64::from(self.pending);
         let (hw, group) = (u64::from(self.hardware.is_some()), u64::from(self.group1));
@@ -237,6 +238,7 @@ impl Vgic {
     }
 
     /// Makes an interrupt's list register.
+    #[inline]
     fn place(&self, state: &mut State, vcpu: usize, number: usize) -> List {
         let groups = state.enabled;
         let irq = state.irq_mut(vcpu, number);

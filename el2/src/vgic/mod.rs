@@ -205,6 +205,7 @@ impl Vgic {
         self.change_in(&mut self.state.lock(), vcpu, number, change)
     }
 
+    #[inline]
     fn change_in(
         &self,
         state: &mut State,
