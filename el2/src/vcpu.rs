@@ -204,6 +204,9 @@ impl Vcpu {
         running.state.host.save(features);
         let VcpuState { host, context, .. } = &*running.state;
         host.load_guest(features, &vm.world, self.index, context);
+        if vm.changes_vcpu(cpu.index, self.index) {
+            world::forget_other_vcpu();
+        }
         let exit = running.until_exit();
         let VcpuState { host, context, .. } = &mut *running.state;
         host.load_host(features, context);

@@ -9,7 +9,8 @@
 
 use abi::{ErrorCode, MAX_VCPUS, SlotState, SlotWord, VmConfig, VmCounter};
 use alloc::vec::Vec;
-use board::{AddrRange, PAGE_SIZE};
+use board::{AddrRange, MAX_CPUS, PAGE_SIZE};
+use core::sync::atomic::{AtomicU8, Ordering};
 use el2::guest::idregs::{GuestIds, Model};
 use el2::guest::psci::Power;
 use el2::host_map;
@@ -76,6 +77,8 @@ pub(crate) struct Vm {
     pub(crate) ids: GuestIds,
     pub(crate) power: Power,
     pub(crate) vgic: Owned<Vgic>,
+    /// The vCPU that each core ran last, plus one.
+    last_vcpu: [AtomicU8; MAX_CPUS],
     pub(crate) vcpus: [Once<Owned<Vcpu>>; MAX_VCPUS as usize],
     pub(crate) shared: Owned<VmShared>,
 }
@@ -404,6 +407,7 @@ impl Vm {
             },
             memory: GuestMemory::new(memory_config, policy, frames, table),
             vgic: vgic.fill_with_vgic(version, config.vcpus),
+            last_vcpu: [const { AtomicU8::new(0) }; MAX_CPUS],
             vcpus: [const { Once::new() }; MAX_VCPUS as usize],
             shared,
         };
@@ -429,6 +433,17 @@ impl Vm {
 
     pub(crate) fn counters(&self) -> &VmCounters {
         &self.shared.counters
+    }
+
+    /// Notes that `core` runs a vCPU; says whether it ran another one of this VM before.
+    pub(crate) fn changes_vcpu(&self, core: u64, vcpu: u8) -> bool {
+        let Some(last) = self.last_vcpu.get(core as usize) else {
+            return true;
+        };
+        // Only that core reads and writes it.
+        let before = last.load(Ordering::Relaxed);
+        last.store(vcpu + 1, Ordering::Relaxed);
+        before != 0 && before != vcpu + 1
     }
 
     /// The vCPU with this index.

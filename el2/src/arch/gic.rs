@@ -79,6 +79,9 @@ const TIMER_BIT: u32 = 1 << GUEST_TIMER_PPI;
 /// The private interrupts that EL2 needs.
 const OURS: u32 = TIMER_BIT | 1 << MAINTENANCE | 1 << EL2_TIMER | 1 << KICK_SGI;
 
+/// ICC_SRE_EL2 while a guest is loaded: SRE, DFB, DIB.
+const SRE_GUEST: u64 = 0x7;
+
 /// Bits of an INTID in acknowledge registers (GICv2).
 const INTID_V2: u32 = 0x3ff;
 
@@ -445,7 +448,9 @@ impl V3 {
     }
 
     fn load(&self, interface: &CpuInterface) {
-        // System registers for EL1, no memory-mapped interface: as the host has them.
+        // ICC_SRE_EL1 is not virtualised: the guest's accesses trap (Enable clear), so that it can't
+        // take the system registers away from the host.
+        set!("s3_4_c12_c9_5", SRE_GUEST); // ICC_SRE_EL2
         set!("s3_4_c12_c11_7", u64::from(interface.vmcr)); // ICH_VMCR_EL2
         for (group, values) in interface.active_priorities.iter().enumerate() {
             for (n, value) in values.iter().enumerate().take(self.priorities.into()) {
@@ -460,6 +465,7 @@ impl V3 {
     }
 
     fn unload(&self, interface: &mut CpuInterface) {
+        set!("s3_4_c12_c9_5", super::host_regs::SRE_HOST);
         interface.vmcr = mrs!("s3_4_c12_c11_7") as u32;
         for (group, values) in interface.active_priorities.iter_mut().enumerate() {
             for (n, value) in values.iter_mut().enumerate().take(self.priorities.into()) {

@@ -38,6 +38,9 @@ const ATA: u64 = 1 << 56;
 /// SCTLR_EL1 of a core that starts: RES1 bits, MMU and caches off.
 const SCTLR_EL1_START: u64 = 0x30d0_0800;
 
+/// ICC_SRE_EL2 for the host: SRE, DFB, DIB, and Enable, so that its ICC_SRE_EL1 does not trap.
+pub(crate) const SRE_HOST: u64 = 0xf;
+
 /// The host's stage 2 for the registers.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Stage2Regs {
@@ -119,7 +122,7 @@ fn identity_and_time(features: &Features) {
     set!("cnthctl_el2", 3); // EL1PCTEN, EL1PCEN
     set!("cntvoff_el2", 0);
     if features.gic_sysregs {
-        set!("s3_4_c12_c9_5", 0xf); // ICC_SRE_EL2: SRE, DFB, DIB, Enable
+        set!("s3_4_c12_c9_5", SRE_HOST); // ICC_SRE_EL2
         synchronise();
         set!("s3_4_c12_c11_0", 0); // ICH_HCR_EL2: no virtual interface
     }

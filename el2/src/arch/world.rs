@@ -629,3 +629,18 @@ pub(crate) fn reload(features: &Features, guest: &Context) {
     set_hcr(guest.hcr);
     load_walk_registers(features, guest.sctlr, guest.tcr);
 }
+
+/// Forgets what this core has cached for another vCPU of the VM that is loaded: they share a VMID,
+/// but each has its own ASIDs, and a TLBI that does not broadcast is meant for the vCPU's own core.
+pub(crate) fn forget_other_vcpu() {
+    // SAFETY: invalidating loses nothing that a walk or a fetch does not bring back.
+    unsafe {
+        core::arch::asm!(
+            "tlbi vmalle1",
+            "ic iallu",
+            "dsb nsh",
+            "isb",
+            options(nostack, preserves_flags)
+        );
+    }
+}
