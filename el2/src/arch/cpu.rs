@@ -2,7 +2,7 @@
 
 use core::arch::asm;
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicBool, AtomicU64};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
 
 use aarch64_cpu::registers::{ELR_EL2, SPSR_EL2, TPIDR_EL2};
 use aarch64_cpu::registers::{Readable, Writeable};
@@ -31,6 +31,8 @@ pub(crate) struct CpuData {
     pub(crate) host_kick: AtomicBool,
     /// Where its private interrupts' registers are; 0 before they are prepared.
     pub(crate) gic_frame: AtomicU64,
+    /// GICv2: the bit of its interface in target registers; 0 before it is prepared.
+    pub(crate) gic_target: AtomicU8,
     /// The guest timer's physical interrupt is marked active.
     pub(crate) timer_active: AtomicBool,
 }
@@ -53,6 +55,7 @@ impl CpuData {
             power: PowerSlot::new(),
             host_kick: AtomicBool::new(false),
             gic_frame: AtomicU64::new(0),
+            gic_target: AtomicU8::new(0),
             timer_active: AtomicBool::new(false),
         };
         // SAFETY: the block is EL2's, mapped, this core's alone; a page is large enough (asserted).

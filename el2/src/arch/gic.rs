@@ -68,6 +68,7 @@ const GICD_IGROUPR: usize = 0x80;
 const GICD_ISENABLER: usize = 0x100;
 const GICD_ISACTIVER: usize = 0x300;
 const GICD_ICACTIVER: usize = 0x380;
+const GICD_ITARGETSR: usize = 0x800;
 const GICD_SGIR: usize = 0xf00;
 const GICR_STRIDE: u64 = 0x2_0000;
 const GICR_SGI_FRAME: u64 = 0x1_0000;
@@ -256,6 +257,10 @@ impl PhysicalGic {
             frame.write(GICD_IGROUPR, groups | OURS);
         }
         frame.write(GICD_ISENABLER, OURS);
+        // GICv2: the bit of this core's interface, which need not be its affinity (on Cortex-A76 that
+        // is in Aff1). Zero on a machine with one core.
+        let target = frame.read(GICD_ITARGETSR).to_le_bytes()[0].max(1);
+        cpu.gic_target.store(target, Ordering::Relaxed);
         cpu.gic_frame.store(frame.base(), Ordering::Relaxed);
     }
 
@@ -301,9 +306,12 @@ impl PhysicalGic {
         match self {
             Self::None(_) => {}
             Self::V2(v2) => {
-                // The interface's number is the core's place on the boards that have a GICv2.
-                let target = 1u32 << ((target.mpidr & 7) + 16);
-                Mmio::gic(v2.gicd.start()).write(GICD_SGIR, target | KICK_SGI);
+                // Zero for a core that has never run a vCPU: nobody waits there.
+                let target = target
+                    .gic_target
+                    .load(core::sync::atomic::Ordering::Relaxed);
+                let targets = u32::from(target) << 16;
+                Mmio::gic(v2.gicd.start()).write(GICD_SGIR, targets | KICK_SGI);
             }
             Self::V3(_) => {
                 let affinity = target.mpidr;
