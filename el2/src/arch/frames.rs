@@ -9,10 +9,15 @@ use spin::{Mutex, Once};
 
 static EL2_POOL: Once<FramePool> = Once::new();
 
-/// EL2's own pool, over the part of its memory that boot left for it. Only boot calls this, once.
+/// EL2's own pool, over the part of its memory that boot left for it, and the heap's first piece of
+/// it: later the host's tables may have taken everything. Only boot calls this, once.
 pub(crate) fn create_el2_pool(range: AddrRange) -> &'static FramePool {
     // SAFETY: the rest of the pool that EL2's own map left: mapped, unused.
-    EL2_POOL.call_once(|| unsafe { FramePool::new(range) })
+    let pool = EL2_POOL.call_once(|| unsafe { FramePool::new(range) });
+    if !HEAP.grow(FIRST) {
+        log::error!("EL2's pool is too small for a heap: VMs can't be created");
+    }
+    pool
 }
 
 /// EL2's heap: bookkeeping of VMs, never tables. It may run out; who allocates then gets an error.
@@ -23,6 +28,8 @@ static HEAP: El2Heap = El2Heap(Mutex::new(Heap::empty()));
 
 /// Bytes of EL2's pool that the heap leaves for the host's stage 2.
 const RESERVE: u64 = 32 * PAGE_SIZE;
+/// Bytes that the heap has from the start.
+const FIRST: usize = 16 * PAGE_SIZE as usize;
 /// Bytes that the heap takes at a time.
 const STEP: u64 = 4 * PAGE_SIZE;
 
