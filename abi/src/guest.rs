@@ -23,7 +23,8 @@ pub const GUEST_MEMORY_ATTRIBUTES: u32 = 0xc600_0180;
 pub struct VmConfig {
     /// Number of vCPUs, 1 to [`MAX_VCPUS`]: bits 7:0.
     pub vcpus: u8,
-    /// The host can't see its memory and registers: bit 8.
+    /// The host can't see its memory and registers: bit 8. Refused with
+    /// [`crate::ErrorCode::NotPermitted`] for now.
     pub protected: bool,
 }
 

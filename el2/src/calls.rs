@@ -85,6 +85,10 @@ fn dispatch(hypervisor: &'static Hypervisor, call: Call, args: [u64; 6]) -> Answ
         Call::VmReserve => Ok(one(vms.reserve()?)),
         Call::VmCreate => {
             let config = VmConfig::from_bits(c).ok_or(ErrorCode::Invalid)?;
+            if config.protected {
+                // Better refused than taken for what it is not.
+                return Err(ErrorCode::NotPermitted.into());
+            }
             vms.create(hypervisor, handle, pages(a, b)?, config)
                 .map(one)
         }

@@ -197,8 +197,17 @@ fn wiped(memory: &Memory) -> Result<(), &'static str> {
 }
 
 fn refusals(memory: &Memory) -> Result<(), &'static str> {
-    let vm = words(memory.vm())?;
     let code = |result: Result<(), Refused>| result.err().map(|refused| refused.code);
+    let secret = VmConfig {
+        protected: true,
+        ..CONFIG
+    };
+    let protected = Vm::create(secret, memory.state).err().map(|r| r.code);
+    expect(
+        protected == Some(ErrorCode::NotPermitted),
+        "a protected VM was promised",
+    )?;
+    let vm = words(memory.vm())?;
     let again = code(vm.create_slot(SLOT, RAM, memory.ram));
     let donated = code(vm.top_up(memory.ram));
     let el2s = code(vm.create_slot(SlotWord { id: 1, ..SLOT }, 0, memory.state));
