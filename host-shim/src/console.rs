@@ -35,13 +35,29 @@ pub(crate) fn line(content: fmt::Arguments<'_>) {
     text(format_args!("{content}\n"));
 }
 
-/// Prints text, unmixed with that of other cores. With the MMU off there is only one core.
+/// Prints text, unmixed with that of other cores.
 pub(crate) fn text(content: fmt::Arguments<'_>) {
+    with_uart(|uart| {
+        // A UART's `write_str` never fails.
+        let _ = uart.write_fmt(content);
+    });
+}
+
+/// Prints a line of bytes that need not be text, behind a label, unmixed with other lines.
+pub(crate) fn labelled(label: fmt::Arguments<'_>, bytes: &[u8]) {
+    with_uart(|uart| {
+        let _ = uart.write_fmt(label);
+        bytes.iter().for_each(|byte| uart.send(*byte));
+        let _ = uart.write_str("\n");
+    });
+}
+
+/// Lets one core at a time use the UART. With the MMU off there is only one.
+fn with_uart(print: impl FnOnce(&mut Uart<Mmio>)) {
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = crate::arch::mmu::is_on().then(|| TURN.lock());
     if let Some(mut uart) = uart() {
-        // A UART's `write_str` never fails.
-        let _ = uart.write_fmt(content);
+        print(&mut uart);
     }
 }
 

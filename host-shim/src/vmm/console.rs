@@ -11,7 +11,7 @@ use vmm::keys::{Command, Key, Keys};
 
 use super::Vmm;
 use super::guest::{Guest, State};
-use crate::console::{line, read_byte, text, write_byte};
+use crate::console::{labelled, line, read_byte, text, write_byte};
 
 /// Most VMs whose output is collected.
 const VMS: usize = 16;
@@ -82,11 +82,8 @@ impl Console {
 
 impl Collected {
     fn show(&mut self, number: u8) {
-        text(format_args!("[vm{number}] "));
-        for byte in self.bytes.iter().take(self.length) {
-            write_byte(*byte);
-        }
-        text(format_args!("\n"));
+        let bytes = self.bytes.get(..self.length).unwrap_or_default();
+        labelled(format_args!("[vm{number}] "), bytes);
         self.length = 0;
     }
 }
