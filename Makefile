@@ -20,6 +20,7 @@ GUEST_MEM ?= 256M
 VMS ?= 1
 LOCK ?= 1
 NONCOHERENT ?= 0
+PROTECTED ?= 0
 LOG ?= info
 RUST_ROUTE ?= auto
 FILTER ?=
@@ -37,6 +38,7 @@ help: ## this list
 	@echo '  the host     HOST=shim (or linux) LOG=info (off, error, warn, debug, trace) ARGS="..."'
 	@echo '  the guests   GUEST=linux (demo, or the path of an arm64 Image or raw binary for QEMU virt) INITRD=path DISK=file'
 	@echo '               CMDLINE="..." VCPUS=1 GUEST_MEM=256M VMS=1 LOCK=1 (0: mapped on demand) NONCOHERENT=0 (1)'
+	@echo '               PROTECTED=0 (1: the host can not see their memory)'
 	@echo '  at the console: Ctrl-A c opens the monitor (try help), Ctrl-A N gives the input to VM N, Ctrl-T x ends the emulator'
 	@echo 'Others: make test-virt FILTER=word; RUST_ROUTE=rustup|debian'
 
@@ -50,7 +52,7 @@ build: setup ## the EL2 image with the host inside: build/ravelin.img
 run: build ## boot Linux in a VM on the emulator, to a shell; its poweroff ends the run
 	@$(RAVELIN) run --board $(BOARD) --host $(HOST) --smp $(SMP) --cpu $(CPU) --gic $(GIC) --memory $(MEM) --log $(LOG) \
 		--arguments '$(ARGS)' --guest '$(GUEST)' $(if $(INITRD),--initrd '$(INITRD)') $(if $(DISK),--disk '$(DISK)') --cmdline '$(CMDLINE)' --vcpus $(VCPUS) \
-		--guest-memory $(GUEST_MEM) --vms $(VMS) --lock $(LOCK) --noncoherent $(NONCOHERENT)
+		--guest-memory $(GUEST_MEM) --vms $(VMS) --lock $(LOCK) --noncoherent $(NONCOHERENT) --protected $(PROTECTED)
 
 test: test-host test-emulator ## everything: the host's tests, then the emulators'
 

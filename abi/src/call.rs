@@ -72,9 +72,22 @@ calls! {
     /// IPA, in `x2` its physical address, in `x3` a [`crate::LeafInfo`]. Without one:
     /// [`crate::ErrorCode::NotFound`].
     VmMapping = 0xc600_0117,
+    /// `x1`: handle of a protected VM to which no memory has been donated yet; `x2` to `x5`: the
+    /// measurement that it must have, words in the order of the bytes, little-endian each.
+    /// [`Call::VmSeal`] refuses any other. Can be said once.
+    VmExpect = 0xc600_0118,
+    /// `x1`: handle of a protected VM, `x2`: PC (an IPA), `x3`: `x0` of vCPU 0. Completes the
+    /// measurement and turns vCPU 0 on: from now on no content enters the VM's memory, no slot changes,
+    /// and no register is the host's to set. [`crate::ErrorCode::Mismatch`] if another measurement was
+    /// expected: the VM never runs then.
+    VmSeal = 0xc600_0119,
+    /// `x1`: handle of a sealed VM, `x2`: 0 for the first 16 bytes, 1 for the others. Gives 0, and two
+    /// words of the measurement in `x2` and `x3`.
+    VmMeasurement = 0xc600_011a,
 
     /// `x1`: handle; `x2`: a [`crate::SlotWord`]; `x3`: IPA; `x4`: pages; `x5`: physical address.
-    /// Gives the guest a slot of the host's memory. Unprotected: the host keeps its access.
+    /// Gives the guest a slot of the host's memory. Unprotected: the host keeps its access. Protected:
+    /// the guest finds nothing there before [`Call::MemoryDonate`].
     SlotCreate = 0xc600_0120,
     /// `x1`: handle, `x2`: slot number. Removes it and its mappings.
     SlotDelete = 0xc600_0121,
@@ -94,11 +107,17 @@ calls! {
     /// `x1`: handle, `x2`: 0 for a device whose DMA is snooped, 1 for one whose is not; `x3`: 1 to
     /// register, 0 to take it back. Gives the devices of that kind.
     DmaDevice = 0xc600_0127,
+    /// `x1`: handle of a protected VM, `x2`: IPA in one of its slots, `x3`: pages, `x4`: a
+    /// [`crate::DonationKind`]. Takes the pages behind it from the host and gives them to the guest.
+    MemoryDonate = 0xc600_0128,
+    /// `x1`: address of a page that a living protected VM owns. Gives it back to the host, wiped; the
+    /// guest gets an abort whenever it touches it, forever.
+    MemoryReclaim = 0xc600_0129,
 
     /// `x1`: handle, `x2`: index, below the number in the VM's [`crate::VmConfig`].
     VcpuCreate = 0xc600_0130,
     /// `x1`: handle, `x2`: index, `x3`: PC (an IPA), `x4`: `x0` of the guest. Turns on a vCPU that
-    /// is off. A protected VM refuses it after its first run.
+    /// is off. A protected VM refuses it: see [`Call::VmSeal`].
     VcpuStart = 0xc600_0131,
     /// `x1`: handle, `x2`: index, `x3`: what an [`crate::Exit::MmioRead`] before asked for, `x4`: 1
     /// if the CPU has nothing else to do, so that EL2 may wait for the guest's interrupts itself

@@ -27,10 +27,12 @@ pub enum ErrorCode {
     NoSpace = -28,
     /// EL2's own heap is used up: give it pages by [`crate::Call::DonateHeap`] and try again.
     NoHeap = -105,
+    /// A protected VM is not what was expected.
+    Mismatch = -129,
 }
 
 impl ErrorCode {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::NotPermitted,
         Self::NotFound,
         Self::Again,
@@ -40,6 +42,7 @@ impl ErrorCode {
         Self::Invalid,
         Self::NoSpace,
         Self::NoHeap,
+        Self::Mismatch,
     ];
 
     /// The value for `x1`.

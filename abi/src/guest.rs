@@ -18,13 +18,50 @@ pub const GUEST_TIMER_PPI: u32 = 27;
 /// has no translation. It tells nothing of what is behind the guest's memory but its type.
 pub const GUEST_MEMORY_ATTRIBUTES: u32 = 0xc600_0180;
 
+/// A protected guest's call: function id with which it asks for its own measurement. `x1`: 0 for the
+/// first 16 bytes, 1 for the others; gives two words of 64 bits in `x1` and `x2`, in the order of the
+/// bytes, little-endian each.
+pub const GUEST_MEASUREMENT: u32 = 0xc600_0181;
+
+/// What [`crate::Call::MemoryDonate`] does with the pages.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u64)]
+#[non_exhaustive]
+pub enum DonationKind {
+    /// The guest finds zeros; at most 512 pages at once.
+    Zeros = 0,
+    /// The guest finds what the host had there, and the measurement covers it; at most 64 pages at
+    /// once, and only before the VM is sealed.
+    Contents = 1,
+}
+
+impl DonationKind {
+    /// From `x4`.
+    #[must_use]
+    pub const fn from_number(number: u64) -> Option<Self> {
+        match number {
+            0 => Some(Self::Zeros),
+            1 => Some(Self::Contents),
+            _ => None,
+        }
+    }
+
+    /// Most pages of one call.
+    #[must_use]
+    pub const fn max_pages(self) -> u64 {
+        match self {
+            Self::Zeros => 512,
+            Self::Contents => 64,
+        }
+    }
+}
+
 /// Fixed properties of a VM, as [`crate::Call::VmCreate`] takes them.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct VmConfig {
     /// Number of vCPUs, 1 to [`MAX_VCPUS`]: bits 7:0.
     pub vcpus: u8,
-    /// The host can't see its memory and registers: bit 8. Refused with
-    /// [`crate::ErrorCode::NotPermitted`] for now.
+    /// The host can't see its memory and registers: bit 8.
     pub protected: bool,
 }
 
@@ -142,7 +179,8 @@ pub enum Exit {
         /// Value.
         value: u64,
     },
-    /// 4: the guest touched memory of a slot that the host must supply. `x2`: IPA of the page.
+    /// 4: the guest touched memory of a slot that the host must supply ([`crate::Call::MemoryDonate`]
+    /// for a protected VM), or asked for something with it. `x2`: IPA of the page.
     MemoryMissing {
         /// Address of the page.
         ipa: u64,
@@ -172,6 +210,12 @@ pub enum Exit {
         /// Syndrome.
         esr: u64,
     },
+    /// 11: EL2's own heap is used up: give it pages by [`crate::Call::DonateHeap`] and run again.
+    /// `x2`: how many are enough.
+    NeedHeap {
+        /// Pages.
+        pages: u64,
+    },
 }
 
 impl Exit {
@@ -190,6 +234,7 @@ impl Exit {
             Self::SystemOff => [8, 0, 0, 0],
             Self::SystemReset { warm } => [9, warm as u64, 0, 0],
             Self::Broken { esr } => [10, esr, 0, 0],
+            Self::NeedHeap { pages } => [11, pages, 0, 0],
         }
     }
 
@@ -215,6 +260,7 @@ impl Exit {
             8 => Self::SystemOff,
             9 => Self::SystemReset { warm: a != 0 },
             10 => Self::Broken { esr: a },
+            11 => Self::NeedHeap { pages: a },
             _ => return None,
         })
     }
@@ -376,13 +422,14 @@ mod tests {
             Exit::SystemOff,
             Exit::SystemReset { warm: true },
             Exit::Broken { esr: 0x5600_0000 },
+            Exit::NeedHeap { pages: 2 },
         ];
         for (number, exit) in exits.into_iter().enumerate() {
             let registers = exit.to_registers();
             assert_eq!(registers[0], number as u64);
             assert_eq!(Exit::from_registers(registers), Some(exit));
         }
-        assert_eq!(Exit::from_registers([11, 0, 0, 0]), None);
+        assert_eq!(Exit::from_registers([12, 0, 0, 0]), None);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The host's calls about VMs: arguments checked here, work done by [`crate::vm`].
 
-use abi::{Call, ErrorCode, LeafInfo, SlotWord, VmConfig, VmCounter};
+use abi::{Call, DonationKind, ErrorCode, LeafInfo, SlotWord, VmConfig, VmCounter};
 use board::{AddrRange, PAGE_SIZE};
 use el2::psci::{PsciError, StartOrder};
 use el2::vm_error::Refusal;
@@ -8,10 +8,12 @@ use memslot::addr::Gfn;
 use memslot::edge::Dma;
 use memslot::lock::{LockCall, LockRequest};
 use memslot::slot::{LockGranule, SlotFlags, SlotId};
+use spin::MutexGuard;
 use stage2::{Ipa, IpaRange, RunKind, TableFormat};
 
 use crate::arch::frames;
 use crate::hypervisor::Hypervisor;
+use crate::protect::Stage;
 use crate::vm::{self, Vm};
 
 /// What a call gives: `x1` to `x4`.
@@ -42,7 +44,12 @@ const fn arguments(call: Call) -> usize {
         | Call::SlotFlags
         | Call::SlotState
         | Call::VcpuCreate
-        | Call::VcpuState => 2,
+        | Call::VcpuState
+        | Call::VmMeasurement => 2,
+        Call::MemoryReclaim => 1,
+        Call::VmSeal => 3,
+        Call::MemoryDonate => 4,
+        Call::VmExpect => 5,
         Call::VmTopUp | Call::SlotMove | Call::SlotDirty | Call::DmaDevice | Call::IrqLine => 3,
         Call::VcpuRun | Call::VmCreate | Call::SlotLock | Call::VcpuStart => 4,
         Call::SlotCreate => 5,
@@ -85,10 +92,6 @@ fn dispatch(hypervisor: &'static Hypervisor, call: Call, args: [u64; 6]) -> Answ
         Call::VmReserve => Ok(one(vms.reserve()?)),
         Call::VmCreate => {
             let config = VmConfig::from_bits(c).ok_or(ErrorCode::Invalid)?;
-            if config.protected {
-                // Better refused than taken for what it is not.
-                return Err(ErrorCode::NotPermitted.into());
-            }
             vms.create(hypervisor, handle, pages(a, b)?, config)
                 .map(one)
         }
@@ -105,6 +108,23 @@ fn dispatch(hypervisor: &'static Hypervisor, call: Call, args: [u64; 6]) -> Answ
             let exit = vm.vcpu(a)?.run(hypervisor, vm, b, c == 1)?;
             Ok(exit.to_registers())
         }),
+        Call::VmExpect => {
+            let expect = |vm: &Vm| vm.protection()?.expect([a, b, c, d]);
+            vms.with(handle, expect).map(one)
+        }
+        Call::VmMeasurement => vms.with(handle, |vm| {
+            if a > 1 {
+                return Err(ErrorCode::Invalid.into());
+            }
+            let [first, second] = vm.protection()?.measurement(a)?;
+            Ok([0, first, second, 0])
+        }),
+        Call::MemoryDonate => {
+            pages(a, b)?;
+            let kind = DonationKind::from_number(c).ok_or(ErrorCode::Invalid)?;
+            vms.donate_memory(hypervisor, handle, a, b, kind).map(one)
+        }
+        Call::MemoryReclaim => vms.reclaim_page(hypervisor, pages(handle, 1)?).map(one),
         Call::VmMapping => vms.with(handle, |vm| mapping(vm, a)),
         Call::SlotDirty => vms.with(handle, |vm| dirty(vm, a, b)),
         _ => vms
@@ -120,7 +140,9 @@ fn in_vm(
     call: Call,
     [a, b, c, d]: [u64; 4],
 ) -> Result<u64, Refusal> {
+    let _building = hold_still(vm, call)?;
     match call {
+        Call::VmSeal => vm.seal(a, b),
         Call::VmReset => vm.reset(hypervisor),
         Call::VmCounter => {
             let counter = VmCounter::from_number(a).ok_or(ErrorCode::Invalid)?;
@@ -182,6 +204,24 @@ fn in_vm(
             Ok(0)
         }
         _ => Err(ErrorCode::Invalid.into()),
+    }
+}
+
+/// Refuses what nobody may do to a protected VM, and keeps it from being sealed during what its
+/// builder may do.
+fn hold_still(vm: &Vm, call: Call) -> Result<Option<MutexGuard<'_, Stage>>, ErrorCode> {
+    let Some(protection) = &vm.protection else {
+        return Ok(None);
+    };
+    match call {
+        Call::VmReset
+        | Call::SlotDelete
+        | Call::SlotMove
+        | Call::SlotFlags
+        | Call::DmaDevice
+        | Call::VcpuStart => Err(ErrorCode::NotPermitted),
+        Call::SlotCreate | Call::SlotLock => protection.building().map(Some),
+        _ => Ok(None),
     }
 }
 

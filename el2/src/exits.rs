@@ -9,6 +9,7 @@ use abi::{ErrorCode, Exit, VmCounter};
 use el2::esr::{self, Abort, Access, Cause, FaultKind};
 use el2::guest::entropy::EntropySource;
 use el2::guest::mmio::{self, Decoded, MmioAccess};
+use el2::guest::protected::Request;
 use el2::guest::psci::Action as PowerAction;
 use el2::guest::smccc::{self, Action, Environment};
 use el2::guest::sysreg::{self, Direction, Outcome, SgiGroup, Trapped, VmRegister};
@@ -23,6 +24,7 @@ use stage2::Ipa;
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::world::{self, GuestRegs, hcr};
 use crate::arch::{cpu, firmware};
+use crate::protect::Moved;
 use crate::vcpu::{Next, Running, VcpuState};
 
 /// Vectors of exceptions from a guest: synchronous, IRQ, FIQ, SError; plus four from AArch32.
@@ -185,6 +187,7 @@ fn call(run: &mut Running<'_>, immediate: u16) -> Next {
         ids: &run.vm.ids,
         mitigations: &run.hypervisor.mitigations,
         entropy: entropy.map(|source| -> &dyn EntropySource { source }),
+        guard: run.vm.protection.as_ref().map(|p| &p.guard),
         is_memory: |ipa: u64| {
             Gfn::try_new(ipa >> 12).is_some_and(|gfn| memory.find_slot(gfn).is_some())
         },
@@ -199,8 +202,35 @@ fn call(run: &mut Running<'_>, immediate: u16) -> Next {
             answered(run, 0)
         }
         Action::Attributes(address) => attributes(run, address),
+        Action::Protected(request) => protected(run, request),
         Action::Power(action) => power(run, action),
     }
+}
+
+/// A protected guest's call about its memory or its devices.
+fn protected(run: &mut Running<'_>, request: Request) -> Next {
+    let answer = match request {
+        Request::Answer(x0, x1) => [x0, x1, 0, 0],
+        Request::Measurement { half } => {
+            let protection = run.vm.protection.as_ref();
+            match protection.map(|p| p.measurement(half)) {
+                Some(Ok([first, second])) => [0, first, second, 0],
+                _ => [smccc::INVALID_PARAMETER, 0, 0, 0],
+            }
+        }
+        Request::Memory { call, ipa, pages } => {
+            match run.vm.memory_call(run.hypervisor, call, ipa, pages) {
+                Moved::Pages(pages) => [0, pages, 0, 0],
+                Moved::Refused => [smccc::INVALID_PARAMETER, 0, 0, 0],
+                Moved::After(exit) => {
+                    run.state.context.regs.repeat();
+                    return Next::Leave(exit);
+                }
+            }
+        }
+    };
+    run.state.context.regs.x[..4].copy_from_slice(&answer);
+    Next::Resume
 }
 
 /// How both stages together access an address of the guest.
@@ -346,6 +376,9 @@ fn fault(run: &mut Running<'_>, abort: &Abort, syndrome: &Syndrome) -> Next {
         Ok(FaultOutcome::Retry) => Next::Resume,
         Ok(FaultOutcome::Mmio) => device(run, ipa, abort, syndrome),
         Ok(FaultOutcome::Abort) => external_abort(run, abort, syndrome.esr),
+        Ok(FaultOutcome::NoFrame(_)) if run.vm.is_poisoned(ipa) => {
+            external_abort(run, abort, syndrome.esr)
+        }
         Ok(FaultOutcome::NoFrame(gfn)) => Next::Leave(Exit::MemoryMissing {
             ipa: gfn.start().get(),
         }),
@@ -362,6 +395,7 @@ fn refused(run: &Running<'_>, error: memslot::error::Error, esr: u64) -> Next {
         ErrorCode::Again | ErrorCode::Busy => Exit::Interrupted,
         _ => {
             log::error!("VM {}: a fault can't be handled: {error}", run.vm.index);
+            let esr = if run.vm.config.protected { 0 } else { esr };
             Exit::Broken { esr }
         }
     })
@@ -388,6 +422,10 @@ fn address(abort: &Abort, syndrome: &Syndrome) -> Option<u64> {
 
 /// An access to a device: EL2 decodes it, the host emulates it.
 fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -> Next {
+    let guard = run.vm.protection.as_ref().map(|p| &p.guard);
+    if guard.is_some_and(|guard| !guard.allows(ipa)) {
+        return external_abort(run, abort, syndrome.esr);
+    }
     let access = match decoded(ipa, abort, syndrome) {
         Decoded::Access(access) => access,
         Decoded::SkipMaintenance => {

@@ -17,6 +17,7 @@ pub mod host_map;
 pub mod hvc;
 pub mod inject;
 pub mod layout;
+pub mod measure;
 pub mod ownership;
 pub mod page_state;
 pub mod psci;

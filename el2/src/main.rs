@@ -33,6 +33,7 @@ mod hypervisor;
 mod panic;
 #[cfg(target_os = "none")]
 mod power;
+mod protect;
 #[cfg(target_os = "none")]
 mod smp;
 #[cfg(target_os = "none")]

@@ -1,8 +1,12 @@
 //! Moving memory between the host, EL2 and guests.
 //!
 //! Invariant: a page that EL2 or a protected guest owns is annotated in the host's stage 2 and
-//! leased to nobody; a page that an unprotected guest may reach is the host's, and leased. So no
-//! guest reaches memory that the host could give away meanwhile.
+//! leased to nobody, unless its guest shares it with the host: then it is not annotated. A page that
+//! an unprotected guest may reach is the host's, and leased. So no guest reaches memory that the
+//! host could give away meanwhile, and the host reaches nothing that is not its or shared with it.
+//!
+//! A page on its way to a guest is EL2's while EL2 wipes or measures it, and on its way back while
+//! EL2 wipes it: neither side ever sees what the other left, and nobody sees it half done.
 //!
 //! Every transition holds one lock, checks everything, and then commits what can't fail. The only
 //! step that can fail behind the checks, the host's stage 2 lacking a table, changes nothing.
@@ -24,6 +28,9 @@ pub enum OwnershipError {
     /// Not RAM in one piece, or not all of it belongs to whom it should.
     #[error("{0:?} is not all RAM of its giver")]
     NotOwned(AddrRange),
+    /// Not shared, or shared already.
+    #[error("{0:?} is not all the guest's, or not shared as it should be")]
+    NotShared(AddrRange),
     /// A guest can reach some of it.
     #[error("{0:?} is in use by a guest")]
     Leased(AddrRange),
@@ -124,6 +131,64 @@ impl<'a> Ownership<'a> {
         host.give_back(range)?;
         let moved = self.pages.transfer(range, owner, Owner::Host);
         debug_assert!(moved, "checked above, and the lock is held");
+        Ok(())
+    }
+
+    /// Passes pages that EL2 has prepared on to a guest.
+    ///
+    /// # Errors
+    ///
+    /// [`OwnershipError::NotOwned`] if they are not all EL2's.
+    pub fn hand_over(&self, range: AddrRange, guest: u8) -> Result<(), OwnershipError> {
+        let _leases = self.leases.lock();
+        let (from, to) = (Owner::Hypervisor, Owner::Guest(guest));
+        if self.pages.transfer(range, from, to) {
+            Ok(())
+        } else {
+            Err(OwnershipError::NotOwned(range))
+        }
+    }
+
+    /// Lets the host reach pages of a guest, which stay the guest's.
+    ///
+    /// # Errors
+    ///
+    /// [`OwnershipError::NotShared`] if they are not all the guest's, or one is shared already;
+    /// [`OwnershipError::NoTables`].
+    pub fn share<P: Platform>(
+        &self,
+        host: &HostMap<P>,
+        range: AddrRange,
+        guest: u8,
+    ) -> Result<(), OwnershipError> {
+        let _leases = self.leases.lock();
+        if !self.pages.all_shared(range, Owner::Guest(guest), false) {
+            return Err(OwnershipError::NotShared(range));
+        }
+        host.give_back(range)?;
+        self.pages.set_shared(range, true);
+        Ok(())
+    }
+
+    /// Ends that: the host can't reach them any more when this returns. What caches hold of them
+    /// may be the host's.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::share`], the other way round.
+    pub fn unshare<P: Platform>(
+        &self,
+        host: &HostMap<P>,
+        range: AddrRange,
+        guest: u8,
+    ) -> Result<(), OwnershipError> {
+        let _leases = self.leases.lock();
+        let owner = Owner::Guest(guest);
+        if !self.pages.all_shared(range, owner, true) {
+            return Err(OwnershipError::NotShared(range));
+        }
+        host.take_away(range, owner)?;
+        self.pages.set_shared(range, false);
         Ok(())
     }
 

@@ -1,10 +1,16 @@
 //! Who owns each page of RAM.
 //!
-//! Invariant: every page of RAM has exactly one owner. Four bytes a page; zero means "the host's,
-//! shared with nobody", so a zeroed array is the state of a machine on which EL2 has taken nothing.
+//! Invariant: every page of RAM has exactly one owner; only a guest's page can be shared, and only
+//! with the host. Four bytes a page; zero means "the host's, shared with nobody", so a zeroed array
+//! is the state of a machine on which EL2 has taken nothing.
 
 use board::{AddrRange, MAX_MEMORY, PAGE_SIZE, RangeList};
 use core::sync::atomic::{AtomicU32, Ordering};
+
+/// Bits of a word that hold the owner.
+const OWNER: u32 = 0x3ff;
+/// The guest that owns the page shares it with the host.
+const SHARED: u32 = 1 << 10;
 
 /// An owner of memory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -31,7 +37,7 @@ impl Owner {
     }
 
     const fn decode(word: u32) -> Self {
-        match word & 0x3ff {
+        match word & OWNER {
             0 => Self::Host,
             1 => Self::Hypervisor,
             0x3ff => Self::Firmware,
@@ -100,9 +106,45 @@ impl<'a> PageStates<'a> {
     /// Whether all of `range` is RAM (in one piece) and belongs to `owner`.
     #[must_use]
     pub fn all_owned_by(&self, range: AddrRange, owner: Owner) -> bool {
-        let owned = |word: &AtomicU32| word.load(Ordering::Acquire) == owner.encode();
+        let owned = |word: &AtomicU32| word.load(Ordering::Acquire) & OWNER == owner.encode();
         self.words_of(range)
             .is_some_and(|words| words.iter().all(owned))
+    }
+
+    /// Whether `range` is RAM in one piece, whoever owns it.
+    #[must_use]
+    pub fn is_memory(&self, range: AddrRange) -> bool {
+        self.words_of(range).is_some()
+    }
+
+    /// Whether all of `range` belongs to `owner` and is shared with the host as `shared` says.
+    #[must_use]
+    pub fn all_shared(&self, range: AddrRange, owner: Owner, shared: bool) -> bool {
+        let word = owner.encode() | if shared { SHARED } else { 0 };
+        let same = |w: &AtomicU32| w.load(Ordering::Acquire) == word;
+        self.words_of(range)
+            .is_some_and(|words| words.iter().all(same))
+    }
+
+    /// Shares all pages of `range` with the host, or ends that; their owner stays. The caller
+    /// excludes other changes of the same pages.
+    pub fn set_shared(&self, range: AddrRange, shared: bool) {
+        for word in self.words_of(range).into_iter().flatten() {
+            let owner = word.load(Ordering::Acquire) & OWNER;
+            let flag = if shared { SHARED } else { 0 };
+            word.store(owner | flag, Ordering::Release);
+        }
+    }
+
+    /// The first pages of `range` that belong to `owner`, up to the first that does not.
+    #[must_use]
+    pub fn first_run(&self, range: AddrRange, owner: Owner) -> Option<AddrRange> {
+        let words = self.words_of(range)?;
+        let is = |word: &AtomicU32| word.load(Ordering::Acquire) & OWNER == owner.encode();
+        let skip = words.iter().position(is)?;
+        let length = words.iter().skip(skip).take_while(|word| is(word)).count();
+        let start = range.start() + skip as u64 * PAGE_SIZE;
+        AddrRange::with_size(start, length as u64 * PAGE_SIZE)
     }
 
     /// Gives all pages of `range` from one owner to another, if all are RAM and the first one's
@@ -176,6 +218,37 @@ mod tests {
         assert!(states.transfer(range, Owner::Host, Owner::Guest(3)));
         assert!(!states.transfer(range, Owner::Host, Owner::Hypervisor));
         assert_eq!(states.owner(0x3000), Some(Owner::Guest(3)));
+    }
+
+    #[test]
+    fn sharing_keeps_the_owner_and_a_transfer_ends_it() {
+        let words = words(6);
+        let states = PageStates::new(memory(), &words).unwrap();
+        let range = AddrRange::new(0x1000, 0x3000).unwrap();
+        let (guest, host) = (Owner::Guest(7), Owner::Host);
+        assert!(states.transfer(range, host, guest));
+        states.set_shared(range, true);
+        assert!(states.all_owned_by(range, guest) && states.all_shared(range, guest, true));
+        assert!(!states.all_shared(range, guest, false) && !states.all_shared(range, host, true));
+        assert_eq!(states.owner(0x2000), Some(guest));
+        assert!(states.transfer(range, guest, host));
+        assert!(states.all_shared(range, host, false));
+    }
+
+    #[test]
+    fn the_first_run_of_an_owner_is_found() {
+        let words = words(6);
+        let states = PageStates::new(memory(), &words).unwrap();
+        let whole = AddrRange::new(0, 0x4000).unwrap();
+        let guest = Owner::Guest(0);
+        assert_eq!(states.first_run(whole, guest), None);
+        let middle = AddrRange::new(0x1000, 0x3000).unwrap();
+        assert!(states.transfer(middle, Owner::Host, guest));
+        assert_eq!(states.first_run(whole, guest), Some(middle));
+        let first = AddrRange::new(0, 0x1000).unwrap();
+        assert_eq!(states.first_run(whole, Owner::Host), Some(first));
+        let beyond = AddrRange::new(0, 0x5000).unwrap();
+        assert_eq!(states.first_run(beyond, guest), None);
     }
 
     #[test]

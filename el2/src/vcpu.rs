@@ -159,6 +159,9 @@ impl Vcpu {
         loaded: u64,
         wait_here: bool,
     ) -> Result<Exit, Refusal> {
+        if vm.protection.as_ref().is_some_and(|p| !p.is_sealed()) {
+            return Err(ErrorCode::NotPermitted.into());
+        }
         let mut state = self.state.try_lock().ok_or(ErrorCode::Busy)?;
         let cpu = cpu::this_cpu().ok_or(ErrorCode::Invalid)?;
         if let Some(order) = vm.power.take_order(self.index) {

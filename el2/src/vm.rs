@@ -7,15 +7,16 @@
 //! stage 2. The entry's lock is held for reading as long as anyone uses the VM, a running vCPU
 //! included, and is only ever tried for writing: who would end a VM in use gets BUSY.
 
-use abi::{ErrorCode, MAX_VCPUS, SlotState, SlotWord, VmConfig, VmCounter};
+use abi::{DonationKind, ErrorCode, MAX_VCPUS, SlotState, SlotWord, VmConfig, VmCounter};
 use alloc::vec::Vec;
 use board::{AddrRange, MAX_CPUS, PAGE_SIZE};
 use core::sync::atomic::{AtomicU8, Ordering};
 use el2::guest::idregs::{GuestIds, Model};
 use el2::guest::psci::Power;
 use el2::host_map;
+use el2::measure::Measurer;
 use el2::ownership::OwnershipError;
-use el2::page_state::Owner;
+use el2::page_state::{Owner, PageStates};
 use el2::vgic::{GicVersion, Vgic};
 use el2::vm_counters::VmCounters;
 use el2::vm_error::Refusal;
@@ -40,6 +41,7 @@ use crate::arch::tlb::Tagged;
 use crate::arch::world::VmWorld;
 use crate::arch::{mem, regs};
 use crate::hypervisor::Hypervisor;
+use crate::protect::Protection;
 use crate::vcpu::Vcpu;
 
 /// Most VMs: VMIDs have 8 bits on some cores, and 0 is the host's.
@@ -76,6 +78,8 @@ pub(crate) struct Vm {
     /// What the guest's identification registers read as.
     pub(crate) ids: GuestIds,
     pub(crate) power: Power,
+    /// Of a protected VM.
+    pub(crate) protection: Option<Protection>,
     pub(crate) vgic: Owned<Vgic>,
     /// The vCPU that each core ran last, plus one.
     last_vcpu: [AtomicU8; MAX_CPUS],
@@ -84,13 +88,51 @@ pub(crate) struct Vm {
 }
 
 /// The frames behind slots: `backing` of a slot is the first frame's number, the rest follow it.
-/// They are leased as long as the slot exists, so pinning has nothing to add.
+/// They are leased as long as the slot exists, or the guest's own, so pinning has nothing to add.
 #[derive(Debug)]
 pub(crate) struct HostFrames {
     account: LockedMemory,
+    /// A protected VM reaches only what belongs to it.
+    owner: Option<(&'static PageStates<'static>, Owner)>,
 }
 
+/// Pages of the largest block that a fault maps.
+const BLOCK_PAGES: u64 = 512;
+
 impl HostFrames {
+    /// The run around `gfn` that the guest may reach: its block, or the page alone.
+    fn owned_run(&self, slot: &Memslot, gfn: Gfn) -> Result<FrameRun, FrameMissing> {
+        if self.owner.is_none() {
+            return Self::run(slot, slot.range);
+        }
+        let start = gfn.get() - gfn.get() % BLOCK_PAGES;
+        let block = Gfn::try_new(start).and_then(|start| GfnRange::from_base(start, BLOCK_PAGES));
+        let block = block.and_then(|block| block.intersection(slot.range));
+        if let Some(run) = block.and_then(|block| self.checked_run(slot, block).ok()) {
+            return Ok(run);
+        }
+        let page = GfnRange::from_base(gfn, 1).ok_or(FrameMissing(gfn))?;
+        self.checked_run(slot, page)
+    }
+
+    /// The run of all of `range`, if the guest may reach it.
+    fn checked_run(&self, slot: &Memslot, range: GfnRange) -> Result<FrameRun, FrameMissing> {
+        let run = Self::run(slot, range)?;
+        let Some((states, owner)) = self.owner else {
+            return Ok(run);
+        };
+        if slot.kind == SlotKind::Mmio {
+            return Ok(run);
+        }
+        let size = range.npages() * PAGE_SIZE;
+        let memory = AddrRange::with_size(run.pfn.get() * PAGE_SIZE, size);
+        if memory.is_some_and(|memory| states.all_owned_by(memory, owner)) {
+            Ok(run)
+        } else {
+            Err(FrameMissing(range.start()))
+        }
+    }
+
     fn run(slot: &Memslot, range: GfnRange) -> Result<FrameRun, FrameMissing> {
         let first = range.start();
         let skip = first.get() - slot.range.start().get();
@@ -101,12 +143,12 @@ impl HostFrames {
 }
 
 impl FrameSource for HostFrames {
-    fn resolve(&self, slot: &Memslot, _: Gfn, _: Access) -> Result<FrameRun, FrameMissing> {
-        Self::run(slot, slot.range)
+    fn resolve(&self, slot: &Memslot, gfn: Gfn, _: Access) -> Result<FrameRun, FrameMissing> {
+        self.owned_run(slot, gfn)
     }
 
     fn pin(&self, slot: &Memslot, want: GfnRange, _: PinIntent) -> Result<FrameRun, FrameMissing> {
-        Self::run(slot, want)
+        self.checked_run(slot, want)
     }
 
     fn unpin(&self, _: &Memslot, _: FrameRun, _: PinIntent) {}
@@ -133,13 +175,28 @@ pub(crate) enum Entry {
         /// The VM; dropped before its memory goes.
         vm: Owned<Vm>,
         /// What the host has donated to it. Its own lock, so that a VM whose vCPUs run can get more.
-        donated: Mutex<Vec<AddrRange>>,
+        donated: Mutex<Vec<Donation>>,
     },
     /// A VM that was: its memory waits to be reclaimed.
     Dead {
         /// As above.
-        donated: Vec<AddrRange>,
+        donated: Vec<Donation>,
     },
+}
+
+/// Pages that the host has donated to a VM.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Donation {
+    range: AddrRange,
+    /// EL2's, for the VM's state and tables; or the guest's, as far as it has not lost them.
+    owner: Owner,
+}
+
+impl Donation {
+    const fn of_state(range: AddrRange) -> Self {
+        let owner = Owner::Hypervisor;
+        Self { range, owner }
+    }
 }
 
 /// All VMs.
@@ -214,10 +271,10 @@ impl VmTable {
         donate(hypervisor, memory)?;
         let pool = FramePool::over_donated(memory);
         let Some(vm) = Vm::build(hypervisor, index, config, pool) else {
-            take_back(hypervisor, memory)?;
+            take_back(hypervisor, Donation::of_state(memory))?;
             return Err(ErrorCode::Invalid.into());
         };
-        donated.push(memory);
+        donated.push(Donation::of_state(memory));
         let used = memory.size() - vm.shared.pool.free_bytes();
         let donated = Mutex::new(donated);
         *entry = Entry::Live { vm, donated };
@@ -239,9 +296,44 @@ impl VmTable {
         let mut donated = donated.lock();
         donated.try_reserve(1).map_err(|_| ErrorCode::NoHeap)?;
         donate(hypervisor, memory)?;
-        donated.push(memory);
+        donated.push(Donation::of_state(memory));
         vm.shared.pool.add_donated(memory);
         Ok(0)
+    }
+
+    /// Donates memory to the guest of a protected VM.
+    pub(crate) fn donate_memory(
+        &self,
+        hypervisor: &Hypervisor,
+        handle: u64,
+        ipa: u64,
+        pages: u64,
+        kind: DonationKind,
+    ) -> Result<u64, Refusal> {
+        let (index, entry) = self.entry(handle)?;
+        let entry = entry.try_read().ok_or(ErrorCode::Busy)?;
+        let Entry::Live { vm, donated } = &*entry else {
+            return Err(ErrorCode::NotFound.into());
+        };
+        let mut donated = donated.lock();
+        donated.try_reserve(1).map_err(|_| ErrorCode::NoHeap)?;
+        let range = vm.donate_memory(hypervisor, ipa, pages, kind)?;
+        let owner = Owner::Guest(index);
+        donated.push(Donation { range, owner });
+        Ok(0)
+    }
+
+    /// Takes a page from the protected guest that owns it.
+    pub(crate) fn reclaim_page(
+        &self,
+        hypervisor: &Hypervisor,
+        page: AddrRange,
+    ) -> Result<u64, Refusal> {
+        let Some(Owner::Guest(index)) = hypervisor.ownership.pages().owner(page.start()) else {
+            return Err(ErrorCode::NotFound.into());
+        };
+        let handle = FIRST_HANDLE + u64::from(index);
+        self.with(handle, |vm| vm.reclaim_page(hypervisor, page))
     }
 
     /// Ends a VM: its mappings are gone and its memory is nobody's when this returns.
@@ -282,10 +374,11 @@ impl VmTable {
             Entry::Free | Entry::Live { .. } => return Err(ErrorCode::Invalid.into()),
             Entry::Reserved => {}
             Entry::Dead { donated } => {
-                if let Some(range) = donated.last().copied() {
-                    take_back(hypervisor, range)?;
+                while let Some(donation) = donated.last().copied() {
+                    if let Some(range) = take_back(hypervisor, donation)? {
+                        return Ok((range.start(), range.size() / PAGE_SIZE));
+                    }
                     donated.pop();
-                    return Ok((range.start(), range.size() / PAGE_SIZE));
                 }
             }
         }
@@ -307,12 +400,19 @@ pub(crate) fn donate(hypervisor: &Hypervisor, range: AddrRange) -> Result<(), Ow
     Ok(())
 }
 
-/// Wipes donated memory that nothing refers to any more and gives it back.
-fn take_back(hypervisor: &Hypervisor, range: AddrRange) -> Result<(), OwnershipError> {
-    mem::wipe_donated(range);
-    hypervisor
-        .ownership
-        .give_back(hypervisor.host.map(), range, Owner::Hypervisor)
+/// Wipes the first pages of a donation to a VM that is gone, as far as they are still its, and gives
+/// them back; `None` if none are.
+fn take_back(
+    hypervisor: &Hypervisor,
+    donation: Donation,
+) -> Result<Option<AddrRange>, OwnershipError> {
+    let ownership = &hypervisor.ownership;
+    let Some(run) = ownership.pages().first_run(donation.range, donation.owner) else {
+        return Ok(None);
+    };
+    mem::wipe_donated(run);
+    ownership.give_back(hypervisor.host.map(), run, donation.owner)?;
+    Ok(Some(run))
 }
 
 fn format(hypervisor: &Hypervisor) -> Option<ArmStage2> {
@@ -383,10 +483,16 @@ impl Vm {
         let memory_config = MemoryConfig {
             max_slots: MAX_SLOTS,
             gfn_limit: table.geometry().input_end() >> 12,
-            kind: VmKind::Unprotected,
+            kind: if config.protected {
+                VmKind::Protected
+            } else {
+                VmKind::Unprotected
+            },
         };
+        let states = hypervisor.ownership.pages();
         let frames = HostFrames {
-            account: LockedMemory::new(hypervisor.ownership.pages().memory().total() >> 12),
+            account: LockedMemory::new(states.memory().total() >> 12),
+            owner: config.protected.then_some((states, Owner::Guest(index))),
         };
         let version = match hypervisor.gic.version() {
             2 => GicVersion::V2,
@@ -401,6 +507,7 @@ impl Vm {
             config,
             ids: GuestIds::new(&hypervisor.ids, &model),
             power: Power::new(config.vcpus),
+            protection: config.protected.then(|| Protection::new(Measurer::new())),
             world: VmWorld {
                 stage2: Stage2Regs { vtcr, vttbr },
                 time_offset: regs::ticks(),
@@ -500,13 +607,21 @@ impl Vm {
             flags,
             kind,
         )?;
+        let lease = kind == SlotKind::Ram && !self.config.protected;
+        if self.config.protected {
+            let is_memory = hypervisor.ownership.pages().is_memory(memory);
+            if kind != SlotKind::Ram || !is_memory || !self.is_new_backing(memory) {
+                return Err(ErrorCode::NotPermitted.into());
+            }
+        }
         match kind {
-            SlotKind::Ram => hypervisor.ownership.lease(memory, self.index)?,
+            SlotKind::Ram if lease => hypervisor.ownership.lease(memory, self.index)?,
+            SlotKind::Ram => {}
             SlotKind::Mmio if hypervisor.is_free_device(memory) => {}
             SlotKind::Mmio => return Err(ErrorCode::NotPermitted.into()),
         }
         let created = self.memory.create_slot(slot);
-        if created.is_err() && kind == SlotKind::Ram {
+        if created.is_err() && lease {
             hypervisor.ownership.end_lease(memory, self.index)?;
         }
         created?;

@@ -1,7 +1,8 @@
 //! Calls about VMs, typed.
 
 use abi::{
-    Call, ErrorCode, Exit, LeafInfo, SMCCC_SUCCESS, SlotState, SlotWord, VmConfig, VmCounter,
+    Call, DonationKind, ErrorCode, Exit, LeafInfo, SMCCC_SUCCESS, SlotState, SlotWord, VmConfig,
+    VmCounter,
 };
 use board::{AddrRange, PAGE_SIZE};
 use smccc::Hvc;
@@ -47,6 +48,11 @@ macro_rules! vm_call {
 pub(crate) fn donate_heap(donated: AddrRange) -> Result<(), Refused> {
     let pages = donated.size() / PAGE_SIZE;
     vm_call!(Call::DonateHeap, donated.start(), pages).map(drop)
+}
+
+/// Takes a page from the living protected guest that owns it.
+pub(crate) fn reclaim_page(address: u64) -> Result<(), Refused> {
+    vm_call!(Call::MemoryReclaim, address).map(drop)
 }
 
 /// A VM, by its handle.
@@ -167,6 +173,33 @@ impl Vm {
     /// Registers a device whose DMA is not snooped, or takes it back.
     pub(crate) fn noncoherent_device(self, register: bool) -> Result<(), Refused> {
         vm_call!(Call::DmaDevice, self.handle, 1, u64::from(register)).map(drop)
+    }
+
+    /// Takes memory behind a slot of a protected VM from ourselves and gives it to the guest.
+    pub(crate) fn donate_memory(
+        self,
+        ipa: u64,
+        pages: u64,
+        kind: DonationKind,
+    ) -> Result<(), Refused> {
+        vm_call!(Call::MemoryDonate, self.handle, ipa, pages, kind as u64).map(drop)
+    }
+
+    /// Says what a protected VM must measure.
+    pub(crate) fn expect(self, [a, b, c, d]: [u64; 4]) -> Result<(), Refused> {
+        vm_call!(Call::VmExpect, self.handle, a, b, c, d).map(drop)
+    }
+
+    /// Completes a protected VM and turns its first vCPU on.
+    pub(crate) fn seal(self, pc: u64, x0: u64) -> Result<(), Refused> {
+        vm_call!(Call::VmSeal, self.handle, pc, x0).map(drop)
+    }
+
+    /// What it measured when it was sealed.
+    pub(crate) fn measurement(self) -> Result<[u64; 4], Refused> {
+        let [_, a, b, _] = vm_call!(Call::VmMeasurement, self.handle, 0)?;
+        let [_, c, d, _] = vm_call!(Call::VmMeasurement, self.handle, 1)?;
+        Ok([a, b, c, d])
     }
 
     /// Creates a vCPU.

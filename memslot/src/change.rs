@@ -195,7 +195,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         self.mmu.write().unmap(range)
     }
 
-    fn check_range(&self, range: GfnRange) -> Result<(), Error> {
+    pub(crate) fn check_range(&self, range: GfnRange) -> Result<(), Error> {
         let refused = Error::BadRange {
             base: range.start().get(),
             npages: range.npages(),

@@ -43,5 +43,6 @@ pub mod table;
 pub mod testing;
 pub mod toggle;
 pub mod vm;
+pub mod withhold;
 pub mod x86;
 pub mod zap;

@@ -5,8 +5,8 @@
 //! fail at a chosen step and to look inside.
 
 use stage2::{
-    Blocks, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level, MapError, MapRequest, Pa,
-    PaRange, Platform, RunKind, Stage2, TableFormat,
+    Annotation, Blocks, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level, MapError,
+    MapRequest, Pa, PaRange, Platform, RunKind, Stage2, TableFormat,
 };
 
 use crate::addr::GfnRange;
@@ -64,6 +64,12 @@ pub trait GuestTable {
     /// The table's; nothing has changed then.
     fn unmap(&mut self, range: IpaRange) -> Result<(), MapError>;
 
+    /// Puts a note in the place of a range's leaves, which no fault replaces.
+    ///
+    /// # Errors
+    /// The table's; nothing has changed then.
+    fn annotate(&mut self, range: IpaRange, note: Annotation) -> Result<(), MapError>;
+
     /// Removes leaves of a range, completely before it returns; tables stay.
     ///
     /// # Errors
@@ -91,6 +97,10 @@ impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
 
     fn unmap(&mut self, range: IpaRange) -> Result<(), MapError> {
         Self::unmap(self, range)
+    }
+
+    fn annotate(&mut self, range: IpaRange, note: Annotation) -> Result<(), MapError> {
+        Self::annotate(self, range, note)
     }
 
     fn zap(&self, range: IpaRange) -> Result<(), MapError> {

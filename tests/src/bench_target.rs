@@ -238,6 +238,7 @@ fn microbench(cpu: &str, context: &Context, lock: bool) -> Result<BTreeMap<Strin
         vcpus: 2,
         lock,
         noncoherent: false,
+        protected: false,
         disk: fit::Disk::None,
     };
     let name = if lock { "locked" } else { "on-demand" };
@@ -278,6 +279,7 @@ fn boots(cpu: &str, payloads: &Payloads, context: &Context) -> Result<(u64, u64)
             vcpus: 1,
             lock: true,
             noncoherent: false,
+            protected: false,
             disk: fit::Disk::None,
         };
         let name = format!("guest-{size}");

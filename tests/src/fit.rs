@@ -45,6 +45,8 @@ pub struct Guest<'a> {
     pub lock: bool,
     /// There is a device that does not snoop.
     pub noncoherent: bool,
+    /// The host can't see its memory.
+    pub protected: bool,
     /// Its virtio disk.
     pub disk: Disk<'a>,
 }
@@ -167,6 +169,9 @@ fn guest_configuration(
     }
     if guest.noncoherent {
         flag(&mut configuration, "ravelin,non-coherent");
+    }
+    if guest.protected {
+        flag(&mut configuration, "ravelin,protected");
     }
     Ok(configuration)
 }
@@ -333,12 +338,14 @@ mod tests {
             vcpus: 2,
             lock: true,
             noncoherent: false,
+            protected: false,
             disk: Disk::Image(b"sectors"),
         };
         let two = Guest {
             kernel: b"other",
             lock: false,
             noncoherent: true,
+            protected: true,
             disk: Disk::Machine,
             ..one
         };
@@ -359,6 +366,8 @@ mod tests {
         assert!(property("vm1", "ravelin,no-lock").is_none());
         assert!(property("vm2", "ravelin,no-lock").is_some());
         assert!(property("vm2", "ravelin,non-coherent").is_some());
+        assert!(property("vm2", "ravelin,protected").is_some());
+        assert!(property("vm1", "ravelin,protected").is_none());
         assert_eq!(value(&fit, "/images/disk", "data").unwrap(), b"sectors");
         assert_eq!(property("vm3", "ravelin,disk").unwrap(), b"disk\0");
         assert!(property("vm2", "ravelin,disk").is_none());

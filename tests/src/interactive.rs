@@ -82,6 +82,9 @@ pub struct GuestSettings {
     /// 1: each VM has a device whose DMA does not snoop
     #[arg(long, default_value_t = 0)]
     noncoherent: u8,
+    /// 1: the host can't see the VMs' memory
+    #[arg(long, default_value_t = 0)]
+    protected: u8,
 }
 
 /// Boots it and waits for its end.
@@ -281,8 +284,8 @@ fn guests_fit(settings: &GuestSettings) -> Result<Vec<u8>> {
         settings.vms
     );
     ensure!(
-        settings.lock < 2 && settings.noncoherent < 2,
-        "LOCK and NONCOHERENT are 0 or 1"
+        settings.lock < 2 && settings.noncoherent < 2 && settings.protected < 2,
+        "LOCK, NONCOHERENT and PROTECTED are 0 or 1"
     );
     let is_linux = settings.guest == "linux";
     let (kernel, own_ramdisk) = if is_linux {
@@ -311,6 +314,7 @@ fn guests_fit(settings: &GuestSettings) -> Result<Vec<u8>> {
         vcpus: settings.vcpus,
         lock: settings.lock == 1,
         noncoherent: settings.noncoherent == 1,
+        protected: settings.protected == 1,
         disk: fit::Disk::None,
     };
     let mut guests = vec![guest; settings.vms];

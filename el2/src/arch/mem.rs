@@ -203,11 +203,22 @@ pub(crate) fn data_barrier() {
     unsafe { asm!("dsb sy", options(nostack, preserves_flags)) };
 }
 
+/// What the host left in memory that it has donated, and that is nobody else's yet. What its caches
+/// hold of it is at the point of coherency, where a guest with its caches off will read.
+pub(crate) fn donated_bytes(range: AddrRange) -> &'static [u8] {
+    clean_invalidate_to_poc(range);
+    let pointer = core::ptr::with_exposed_provenance(range.start() as usize);
+    // SAFETY: page-aligned RAM that is EL2's since its donation: out of the host's reach, in no
+    // guest's tables. The caller drops the reference before it hands the pages over.
+    unsafe { slice::from_raw_parts(pointer, range.size() as usize) }
+}
+
 /// Fills memory that was donated, and that nothing refers to any more, with zeros, to the point of
 /// coherency: whoever gets it may map it non-cacheable.
 pub(crate) fn wipe_donated(range: AddrRange) {
     let pointer = core::ptr::with_exposed_provenance_mut::<u64>(range.start() as usize);
-    // SAFETY: page-aligned RAM of EL2 since its donation; the VM that used it is dropped.
+    // SAFETY: page-aligned RAM that was donated; no reference of EL2 goes there, and the VM that had
+    // it can't reach it (any more).
     unsafe { pointer.write_bytes(0, range.size() as usize / 8) };
     clean_invalidate_to_poc(range);
 }

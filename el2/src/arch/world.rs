@@ -42,6 +42,11 @@ impl GuestRegs {
     pub(crate) fn skip(&mut self) {
         self.pc = self.pc.wrapping_add(4);
     }
+
+    /// Makes the guest repeat its HVC, behind which the PC stands.
+    pub(crate) fn repeat(&mut self) {
+        self.pc = self.pc.wrapping_sub(4);
+    }
 }
 
 unsafe extern "C" {

@@ -16,6 +16,7 @@
 pub mod entropy;
 pub mod idregs;
 pub mod mmio;
+pub mod protected;
 pub mod psci;
 pub mod smccc;
 pub mod sysreg;

@@ -8,6 +8,7 @@
 
 use super::entropy::{self, EntropySource};
 use super::idregs::GuestIds;
+use super::protected::{self, MmioGuard, Request};
 use super::psci::{self, Power};
 use crate::smc::{SMCCC_ARCH_FEATURES_ID, SMCCC_VERSION, SMCCC_VERSION_ID};
 
@@ -25,7 +26,7 @@ const VENDOR_FEATURES: u32 = 0x8600_0000;
 const MEMORY_ATTRIBUTES: u32 = abi::GUEST_MEMORY_ATTRIBUTES;
 /// 28b46fb6-2ec5-11e9-a9ca-4b564d003a74, little-endian words.
 const KVM_UID: [u64; 4] = [0xb66f_b428, 0xe911_c52e, 0x564b_caa9, 0x743a_004d];
-/// Bitmap of the vendor calls by function number: only the bitmap itself.
+/// Bitmap of an unprotected guest's vendor calls by function number: only the bitmap itself.
 const KVM_FEATURES: u64 = 1;
 
 /// How a core stands to a Spectre-class attack, as SMCCC_ARCH_FEATURES tells it.
@@ -81,6 +82,8 @@ pub struct Environment<'a, M: Fn(u64) -> bool> {
     pub mitigations: &'a Mitigations,
     /// Where random numbers come from, if anywhere.
     pub entropy: Option<&'a dyn EntropySource>,
+    /// The guarded pages of a protected VM.
+    pub guard: Option<&'a MmioGuard>,
     /// Whether an IPA is RAM of the guest.
     pub is_memory: M,
 }
@@ -105,6 +108,8 @@ pub enum Action {
     /// Translate this virtual address of the guest by AT S12E1R: `x0` 0, `x1` the attribute
     /// (PAR_EL1 63:56), `x2` the shareability (8:7), or `x0` [`INVALID_PARAMETER`] if it has none.
     Attributes(u64),
+    /// A protected guest's call, see [`protected::Request`].
+    Protected(Request),
     /// Make this call of firmware, which takes no argument, and put 0 into `x0`.
     Firmware(u32),
 }
@@ -127,6 +132,9 @@ pub fn call<M: Fn(u64) -> bool>(
         WORKAROUND_1 | WORKAROUND_2 | WORKAROUND_3 => workaround(id, environment),
         VENDOR_UID => Action::Return(KVM_UID),
         MEMORY_ATTRIBUTES => Action::Attributes(first),
+        VENDOR_FEATURES if environment.guard.is_some() => {
+            Action::Return([protected::FEATURES, 0, 0, 0])
+        }
         VENDOR_FEATURES => Action::Return([KVM_FEATURES, 0, 0, 0]),
         _ if id & !0x4000_001f == 0x8400_0000 => {
             let args = [first, second, third];
@@ -134,6 +142,12 @@ pub fn call<M: Fn(u64) -> bool>(
             Action::Power(action)
         }
         _ => {
+            let request = environment
+                .guard
+                .and_then(|guard| protected::call(id, [first, second, third], guard));
+            if let Some(request) = request {
+                return Action::Protected(request);
+            }
             entropy::call(id, first, environment.entropy).map_or(one(NOT_SUPPORTED), Action::Return)
         }
     }

@@ -25,9 +25,45 @@ fn with(csv2: u64, mitigations: Mitigations, entropy: bool, x: [u64; 4]) -> Acti
         ids: &GuestIds::new(&hardware, &model),
         mitigations: &mitigations,
         entropy: entropy.then_some(&Never),
+        guard: None,
         is_memory: |ipa| ipa < 0x1000,
     };
     call(0, x, &environment)
+}
+
+fn protected(x: [u64; 4]) -> Action {
+    let environment = Environment {
+        power: &Power::new(1),
+        ids: &GuestIds::new(
+            &HardwareIds::default(),
+            &Model {
+                ipa_bits: 40,
+                gic_v3: true,
+            },
+        ),
+        mitigations: &Mitigations::default(),
+        entropy: None,
+        guard: Some(&MmioGuard::new()),
+        is_memory: |_| true,
+    };
+    call(0, x, &environment)
+}
+
+#[test]
+fn only_a_protected_guest_has_calls_about_protection() {
+    for id in (0xc600_0002..=0xc600_000b).chain([0xc600_0181]) {
+        assert_eq!(ask(id, 0), one(u64::MAX), "{id:#x}");
+        assert!(
+            matches!(protected([id, 0, 0, 0]), Action::Protected(_)),
+            "{id:#x}"
+        );
+    }
+    assert_eq!(ask(0x8600_0000, 0), Action::Return([1, 0, 0, 0]));
+    assert_eq!(
+        protected([0x8600_0000, 0, 0, 0]),
+        Action::Return([0xffd, 0, 0, 0])
+    );
+    assert_eq!(protected([0xc600_000c, 0, 0, 0]), one(u64::MAX));
 }
 
 fn ask(id: u64, argument: u64) -> Action {
@@ -130,6 +166,7 @@ fn immediates_are_not_supported() {
         ),
         mitigations: &Mitigations::default(),
         entropy: None,
+        guard: None,
         is_memory: |_| true,
     };
     assert_eq!(call(1, [0x8400_0000, 0, 0, 0], &environment), one(u64::MAX));

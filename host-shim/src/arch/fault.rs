@@ -3,7 +3,7 @@
 //! Only one core tries at a time. The handler notes the exception and steps over the load, store
 //! or maintenance instruction; after a fetch it returns to the caller (x30).
 
-use core::arch::asm;
+use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::mrs;
@@ -13,6 +13,98 @@ static EXPECTING: AtomicBool = AtomicBool::new(false);
 static COUNT: AtomicU64 = AtomicU64::new(0);
 static ESR: AtomicU64 = AtomicU64::new(0);
 static FAR: AtomicU64 = AtomicU64::new(0);
+
+// Accesses to memory that may stop being ours at any time: a protected guest's. `x0`: address, `x1`:
+// what is stored. Give in `x0` what was loaded, in `x1` 0, or not 0 if the access was refused.
+global_asm!(
+    ".pushsection .text.attempts, \"ax\"",
+    ".macro attempt name, instruction:vararg",
+    ".global \\name",
+    "\\name:",
+    "mov x2, xzr",
+    ".global \\name\\()_access",
+    "\\name\\()_access:",
+    "\\instruction",
+    "mov x1, x2",
+    "ret",
+    ".endm",
+    "attempt load_word, ldr x0, [x0]",
+    "attempt load_byte, ldrb w0, [x0]",
+    "attempt store_word, str x1, [x0]",
+    "attempt store_byte, strb w1, [x0]",
+    ".purgem attempt",
+    ".popsection",
+);
+
+/// What an attempt gives: a value, and whether it was refused.
+#[repr(C)]
+struct Attempt {
+    value: u64,
+    refused: u64,
+}
+
+unsafe extern "C" {
+    fn load_word(address: u64) -> Attempt;
+    fn load_byte(address: u64) -> Attempt;
+    fn store_word(address: u64, value: u64) -> Attempt;
+    fn store_byte(address: u64, value: u64) -> Attempt;
+    static load_word_access: u8;
+    static load_byte_access: u8;
+    static store_word_access: u8;
+    static store_byte_access: u8;
+}
+
+/// The memory is not ours (any more).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NotOurs;
+
+impl Attempt {
+    const fn result(self) -> Result<u64, NotOurs> {
+        match self.refused {
+            0 => Ok(self.value),
+            _ => Err(NotOurs),
+        }
+    }
+}
+
+macro_rules! attempt {
+    ($(#[$doc:meta])* $name:ident, $routine:ident $(, $value:ident)?) => {
+        $(#[$doc])*
+        pub(crate) fn $name(address: u64 $(, $value: u64)?) -> Result<u64, NotOurs> {
+            // SAFETY: RAM outside the shim that only volatile accesses touch; if EL2 refuses it, the
+            // handler steps over the access and says so.
+            unsafe { $routine(address $(, $value)?) }.result()
+        }
+    };
+}
+
+attempt!(
+    /// Loads an aligned doubleword of a guest.
+    try_load, load_word
+);
+attempt!(
+    /// Loads a byte of a guest.
+    try_load_byte, load_byte
+);
+attempt!(
+    /// Stores an aligned doubleword.
+    try_store, store_word, value
+);
+attempt!(
+    /// Stores the lowest byte of `value`.
+    try_store_byte, store_byte, value
+);
+
+/// Whether an exception is an attempt's access that was refused.
+fn is_attempt(elr: u64, esr: u64) -> bool {
+    let accesses = [
+        &raw const load_word_access,
+        &raw const load_byte_access,
+        &raw const store_word_access,
+        &raw const store_byte_access,
+    ];
+    esr >> 26 & 0x3f == 0x25 && accesses.iter().any(|at| at.addr() as u64 == elr)
+}
 
 /// General registers as entry.S saves them.
 #[repr(C)]
@@ -46,9 +138,15 @@ pub(crate) fn expect(access: impl FnOnce()) -> Option<Fault> {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn shim_exception(regs: &Regs, vector: u64) {
+extern "C" fn shim_exception(regs: &mut Regs, vector: u64) {
     let esr = mrs!("esr_el1");
     let elr = mrs!("elr_el1");
+    if vector == 4 && is_attempt(elr, esr) {
+        regs.x[2] = 1;
+        // SAFETY: continues behind the access, which tells its caller.
+        unsafe { asm!("msr elr_el1, {}", in(reg) elr + 4, options(nostack, preserves_flags)) };
+        return;
+    }
     if !EXPECTING.load(Ordering::SeqCst) || vector != 4 {
         line(format_args!(
             "host: unexpected exception {vector}: ESR {esr:#x} FAR {:#x} ELR {elr:#x}",

@@ -5,6 +5,8 @@ use core::slice;
 
 use board::AddrRange;
 
+use super::fault::{self, NotOurs};
+
 unsafe extern "C" {
     static __image_start: u8;
     static __image_end: u8;
@@ -73,49 +75,44 @@ pub(crate) fn copy(from: &[u8], to: &mut [u8]) {
     }
 }
 
-/// Copies from memory that a guest may write meanwhile. The caller has checked that it is the
-/// guest's.
-pub(crate) fn read_shared(address: u64, to: &mut [u8]) {
-    let mut address = address as usize;
+/// Copies from memory that a guest may write, or take back, meanwhile. The caller has checked that it
+/// is the guest's.
+pub(crate) fn read_shared(address: u64, to: &mut [u8]) -> Result<(), NotOurs> {
+    let mut address = address;
     let mut left = to;
     while !left.is_empty() {
-        let step = if address.is_multiple_of(8) && left.len() >= 8 {
-            let pointer = core::ptr::with_exposed_provenance::<u64>(address);
-            // SAFETY: mapped RAM, aligned; volatile, since it may change under our hands.
-            let word = unsafe { pointer.read_volatile() };
-            left[..8].copy_from_slice(&word.to_ne_bytes());
+        let word = left.first_chunk_mut().filter(|_| address.is_multiple_of(8));
+        let step = if let Some(word) = word {
+            *word = fault::try_load(address)?.to_ne_bytes();
             8
         } else {
-            let pointer = core::ptr::with_exposed_provenance::<u8>(address);
-            // SAFETY: as above.
-            left[0] = unsafe { pointer.read_volatile() };
+            let byte = fault::try_load_byte(address)?.to_le_bytes()[0];
+            left.iter_mut().take(1).for_each(|first| *first = byte);
             1
         };
-        left = &mut left[step..];
-        address += step;
+        left = left.get_mut(step..).unwrap_or_default();
+        address += step as u64;
     }
+    Ok(())
 }
 
-/// Copies to memory that a guest may read and write meanwhile; as above.
-pub(crate) fn write_shared(address: u64, from: &[u8]) {
-    let mut address = address as usize;
+/// Copies to memory that a guest may read, write or take back meanwhile; as above.
+pub(crate) fn write_shared(address: u64, from: &[u8]) -> Result<(), NotOurs> {
+    let mut address = address;
     let mut left = from;
     while let Some(first) = left.first() {
         let word = left.first_chunk().filter(|_| address.is_multiple_of(8));
         let step = if let Some(word) = word {
-            let pointer = core::ptr::with_exposed_provenance_mut::<u64>(address);
-            // SAFETY: mapped RAM of a guest, aligned; nothing of ours is there.
-            unsafe { pointer.write_volatile(u64::from_ne_bytes(*word)) };
+            fault::try_store(address, u64::from_ne_bytes(*word))?;
             8
         } else {
-            let pointer = core::ptr::with_exposed_provenance_mut::<u8>(address);
-            // SAFETY: as above.
-            unsafe { pointer.write_volatile(*first) };
+            fault::try_store_byte(address, u64::from(*first))?;
             1
         };
-        left = &left[step..];
-        address += step;
+        left = left.get(step..).unwrap_or_default();
+        address += step as u64;
     }
+    Ok(())
 }
 
 /// Cleans and invalidates the data cache to the point of coherency.

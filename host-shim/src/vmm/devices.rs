@@ -62,13 +62,11 @@ impl Machine {
 
 impl GuestMemory for Machine {
     fn read(&self, ipa: u64, to: &mut [u8]) -> Result<(), BadAddress> {
-        mem::read_shared(self.place(ipa, to.len())?, to);
-        Ok(())
+        mem::read_shared(self.place(ipa, to.len())?, to).map_err(|_| BadAddress(ipa))
     }
 
     fn write(&self, ipa: u64, from: &[u8]) -> Result<(), BadAddress> {
-        mem::write_shared(self.place(ipa, from.len())?, from);
-        Ok(())
+        mem::write_shared(self.place(ipa, from.len())?, from).map_err(|_| BadAddress(ipa))
     }
 }
 

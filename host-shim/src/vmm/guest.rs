@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use abi::{ErrorCode, SlotWord, VmConfig};
+use abi::{DonationKind, ErrorCode, SlotWord, VmConfig};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use board::{AddrRange, Gic, PAGE_SIZE};
@@ -156,8 +156,13 @@ impl Guest {
             state: AtomicU8::new(State::Running as u8),
             inside: AtomicU32::new(0),
         };
-        let ready = guest.populate(memory).map_err(reason);
-        if let Err(why) = ready.and_then(|()| guest.load()) {
+        let ready = if guest.config.protected {
+            guest.protect(memory)
+        } else {
+            let populated = guest.populate(memory).map_err(reason);
+            populated.and_then(|()| guest.load())
+        };
+        if let Err(why) = ready {
             guest.stop();
             guest.bury(State::Stopped, State::Killed);
             return Err(why);
@@ -167,15 +172,23 @@ impl Guest {
 
     /// Gives the VM its slot and vCPUs; locked memory is mapped now.
     fn populate(&self, memory: &mut Memory) -> Result<(), Refused> {
+        self.create_ram(memory)?;
+        if self.config.noncoherent {
+            self.vm.noncoherent_device(true)?;
+        }
+        self.lock_and_create_vcpus(memory)
+    }
+
+    fn create_ram(&self, memory: &mut Memory) -> Result<(), Refused> {
         let word = SlotWord {
             id: RAM_SLOT,
             device: false,
             flags: 0,
         };
-        self.with_pages(memory, || self.vm.create_slot(word, RAM, self.ram))?;
-        if self.config.noncoherent {
-            self.vm.noncoherent_device(true)?;
-        }
+        self.with_pages(memory, || self.vm.create_slot(word, RAM, self.ram))
+    }
+
+    fn lock_and_create_vcpus(&self, memory: &mut Memory) -> Result<(), Refused> {
         if self.config.lock {
             self.with_pages(memory, || self.vm.lock_slot(RAM_SLOT))?;
         }
@@ -183,6 +196,56 @@ impl Guest {
             self.with_pages(memory, || self.vm.create_vcpu(vcpu.index))?;
         }
         Ok(())
+    }
+
+    /// Loads a protected VM while its memory is still ours, donates that, and seals the VM: what
+    /// was loaded is measured, the rest is zero.
+    fn protect(&self, memory: &mut Memory) -> Result<(), &'static str> {
+        if self.config.noncoherent {
+            return Err("a protected VM has no devices that are not coherent");
+        }
+        let loaded = self.write_payload()?;
+        self.create_ram(memory).map_err(reason)?;
+        let mut at = 0;
+        for (start, end) in loaded {
+            self.donate(memory, at, start, DonationKind::Zeros)?;
+            self.donate(memory, start, end, DonationKind::Contents)?;
+            at = end;
+        }
+        self.donate(memory, at, self.ram.size(), DonationKind::Zeros)?;
+        self.lock_and_create_vcpus(memory).map_err(reason)?;
+        let entry = RAM + self.layout.kernel;
+        self.vm.seal(entry, RAM).map_err(reason)?;
+        self.show_measurement();
+        Ok(())
+    }
+
+    /// Donates a part of its RAM, in steps.
+    fn donate(
+        &self,
+        memory: &mut Memory,
+        start: u64,
+        end: u64,
+        kind: DonationKind,
+    ) -> Result<(), &'static str> {
+        let mut at = start;
+        while at < end {
+            let pages = ((end - at) / PAGE_SIZE).min(kind.max_pages());
+            self.with_pages(memory, || self.vm.donate_memory(RAM + at, pages, kind))
+                .map_err(reason)?;
+            at += pages * PAGE_SIZE;
+        }
+        Ok(())
+    }
+
+    fn show_measurement(&self) {
+        if let Ok(words) = self.vm.measurement() {
+            let [a, b, c, d] = words.map(u64::swap_bytes);
+            line(format_args!(
+                "host: VM {} is protected, measurement {a:016x}{b:016x}{c:016x}{d:016x}",
+                self.number
+            ));
+        }
     }
 
     /// Makes a call, with more pages for the VM if it lacks some.
@@ -219,38 +282,48 @@ impl Guest {
     ///
     /// The memory may be locked already: EL2 does the cache maintenance before the first run.
     pub(super) fn load(&self) -> Result<(), &'static str> {
-        let ram = mem::bytes_mut(self.ram);
-        let put = |at: u64, bytes: &[u8], ram: &mut [u8]| {
-            let place = ram.get_mut(at as usize..)?.get_mut(..bytes.len())?;
-            mem::copy(bytes, place);
-            Some(())
-        };
-        let full = "the payload does not fit";
-        put(self.layout.kernel, self.config.kernel, ram).ok_or(full)?;
-        let ramdisk = self.config.ramdisk.map(|disk| {
-            let start = RAM + self.layout.ramdisk;
-            (start, start + disk.len() as u64)
-        });
-        if let Some(disk) = self.config.ramdisk {
-            put(self.layout.ramdisk, disk, ram).ok_or(full)?;
-        }
+        self.write_payload()?;
+        self.vm
+            .start_vcpu(0, RAM + self.layout.kernel, RAM)
+            .map_err(reason)
+    }
+
+    /// Writes kernel, ramdisk and device tree; gives the parts of its RAM that hold them, whole pages
+    /// in order, zeros behind what was written.
+    fn write_payload(&self) -> Result<[(u64, u64); 3], &'static str> {
+        let ramdisk = self.config.ramdisk.unwrap_or_default();
+        let start = RAM + self.layout.ramdisk;
+        let protected = self.config.protected;
         let tree = tree::build(&tree::Guest {
             vcpus: self.config.vcpus,
             memory: self.config.memory,
             gic_v3: self.gic_v3,
             bootargs: self.config.bootargs,
-            ramdisk,
-            seed: random::seed(),
-            virtio: self.devices.lock().present(),
+            ramdisk: (!ramdisk.is_empty()).then(|| (start, start + ramdisk.len() as u64)),
+            // What the host knows is no seed for a protected guest, and would change its measurement.
+            seed: if protected { None } else { random::seed() },
+            // Nor does it share its memory with devices unless it knows that it is protected.
+            virtio: if protected {
+                0
+            } else {
+                self.devices.lock().present()
+            },
         });
         let tree = tree.map_err(|_| "the guest's device tree can't be built")?;
         if tree.len() as u64 > image::TREE_SIZE {
             return Err("the guest's device tree is too long");
         }
-        put(0, &tree, ram).ok_or(full)?;
-        self.vm
-            .start_vcpu(0, RAM + self.layout.kernel, RAM)
-            .map_err(reason)
+        let parts: [(u64, &[u8]); 3] = [
+            (0, &tree),
+            (self.layout.kernel, self.config.kernel),
+            (self.layout.ramdisk, ramdisk),
+        ];
+        let ram = mem::bytes_mut(self.ram);
+        let mut written = [(0, 0); 3];
+        for ((at, bytes), part) in parts.into_iter().zip(&mut written) {
+            *part = put(ram, at, bytes).ok_or("the payload does not fit")?;
+        }
+        Ok(written)
     }
 
     pub(crate) fn state(&self) -> State {
@@ -322,6 +395,9 @@ impl Guest {
     }
 
     fn start_over(&self) -> Result<(), &'static str> {
+        if self.config.protected {
+            return Err("a protected VM can't be reset: its memory is not ours to load again");
+        }
         self.vm.reset().map_err(reason)?;
         self.devices.lock().reset();
         for vcpu in &self.vcpus {
@@ -348,6 +424,19 @@ impl Guest {
             }
         }
     }
+}
+
+/// Copies `bytes` to an offset, with zeros around them in their pages; gives those.
+fn put(ram: &mut [u8], at: u64, bytes: &[u8]) -> Option<(u64, u64)> {
+    let start = at - at % PAGE_SIZE;
+    let end = (at + bytes.len() as u64).next_multiple_of(PAGE_SIZE);
+    let place = ram.get_mut(start as usize..end as usize)?;
+    let (before, place) = place.split_at_mut_checked((at - start) as usize)?;
+    let (place, behind) = place.split_at_mut_checked(bytes.len())?;
+    before.fill(0);
+    mem::copy(bytes, place);
+    behind.fill(0);
+    Some((start, end))
 }
 
 /// Makes a call, with more memory for EL2 itself if it lacks some.
@@ -393,6 +482,7 @@ pub(crate) fn reason(refused: Refused) -> &'static str {
         ErrorCode::Invalid => "EL2 refuses: a wrong argument",
         ErrorCode::NoSpace => "EL2 has no free handle",
         ErrorCode::NoHeap => "EL2's heap is used up",
+        ErrorCode::Mismatch => "EL2 refuses: its measurement is not the expected one",
         _ => "EL2 refuses",
     }
 }

@@ -132,6 +132,13 @@ fn step(vmm: &Vmm, guest: &Guest, vcpu: &VcpuSlot) -> u64 {
                     return fail(guest, vcpu, reason(refused));
                 }
             }
+            Exit::NeedHeap { pages } => {
+                let memory = vmm.memory.lock().pages(pages.clamp(16, 512));
+                let given = memory.map(crate::vm::donate_heap);
+                if !matches!(given, Some(Ok(()))) {
+                    return fail(guest, vcpu, "EL2's heap is used up, and so is our memory");
+                }
+            }
             Exit::VcpuOn { index } => wake(vmm, guest, index),
             Exit::SystemOff => {
                 guest.change(State::Running, State::PoweredOff);

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::vec::Vec;
 
 use stage2::{
-    CacheMaintenance, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level, MapError,
-    MapRequest, Pa, PaRange, Perms,
+    Annotation, CacheMaintenance, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level,
+    MapError, MapRequest, Pa, PaRange, Perms,
 };
 
 use super::CacheModel;
@@ -43,6 +43,7 @@ enum Op {
 #[derive(Debug, Default)]
 struct Inner {
     leaves: BTreeMap<u64, ModelLeaf>,
+    notes: BTreeMap<u64, Annotation>,
     fail: FailAt,
     ops: Vec<Op>,
 }
@@ -177,6 +178,9 @@ impl GuestTable for ModelTable {
             attrs: request.attrs,
         };
         let now = request.cmo == stage2::CmoMode::Now;
+        if let Some(note) = inner.notes.get(&at) {
+            return Ok(FaultOutcome::Annotated(*note));
+        }
         let Some(old) = inner.leaves.get(&at).copied() else {
             self.put(&mut inner, at, new, now);
             return Ok(FaultOutcome::Mapped(Level::PAGE));
@@ -223,6 +227,15 @@ impl GuestTable for ModelTable {
 
     fn unmap(&mut self, range: IpaRange) -> Result<(), MapError> {
         self.remove(range);
+        let bytes = range.start().get()..range.end().get();
+        self.lock().notes.retain(|at, _| !bytes.contains(at));
+        Ok(())
+    }
+
+    fn annotate(&mut self, range: IpaRange, note: Annotation) -> Result<(), MapError> {
+        self.remove(range);
+        let pages = (range.start().get()..range.end().get()).step_by(4096);
+        self.lock().notes.extend(pages.map(|at| (at, note)));
         Ok(())
     }
 

@@ -14,3 +14,4 @@ mod properties;
 mod real;
 mod runs;
 mod unlock;
+mod withhold;

@@ -83,11 +83,13 @@ const BARE: [Payload; 11] = [
 struct Setting {
     lock: bool,
     noncoherent: bool,
+    protected: bool,
 }
 
 const LOCKED: Setting = Setting {
     lock: true,
     noncoherent: false,
+    protected: false,
 };
 
 /// Every payload on this machine, several VMs at once, and the ways memory can be set up.
@@ -118,6 +120,7 @@ pub(super) fn all(machine: &Machine, payloads: &Arc<Payloads>) -> Vec<Scenario> 
             Setting {
                 lock: false,
                 noncoherent: true,
+                ..LOCKED
             },
         ),
     ] {
@@ -265,6 +268,7 @@ pub(super) fn too_big(machine: &Machine) -> Scenario {
             vcpus: 1,
             lock: true,
             noncoherent: false,
+            protected: false,
             disk: fit::Disk::None,
         };
         let large = vec![0; 3 << 20];
@@ -353,6 +357,7 @@ fn boot(
             vcpus: payload.vcpus,
             lock: setting.lock,
             noncoherent: setting.noncoherent,
+            protected: setting.protected,
             disk: fit::Disk::None,
         })
         .collect();

@@ -26,6 +26,7 @@ pub(super) struct Setting {
     pub(super) memory_mib: u64,
     pub(super) lock: bool,
     pub(super) noncoherent: bool,
+    pub(super) protected: bool,
 }
 
 /// What `make run` does.
@@ -35,6 +36,7 @@ pub(super) const DEFAULT: Setting = Setting {
     memory_mib: 256,
     lock: true,
     noncoherent: false,
+    protected: false,
 };
 
 /// One VM: a shell that answers, the monitor's prompt beside it, and `poweroff`, which ends the machine.
@@ -212,6 +214,7 @@ fn boot_with(
         vcpus: setting.vcpus,
         lock: setting.lock,
         noncoherent: setting.noncoherent,
+        protected: setting.protected,
         disk,
     };
     let path = context.folder.join("guests.fit");

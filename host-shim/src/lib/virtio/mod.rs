@@ -35,7 +35,8 @@ pub trait GuestMemory {
     ///
     /// # Errors
     ///
-    /// [`BadAddress`] unless all of it is the guest's memory; nothing was written then.
+    /// [`BadAddress`] unless all of it is the guest's memory. Of memory that the guest takes back
+    /// meanwhile, a part may have been written.
     fn write(&self, ipa: u64, from: &[u8]) -> Result<(), BadAddress>;
 }
 
