@@ -33,6 +33,7 @@ mod hypervisor;
 mod panic;
 #[cfg(target_os = "none")]
 mod power;
+#[cfg(target_os = "none")]
 mod protect;
 #[cfg(target_os = "none")]
 mod smp;

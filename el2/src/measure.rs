@@ -5,7 +5,7 @@
 //!
 //! SHA-256 (FIPS 180-4) over: for every run of pages, in the order of their donation, its contents
 //! (nothing for zeros) and a trailer of three words: [`Kind`], IPA, bytes; then a trailer of the VM:
-//! [`CLOSING`], vCPUs, PC and `x0` of the first one. Words are 64 bits, little-endian. A run ends where
+//! `CLOSING`, vCPUs, PC and `x0` of the first one. Words are 64 bits, little-endian. A run ends where
 //! the next page is of another kind or at another address, so that the host's choice of how many
 //! pages it donates with one call does not show. Read from its end, the text has one meaning only:
 //! each trailer has the same length and says how much belongs to it.
@@ -201,7 +201,7 @@ mod tests {
         #[test]
         fn pieces_do_not_show(cuts in prop::collection::vec(1usize..5, 1..6), zeros: bool) {
             let pages: usize = cuts.iter().sum();
-            let contents: Vec<u8> = (0..pages * 4096).map(|i| (i * 31) as u8).collect();
+            let contents: Vec<u8> = (0..pages * 4096).map(|i| (i * 31).to_le_bytes()[0]).collect();
             let (mut whole, mut pieces) = (Measurer::new(), Measurer::new());
             let mut at = 0;
             if zeros {

@@ -271,7 +271,7 @@ impl VmTable {
         donate(hypervisor, memory)?;
         let pool = FramePool::over_donated(memory);
         let Some(vm) = Vm::build(hypervisor, index, config, pool) else {
-            take_back(hypervisor, Donation::of_state(memory))?;
+            take_back(hypervisor, &Donation::of_state(memory))?;
             return Err(ErrorCode::Invalid.into());
         };
         donated.push(Donation::of_state(memory));
@@ -374,11 +374,17 @@ impl VmTable {
             Entry::Free | Entry::Live { .. } => return Err(ErrorCode::Invalid.into()),
             Entry::Reserved => {}
             Entry::Dead { donated } => {
-                while let Some(donation) = donated.last().copied() {
-                    if let Some(range) = take_back(hypervisor, donation)? {
-                        return Ok((range.start(), range.size() / PAGE_SIZE));
+                while let Some(donation) = donated.last_mut() {
+                    let Some(range) = take_back(hypervisor, donation)? else {
+                        donated.pop();
+                        continue;
+                    };
+                    // What is done is forgotten: the pages may be another VM's already.
+                    match AddrRange::new(range.end(), donation.range.end()) {
+                        Some(rest) if rest.size() > 0 => donation.range = rest,
+                        _ => drop(donated.pop()),
                     }
-                    donated.pop();
+                    return Ok((range.start(), range.size() / PAGE_SIZE));
                 }
             }
         }
@@ -404,7 +410,7 @@ pub(crate) fn donate(hypervisor: &Hypervisor, range: AddrRange) -> Result<(), Ow
 /// them back; `None` if none are.
 fn take_back(
     hypervisor: &Hypervisor,
-    donation: Donation,
+    donation: &Donation,
 ) -> Result<Option<AddrRange>, OwnershipError> {
     let ownership = &hypervisor.ownership;
     let Some(run) = ownership.pages().first_run(donation.range, donation.owner) else {

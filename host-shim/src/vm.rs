@@ -148,6 +148,16 @@ impl Vm {
         vm_call!(Call::SlotDelete, self.handle, u64::from(id)).map(drop)
     }
 
+    /// Moves a slot.
+    pub(crate) fn move_slot(self, id: u16, ipa: u64) -> Result<(), Refused> {
+        vm_call!(Call::SlotMove, self.handle, u64::from(id), ipa).map(drop)
+    }
+
+    /// Changes a slot's flags.
+    pub(crate) fn set_slot_flags(self, word: SlotWord) -> Result<(), Refused> {
+        vm_call!(Call::SlotFlags, self.handle, word.bits()).map(drop)
+    }
+
     /// Locks a slot for reading and writing, with blocks where that is possible.
     pub(crate) fn lock_slot(self, id: u16) -> Result<(), Refused> {
         self.lock_slot_as(id, true)

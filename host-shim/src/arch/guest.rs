@@ -30,6 +30,50 @@ guest_hello:
     .balign 8
 guest_hello_end:
     .arch_extension nofp
+
+// What its device at 0x0900_0000 says, forever: a command (0 off, 1 HVC, 2 load, 3 store), then x0 to
+// x3, read by 8 bytes each. A load or store is at x1, of x0 or x2. Writes back x0, x1 (ESR_EL1 of an
+// abort that a load or store took, or 0) and x2.
+    .balign 2048
+guest_remote:
+    mov     x20, #0x09000000
+    adr     x9, 9f
+    msr     vbar_el1, x9
+    isb
+1:  ldr     x9, [x20]
+    cbz     x9, 8f
+    ldr     x0, [x20]
+    ldr     x1, [x20]
+    ldr     x2, [x20]
+    ldr     x3, [x20]
+    cmp     x9, #2
+    b.eq    2f
+    cmp     x9, #3
+    b.eq    3f
+    hvc     #0
+    b       4f
+2:  ldr     x0, [x1]
+    mov     x1, xzr
+    b       4f
+3:  str     x2, [x1]
+    mov     x1, xzr
+4:  str     x0, [x20, #8]
+    str     x1, [x20, #16]
+    str     x2, [x20, #24]
+    b       1b
+8:  mov     x0, #0x0008                 // SYSTEM_OFF
+    movk    x0, #0x8400, lsl #16
+    hvc     #0
+    b       .
+    .balign 2048
+9:  .space  0x200
+    mrs     x1, esr_el1                 // behind the access and the mov that follows it
+    mrs     x10, elr_el1
+    add     x10, x10, #8
+    msr     elr_el1, x10
+    eret
+    .balign 8
+guest_remote_end:
     .previous
 "#
 );
@@ -37,6 +81,15 @@ guest_hello_end:
 unsafe extern "C" {
     static guest_hello: u8;
     static guest_hello_end: u8;
+    static guest_remote: u8;
+    static guest_remote_end: u8;
+}
+
+/// It does what its device tells it to, until that says off.
+pub(crate) fn remote() -> &'static [u8] {
+    let (start, end) = (&raw const guest_remote, &raw const guest_remote_end);
+    // SAFETY: the two symbols enclose the code, in read-only data.
+    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
 }
 
 /// It writes and reads a device at 0x0900_0000, asks for PSCI's version, uses FP, powers off.

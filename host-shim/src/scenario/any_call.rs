@@ -54,7 +54,12 @@ fn values(machine: &Machine) -> [u64; 16] {
 fn about_a_vm(call: Call) -> bool {
     !matches!(
         call,
-        Call::Version | Call::Features | Call::HostCounter | Call::DonateHeap | Call::VmReserve
+        Call::Version
+            | Call::Features
+            | Call::HostCounter
+            | Call::DonateHeap
+            | Call::VmReserve
+            | Call::MemoryReclaim
     )
 }
 
@@ -119,7 +124,7 @@ fn mixtures(machine: &Machine, memory: &Memory, gic: &Gic) -> Result<(), &'stati
         if matches!(id, Call::VmCreate) && random(2) == 0 {
             let config = VmConfig {
                 vcpus: 2,
-                protected: false,
+                protected: random(2) == 0,
             };
             let (start, pages) = (memory.state.start(), memory.state.size() / PAGE_SIZE);
             args = [args[0], start, pages, config.bits(), 0, 0];

@@ -86,6 +86,7 @@ pub(super) fn words<T>(result: Result<T, Refused>) -> Result<T, &'static str> {
         ErrorCode::Invalid => "a call was refused: invalid",
         ErrorCode::NoSpace => "a call was refused: no space",
         ErrorCode::NoHeap => "a call was refused: no heap",
+        ErrorCode::Mismatch => "a call was refused: mismatch",
         _ => "a call was refused",
     })
 }
@@ -198,15 +199,6 @@ fn wiped(memory: &Memory) -> Result<(), &'static str> {
 
 fn refusals(memory: &Memory) -> Result<(), &'static str> {
     let code = |result: Result<(), Refused>| result.err().map(|refused| refused.code);
-    let secret = VmConfig {
-        protected: true,
-        ..CONFIG
-    };
-    let protected = Vm::create(secret, memory.state).err().map(|r| r.code);
-    expect(
-        protected == Some(ErrorCode::NotPermitted),
-        "a protected VM was promised",
-    )?;
     let vm = words(memory.vm())?;
     let again = code(vm.create_slot(SLOT, RAM, memory.ram));
     let donated = code(vm.top_up(memory.ram));

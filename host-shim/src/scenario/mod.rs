@@ -8,6 +8,9 @@ mod guests;
 mod isolation;
 mod lock_cost;
 mod memory;
+mod protection;
+mod remote;
+mod storm;
 
 use crate::call;
 use crate::console::line;
@@ -16,18 +19,20 @@ use crate::report::Report;
 
 type Scenario = fn(&Machine, &mut Report);
 
-const ALL: [(&str, Scenario); 7] = [
+const ALL: [(&str, Scenario); 9] = [
     ("abi", abi_calls::run),
     ("firmware", firmware::run),
     ("memory", memory::run),
     ("isolation", isolation::run),
     ("cores", cores::run),
     ("guests", guests::run),
+    ("protection", protection::run),
+    ("storm", storm::run),
     ("any-call", any_call::run),
 ];
 
-/// Measures, only when asked for by name.
-const MEASUREMENTS: [(&str, Scenario); 1] = [("lock-cost", lock_cost::run)];
+/// Only when asked for by name: what measures, or takes long.
+const MEASUREMENTS: [(&str, Scenario); 2] = [("lock-cost", lock_cost::run), ("soak", storm::soak)];
 
 /// Runs the scenarios that the comma-separated list names, or `all`.
 pub(crate) fn run(machine: &Machine, which: &str, report: &mut Report) {

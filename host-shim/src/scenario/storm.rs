@@ -1,0 +1,350 @@
+//! Every core attacks at once: calls about VMs that others build, run and destroy meanwhile, accesses to
+//! memory that changes hands, guests that share and give away what the host takes.
+//!
+//! Nothing is expected of a single attack but an answer. In the end EL2 must be there, all memory must
+//! come back, and a protected guest must work as if nothing had been.
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use abi::{Call, DonationKind, SlotWord, VmConfig};
+use board::{AddrRange, Gic, PAGE_SIZE};
+use smccc::Hvc;
+use smccc::psci::{self, AffinityState, LowestAffinityLevel};
+use spin::Once;
+
+use super::guests::{Memory, end, words};
+use super::protection::{MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE, expect};
+use super::remote::{self, CODE_PAGES, RAM};
+use crate::arch::{cpu, fault, gic, guest, ticks_per_second};
+use crate::console::line;
+use crate::machine::Machine;
+use crate::report::Report;
+use crate::vm::{Vm, call};
+
+/// Attacks of each core, and when there is time.
+const ATTACKS: u32 = 2500;
+const SOAK: u32 = 200_000;
+/// VMs that are built, attacked and destroyed.
+const VMS: u64 = 4;
+/// Pages of one VM's state, and of its RAM.
+const STATE_PAGES: u64 = 32;
+const RAM_PAGES: u64 = 64;
+/// Seconds that the other cores may take longer than the first.
+const PATIENCE: u64 = 120;
+
+/// What the cores share.
+#[derive(Debug)]
+struct Storm {
+    gic: Gic,
+    ram: AddrRange,
+    state: AddrRange,
+    el2: u64,
+    /// The handles that the storm had at first.
+    first: u64,
+    ready: AtomicU32,
+    cores: u32,
+    attacks: u32,
+    calls: AtomicU64,
+    calls_refused: AtomicU64,
+    accesses: AtomicU64,
+    accesses_refused: AtomicU64,
+    sealed: AtomicU64,
+}
+
+static STORM: Once<Storm> = Once::new();
+
+pub(super) fn run(machine: &Machine, report: &mut Report) {
+    let result = storm(machine, ATTACKS);
+    report.check("attacks_from_every_core_change_nothing", result);
+}
+
+/// The same for as long as somebody who has the time would want it.
+pub(super) fn soak(machine: &Machine, report: &mut Report) {
+    report.check("attacks_without_end_change_nothing", storm(machine, SOAK));
+}
+
+fn storm(machine: &Machine, attacks: u32) -> Result<(), &'static str> {
+    let memory = Memory::find(machine).ok_or("there is no free memory")?;
+    let gic = machine
+        .board
+        .gic
+        .ok_or("no interrupt controller that is known")?;
+    let me = crate::arch::mpidr();
+    let others = || {
+        let cpus = machine.board.cpus.iter().enumerate();
+        cpus.map(|(number, cpu)| (number, cpu.mpidr))
+            .filter(move |(_, mpidr)| *mpidr != me)
+    };
+    let storm = STORM.call_once(|| Storm {
+        gic,
+        ram: memory.ram,
+        state: memory.state,
+        el2: machine.el2.map_or(0, AddrRange::start),
+        first: 0x1000,
+        ready: AtomicU32::new(0),
+        cores: others().count() as u32 + 1,
+        attacks,
+        calls: AtomicU64::new(0),
+        calls_refused: AtomicU64::new(0),
+        accesses: AtomicU64::new(0),
+        accesses_refused: AtomicU64::new(0),
+        sealed: AtomicU64::new(0),
+    });
+    for (number, mpidr) in others() {
+        cpu::start(number, mpidr, machine.settings, secondary)?;
+    }
+    attack(storm, 1);
+    let deadline = gic::now() + PATIENCE * ticks_per_second();
+    let all_off = || {
+        others().all(|(_, mpidr)| {
+            let info = psci::affinity_info::<Hvc>(mpidr, LowestAffinityLevel::All);
+            info == Ok(AffinityState::Off)
+        })
+    };
+    while !all_off() {
+        expect(gic::now() < deadline, "a core does not come back")?;
+        core::hint::spin_loop();
+    }
+    aftermath(storm, &memory)
+}
+
+fn secondary(number: usize) -> ! {
+    if let Some(storm) = STORM.get() {
+        attack(storm, number as u64 + 2);
+    }
+    // Only fails while this core is the last.
+    let _ = psci::cpu_off::<Hvc>();
+    crate::arch::halt()
+}
+
+/// What must be as before.
+fn aftermath(storm: &Storm, memory: &Memory) -> Result<(), &'static str> {
+    let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    line(format_args!(
+        "  {} cores: {} calls ({} refused), {} accesses ({} refused), {} protected VMs sealed",
+        storm.cores,
+        read(&storm.calls),
+        read(&storm.calls_refused),
+        read(&storm.accesses),
+        read(&storm.accesses_refused),
+        read(&storm.sealed)
+    ));
+    for handle in storm.first..storm.first + 0xff {
+        let vm = Vm::from_handle(handle);
+        if vm.destroy().is_ok() {
+            while words(vm.reclaim())?.is_some() {}
+        }
+    }
+    for range in [storm.ram, storm.state] {
+        for page in (range.start()..range.end()).step_by(4096) {
+            expect(fault::try_store(page, 0).is_ok(), "memory is lost")?;
+        }
+    }
+    expect(
+        read(&storm.sealed) != 0,
+        "no protected VM was ever complete",
+    )?;
+    expect(read(&storm.accesses_refused) != 0, "no access was refused")?;
+    let mut guest = remote::protected(memory)?;
+    let page = RAM + CODE_PAGES * PAGE_SIZE;
+    guest.store(page, 0x600d)?;
+    let kept = guest.load(page)?;
+    guest.off()?;
+    end(guest.vm)?;
+    expect(kept == 0x600d, "a protected guest does not work any more")
+}
+
+/// A linear congruential generator (Knuth's MMIX constants).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+fn attack(storm: &Storm, seed: u64) {
+    if gic::enable(&storm.gic).is_err() {
+        return;
+    }
+    storm.ready.fetch_add(1, Ordering::AcqRel);
+    while storm.ready.load(Ordering::Acquire) < storm.cores {
+        core::hint::spin_loop();
+    }
+    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    for _ in 0..storm.attacks {
+        match random.below(10) {
+            0 => build(storm, &mut random),
+            1..4 => touch(storm, &mut random),
+            4..7 => guest_runs(storm, &mut random),
+            _ => any_call(storm, &mut random),
+        }
+    }
+    gic::stop_timer();
+    while gic::take(&storm.gic).is_some() {}
+}
+
+/// Makes a call and counts it.
+fn counted(storm: &Storm, id: Call, args: [u64; 6]) -> bool {
+    let refused = call(id, args).is_err();
+    storm.calls.fetch_add(1, Ordering::Relaxed);
+    storm
+        .calls_refused
+        .fetch_add(u64::from(refused), Ordering::Relaxed);
+    !refused
+}
+
+/// The pieces of memory of VM `n`.
+fn pieces(storm: &Storm, n: u64) -> (u64, u64) {
+    let state = storm.state.start() + n * STATE_PAGES * PAGE_SIZE;
+    (state, storm.ram.start() + n * RAM_PAGES * PAGE_SIZE)
+}
+
+/// All that it takes to make a VM, while others may take every step of it away.
+fn build(storm: &Storm, random: &mut Random) {
+    let n = random.below(VMS);
+    let handle = storm.first + n;
+    let (state, ram) = pieces(storm, n);
+    let protected = random.below(4) != 0;
+    let config = VmConfig {
+        vcpus: 2,
+        protected,
+    };
+    let word = SlotWord {
+        id: 0,
+        device: false,
+        flags: 0,
+    };
+    for (place, bytes) in (ram..).step_by(8).zip(guest::remote().chunks(8)) {
+        let mut word = [0; 8];
+        for (to, from) in word.iter_mut().zip(bytes) {
+            *to = *from;
+        }
+        let _ = fault::try_store(place, u64::from_ne_bytes(word));
+    }
+    let rest = RAM_PAGES - CODE_PAGES;
+    let zeros = RAM + CODE_PAGES * PAGE_SIZE;
+    counted(storm, Call::VmReserve, [0; 6]);
+    counted(
+        storm,
+        Call::VmCreate,
+        [handle, state, STATE_PAGES, config.bits(), 0, 0],
+    );
+    counted(
+        storm,
+        Call::SlotCreate,
+        [handle, word.bits(), RAM, RAM_PAGES, ram, 0],
+    );
+    counted(
+        storm,
+        Call::VcpuCreate,
+        [handle, random.below(2), 0, 0, 0, 0],
+    );
+    let contents = DonationKind::Contents as u64;
+    counted(
+        storm,
+        Call::MemoryDonate,
+        [handle, RAM, CODE_PAGES, contents, 0, 0],
+    );
+    let part = random.below(rest) + 1;
+    counted(storm, Call::MemoryDonate, [handle, zeros, part, 0, 0, 0]);
+    counted(storm, Call::VcpuCreate, [handle, 0, 0, 0, 0, 0]);
+    if protected {
+        let sealed = counted(storm, Call::VmSeal, [handle, RAM, 0, 0, 0, 0]);
+        storm.sealed.fetch_add(u64::from(sealed), Ordering::Relaxed);
+    } else {
+        counted(storm, Call::VcpuStart, [handle, 0, RAM, 0, 0, 0]);
+    }
+}
+
+/// Memory that is now the host's, now a guest's, now EL2's.
+fn touch(storm: &Storm, random: &mut Random) {
+    let (state, ram) = pieces(storm, random.below(VMS));
+    let page = match random.below(8) {
+        0 => storm.el2 + random.below(256) * PAGE_SIZE,
+        1 | 2 => state + random.below(STATE_PAGES) * PAGE_SIZE,
+        _ => ram + random.below(RAM_PAGES) * PAGE_SIZE,
+    };
+    let address = page + random.below(512) * 8;
+    let result = if random.below(2) == 0 {
+        fault::try_load(address)
+    } else {
+        fault::try_store(address, random.below(u64::MAX))
+    };
+    let refused = u64::from(result.is_err());
+    storm.accesses.fetch_add(1, Ordering::Relaxed);
+    storm.accesses_refused.fetch_add(refused, Ordering::Relaxed);
+}
+
+/// Runs a vCPU; if its guest asks, it is told to do something with its memory.
+fn guest_runs(storm: &Storm, random: &mut Random) {
+    let handle = storm.first + random.below(VMS);
+    let page = RAM + random.below(RAM_PAGES) * PAGE_SIZE;
+    let ids = [MEM_SHARE, MEM_UNSHARE, MEM_RELINQUISH];
+    let commands = [
+        [
+            1,
+            u64::from(ids[random.below(3) as usize]),
+            page,
+            random.below(3),
+            0,
+        ],
+        [2, 0, page, 0, 0],
+        [3, 0, page, page, 0],
+    ];
+    for value in commands[random.below(3) as usize] {
+        for _ in 0..3 {
+            // A guest of rubble may never end its run: the host's timer does.
+            gic::set_timer(gic::now() + 2000);
+            counted(
+                storm,
+                Call::VcpuRun,
+                [handle, random.below(8) / 7, value, 0, 0, 0],
+            );
+            while gic::take(&storm.gic).is_some() {}
+        }
+    }
+}
+
+/// One call, most of its arguments possible.
+fn any_call(storm: &Storm, random: &mut Random) {
+    let n = random.below(VMS);
+    let handle = storm.first + n;
+    let (state, ram) = pieces(storm, random.below(VMS));
+    let ipa = RAM + random.below(RAM_PAGES) * PAGE_SIZE;
+    let page = ram + random.below(RAM_PAGES) * PAGE_SIZE;
+    let pages = 1 + random.below(4);
+    match random.below(12) {
+        0 => counted(storm, Call::VmDestroy, [handle, 0, 0, 0, 0, 0]),
+        1 | 2 => counted(storm, Call::VmReclaim, [handle, 0, 0, 0, 0, 0]),
+        3 => counted(storm, Call::MemoryReclaim, [page, 0, 0, 0, 0, 0]),
+        4 => counted(
+            storm,
+            Call::MemoryDonate,
+            [handle, ipa, pages, random.below(2), 0, 0],
+        ),
+        5 => counted(storm, Call::VmTopUp, [handle, page, pages, 0, 0, 0]),
+        6 => counted(storm, Call::VmTopUp, [handle, state, pages, 0, 0, 0]),
+        7 => counted(
+            storm,
+            Call::SlotCreate,
+            [handle, 1, RAM + (1 << 30), pages, page, 0],
+        ),
+        8 => counted(
+            storm,
+            Call::SlotLock,
+            [handle, 1, random.below(2), 3 | 1 << 8, 0, 0],
+        ),
+        9 => counted(
+            storm,
+            Call::SlotDelete,
+            [handle, random.below(2), 0, 0, 0, 0],
+        ),
+        10 => counted(storm, Call::VmReset, [handle, 0, 0, 0, 0, 0]),
+        _ => counted(storm, Call::VmMapping, [handle, ipa, 0, 0, 0, 0]),
+    };
+}
