@@ -2,6 +2,8 @@
 
 use abi::{Call, DonationKind, ErrorCode, LeafInfo, SlotWord, VmConfig, VmCounter};
 use board::{AddrRange, PAGE_SIZE};
+use el2::guest_memory::HOST_SLOTS;
+use el2::protection::Stage;
 use el2::psci::{PsciError, StartOrder};
 use el2::vm_error::Refusal;
 use memslot::addr::Gfn;
@@ -13,7 +15,6 @@ use stage2::{Ipa, IpaRange, RunKind, TableFormat};
 
 use crate::arch::frames;
 use crate::hypervisor::Hypervisor;
-use crate::protect::Stage;
 use crate::vm::{self, Vm};
 
 /// What a call gives: `x1` to `x4`.
@@ -74,7 +75,7 @@ fn pages(address: u64, count: u64) -> Result<AddrRange, Refusal> {
 
 fn slot_id(number: u64) -> Result<u16, Refusal> {
     let id = u16::try_from(number).map_err(|_| ErrorCode::Invalid)?;
-    if id < vm::HOST_SLOTS {
+    if id < HOST_SLOTS {
         Ok(id)
     } else {
         Err(ErrorCode::Invalid.into())

@@ -14,6 +14,7 @@ use el2::guest::psci::Action as PowerAction;
 use el2::guest::smccc::{self, Action, Environment};
 use el2::guest::sysreg::{self, Direction, Outcome, SgiGroup, Trapped, VmRegister};
 use el2::guest::timer::TimerRegister;
+use el2::guest_memory::Moved;
 use el2::inject::{self, Entry};
 use el2::vgic::Kicks;
 use memslot::addr::Gfn;
@@ -24,7 +25,6 @@ use stage2::Ipa;
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::world::{self, GuestRegs, hcr};
 use crate::arch::{cpu, firmware};
-use crate::protect::Moved;
 use crate::vcpu::{Next, Running, VcpuState};
 
 /// Vectors of exceptions from a guest: synchronous, IRQ, FIQ, SError; plus four from AArch32.
@@ -219,7 +219,7 @@ fn protected(run: &mut Running<'_>, request: Request) -> Next {
             }
         }
         Request::Memory { call, ipa, pages } => {
-            match run.vm.memory_call(run.hypervisor, call, ipa, pages) {
+            match run.vm.pages(run.hypervisor).call(call, ipa, pages) {
                 Moved::Pages(pages) => [0, pages, 0, 0],
                 Moved::Refused => [smccc::INVALID_PARAMETER, 0, 0, 0],
                 Moved::After(exit) => {
@@ -376,7 +376,7 @@ fn fault(run: &mut Running<'_>, abort: &Abort, syndrome: &Syndrome) -> Next {
         Ok(FaultOutcome::Retry) => Next::Resume,
         Ok(FaultOutcome::Mmio) => device(run, ipa, abort, syndrome),
         Ok(FaultOutcome::Abort) => external_abort(run, abort, syndrome.esr),
-        Ok(FaultOutcome::NoFrame(_)) if run.vm.is_poisoned(ipa) => {
+        Ok(FaultOutcome::NoFrame(_)) if run.vm.pages(run.hypervisor).is_poisoned(ipa) => {
             external_abort(run, abort, syndrome.esr)
         }
         Ok(FaultOutcome::NoFrame(gfn)) => Next::Leave(Exit::MemoryMissing {

@@ -8,29 +8,27 @@
 //! included, and is only ever tried for writing: who would end a VM in use gets BUSY.
 
 use abi::{DonationKind, ErrorCode, MAX_VCPUS, SlotState, SlotWord, VmConfig, VmCounter};
-use alloc::vec::Vec;
 use board::{AddrRange, MAX_CPUS, PAGE_SIZE};
 use core::sync::atomic::{AtomicU8, Ordering};
 use el2::guest::idregs::{GuestIds, Model};
 use el2::guest::psci::Power;
+use el2::guest_frames::GuestFrames;
+use el2::guest_memory::{Donations, HOST_SLOTS, VmMemory};
 use el2::host_map;
-use el2::measure::Measurer;
 use el2::ownership::OwnershipError;
-use el2::page_state::{Owner, PageStates};
+use el2::page_state::Owner;
+use el2::protection::Protection;
 use el2::vgic::{GicVersion, Vgic};
 use el2::vm_counters::VmCounters;
 use el2::vm_error::Refusal;
-use memslot::account::LockedMemory;
-use memslot::addr::{Gfn, GfnRange};
-use memslot::fault::Access;
-use memslot::frames::{FrameMissing, FrameRun, FrameSource, PinIntent};
+use memslot::addr::Gfn;
 use memslot::lock::LockState;
 use memslot::policy::{ArmCaches, ArmPolicy};
 use memslot::slot::{Memslot, SlotFlags, SlotId, SlotKind};
 use memslot::vm::{GuestMemory, VmConfig as MemoryConfig, VmKind};
 use spin::{Mutex, Once, RwLock};
 use stage2::{
-    ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, Pfn, Stage2, WideAddresses,
+    ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, Stage2, WideAddresses,
 };
 
 use crate::arch::frames::FramePool;
@@ -41,7 +39,7 @@ use crate::arch::tlb::Tagged;
 use crate::arch::world::VmWorld;
 use crate::arch::{mem, regs};
 use crate::hypervisor::Hypervisor;
-use crate::protect::Protection;
+use crate::protect::Pages;
 use crate::vcpu::Vcpu;
 
 /// Most VMs: VMIDs have 8 bits on some cores, and 0 is the host's.
@@ -50,8 +48,6 @@ pub(crate) const MAX_VMS: usize = 255;
 const FIRST_HANDLE: u64 = 0x1000;
 /// Most pages in one donation: what one call wipes, cleans and annotates.
 const MAX_DONATION: u64 = 512;
-/// Slots that the host may use are below this.
-pub(crate) const HOST_SLOTS: u16 = 63;
 /// EL2's own slot: the guest's CPU interface.
 const GIC_SLOT: u16 = HOST_SLOTS;
 /// Most slots of a VM.
@@ -74,7 +70,7 @@ pub(crate) struct Vm {
     pub(crate) index: u8,
     pub(crate) config: VmConfig,
     pub(crate) world: VmWorld,
-    pub(crate) memory: GuestMemory<Stage2<ArmStage2, GuestTables>, ArmPolicy, HostFrames>,
+    pub(crate) memory: VmMemory<'static, GuestTables>,
     /// What the guest's identification registers read as.
     pub(crate) ids: GuestIds,
     pub(crate) power: Power,
@@ -85,81 +81,6 @@ pub(crate) struct Vm {
     last_vcpu: [AtomicU8; MAX_CPUS],
     pub(crate) vcpus: [Once<Owned<Vcpu>>; MAX_VCPUS as usize],
     pub(crate) shared: Owned<VmShared>,
-}
-
-/// The frames behind slots: `backing` of a slot is the first frame's number, the rest follow it.
-/// They are leased as long as the slot exists, or the guest's own, so pinning has nothing to add.
-#[derive(Debug)]
-pub(crate) struct HostFrames {
-    account: LockedMemory,
-    /// A protected VM reaches only what belongs to it.
-    owner: Option<(&'static PageStates<'static>, Owner)>,
-}
-
-/// Pages of the largest block that a fault maps.
-const BLOCK_PAGES: u64 = 512;
-
-impl HostFrames {
-    /// The run around `gfn` that the guest may reach: its block, or the page alone.
-    fn owned_run(&self, slot: &Memslot, gfn: Gfn) -> Result<FrameRun, FrameMissing> {
-        if self.owner.is_none() {
-            return Self::run(slot, slot.range);
-        }
-        let start = gfn.get() - gfn.get() % BLOCK_PAGES;
-        let block = Gfn::try_new(start).and_then(|start| GfnRange::from_base(start, BLOCK_PAGES));
-        let block = block.and_then(|block| block.intersection(slot.range));
-        if let Some(run) = block.and_then(|block| self.checked_run(slot, block).ok()) {
-            return Ok(run);
-        }
-        let page = GfnRange::from_base(gfn, 1).ok_or(FrameMissing(gfn))?;
-        self.checked_run(slot, page)
-    }
-
-    /// The run of all of `range`, if the guest may reach it.
-    fn checked_run(&self, slot: &Memslot, range: GfnRange) -> Result<FrameRun, FrameMissing> {
-        let run = Self::run(slot, range)?;
-        let Some((states, owner)) = self.owner else {
-            return Ok(run);
-        };
-        if slot.kind == SlotKind::Mmio {
-            return Ok(run);
-        }
-        let size = range.npages() * PAGE_SIZE;
-        let memory = AddrRange::with_size(run.pfn.get() * PAGE_SIZE, size);
-        if memory.is_some_and(|memory| states.all_owned_by(memory, owner)) {
-            Ok(run)
-        } else {
-            Err(FrameMissing(range.start()))
-        }
-    }
-
-    fn run(slot: &Memslot, range: GfnRange) -> Result<FrameRun, FrameMissing> {
-        let first = range.start();
-        let skip = first.get() - slot.range.start().get();
-        let frame = slot.backing.checked_add(skip).and_then(Pfn::try_new);
-        let pfn = frame.ok_or(FrameMissing(first))?;
-        Ok(FrameRun { range, pfn })
-    }
-}
-
-impl FrameSource for HostFrames {
-    fn resolve(&self, slot: &Memslot, gfn: Gfn, _: Access) -> Result<FrameRun, FrameMissing> {
-        self.owned_run(slot, gfn)
-    }
-
-    fn pin(&self, slot: &Memslot, want: GfnRange, _: PinIntent) -> Result<FrameRun, FrameMissing> {
-        self.checked_run(slot, want)
-    }
-
-    fn unpin(&self, _: &Memslot, _: FrameRun, _: PinIntent) {}
-
-    fn sequence(&self) -> u64 {
-        0
-    }
-
-    fn account(&self) -> &LockedMemory {
-        &self.account
-    }
 }
 
 /// A place in the table.
@@ -175,28 +96,13 @@ pub(crate) enum Entry {
         /// The VM; dropped before its memory goes.
         vm: Owned<Vm>,
         /// What the host has donated to it. Its own lock, so that a VM whose vCPUs run can get more.
-        donated: Mutex<Vec<Donation>>,
+        donated: Mutex<Donations>,
     },
     /// A VM that was: its memory waits to be reclaimed.
     Dead {
         /// As above.
-        donated: Vec<Donation>,
+        donated: Donations,
     },
-}
-
-/// Pages that the host has donated to a VM.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Donation {
-    range: AddrRange,
-    /// EL2's, for the VM's state and tables; or the guest's, as far as it has not lost them.
-    owner: Owner,
-}
-
-impl Donation {
-    const fn of_state(range: AddrRange) -> Self {
-        let owner = Owner::Hypervisor;
-        Self { range, owner }
-    }
 }
 
 /// All VMs.
@@ -266,15 +172,16 @@ impl VmTable {
                 pages: Vm::PAGES,
             });
         }
-        let mut donated = Vec::new();
-        donated.try_reserve(1).map_err(|_| ErrorCode::NoHeap)?;
+        let mut donated = Donations::new();
+        donated.prepare()?;
         donate(hypervisor, memory)?;
         let pool = FramePool::over_donated(memory);
         let Some(vm) = Vm::build(hypervisor, index, config, pool) else {
-            take_back(hypervisor, &Donation::of_state(memory))?;
+            donated.add_state(memory);
+            take_back(hypervisor, &mut donated)?;
             return Err(ErrorCode::Invalid.into());
         };
-        donated.push(Donation::of_state(memory));
+        donated.add_state(memory);
         let used = memory.size() - vm.shared.pool.free_bytes();
         let donated = Mutex::new(donated);
         *entry = Entry::Live { vm, donated };
@@ -294,9 +201,9 @@ impl VmTable {
             return Err(ErrorCode::NotFound.into());
         };
         let mut donated = donated.lock();
-        donated.try_reserve(1).map_err(|_| ErrorCode::NoHeap)?;
+        donated.prepare()?;
         donate(hypervisor, memory)?;
-        donated.push(Donation::of_state(memory));
+        donated.add_state(memory);
         vm.shared.pool.add_donated(memory);
         Ok(0)
     }
@@ -316,10 +223,9 @@ impl VmTable {
             return Err(ErrorCode::NotFound.into());
         };
         let mut donated = donated.lock();
-        donated.try_reserve(1).map_err(|_| ErrorCode::NoHeap)?;
+        donated.prepare()?;
         let range = vm.donate_memory(hypervisor, ipa, pages, kind)?;
-        let owner = Owner::Guest(index);
-        donated.push(Donation { range, owner });
+        donated.add_memory(range, index);
         Ok(0)
     }
 
@@ -333,7 +239,10 @@ impl VmTable {
             return Err(ErrorCode::NotFound.into());
         };
         let handle = FIRST_HANDLE + u64::from(index);
-        self.with(handle, |vm| vm.reclaim_page(hypervisor, page))
+        self.with(handle, |vm| {
+            vm.protection()?;
+            vm.pages(hypervisor).reclaim_page(page)
+        })
     }
 
     /// Ends a VM: its mappings are gone and its memory is nobody's when this returns.
@@ -374,16 +283,7 @@ impl VmTable {
             Entry::Free | Entry::Live { .. } => return Err(ErrorCode::Invalid.into()),
             Entry::Reserved => {}
             Entry::Dead { donated } => {
-                while let Some(donation) = donated.last_mut() {
-                    let Some(range) = take_back(hypervisor, donation)? else {
-                        donated.pop();
-                        continue;
-                    };
-                    // What is done is forgotten: the pages may be another VM's already.
-                    match AddrRange::new(range.end(), donation.range.end()) {
-                        Some(rest) if rest.size() > 0 => donation.range = rest,
-                        _ => drop(donated.pop()),
-                    }
+                if let Some(range) = take_back(hypervisor, donated)? {
                     return Ok((range.start(), range.size() / PAGE_SIZE));
                 }
             }
@@ -406,19 +306,12 @@ pub(crate) fn donate(hypervisor: &Hypervisor, range: AddrRange) -> Result<(), Ow
     Ok(())
 }
 
-/// Wipes the first pages of a donation to a VM that is gone, as far as they are still its, and gives
-/// them back; `None` if none are.
+/// Wipes some pages of a VM that is gone and gives them back.
 fn take_back(
     hypervisor: &Hypervisor,
-    donation: &Donation,
+    donated: &mut Donations,
 ) -> Result<Option<AddrRange>, OwnershipError> {
-    let ownership = &hypervisor.ownership;
-    let Some(run) = ownership.pages().first_run(donation.range, donation.owner) else {
-        return Ok(None);
-    };
-    mem::wipe_donated(run);
-    ownership.give_back(hypervisor.host.map(), run, donation.owner)?;
-    Ok(Some(run))
+    donated.take_back(&hypervisor.ownership, hypervisor.host.map(), &Pages)
 }
 
 fn format(hypervisor: &Hypervisor) -> Option<ArmStage2> {
@@ -496,9 +389,10 @@ impl Vm {
             },
         };
         let states = hypervisor.ownership.pages();
-        let frames = HostFrames {
-            account: LockedMemory::new(states.memory().total() >> 12),
-            owner: config.protected.then_some((states, Owner::Guest(index))),
+        let frames = if config.protected {
+            GuestFrames::owned(states, index)
+        } else {
+            GuestFrames::leased(states)
         };
         let version = match hypervisor.gic.version() {
             2 => GicVersion::V2,
@@ -513,7 +407,7 @@ impl Vm {
             config,
             ids: GuestIds::new(&hypervisor.ids, &model),
             power: Power::new(config.vcpus),
-            protection: config.protected.then(|| Protection::new(Measurer::new())),
+            protection: config.protected.then(Protection::new),
             world: VmWorld {
                 stage2: Stage2Regs { vtcr, vttbr },
                 time_offset: regs::ticks(),
@@ -616,7 +510,8 @@ impl Vm {
         let lease = kind == SlotKind::Ram && !self.config.protected;
         if self.config.protected {
             let is_memory = hypervisor.ownership.pages().is_memory(memory);
-            if kind != SlotKind::Ram || !is_memory || !self.is_new_backing(memory) {
+            if kind != SlotKind::Ram || !is_memory || !self.pages(hypervisor).is_new_backing(memory)
+            {
                 return Err(ErrorCode::NotPermitted.into());
             }
         }
