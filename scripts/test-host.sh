@@ -23,6 +23,10 @@ for crate in stage2 memslot; do
     fi
 done
 
+# Optimised: a million steps.
+step "reference model"
+"$CARGO" test --quiet --release -p ravelin-tests --test reference_model
+
 step "loom el2"
 RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom "$CARGO" test --quiet --release -p ravelin-el2 --lib models::
 

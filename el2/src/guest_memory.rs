@@ -154,12 +154,13 @@ impl<G: Platform, H: Platform, C: Contents> GuestPages<'_, '_, G, H, C> {
             (Stage::Building { .. }, _) | (Stage::Sealed(_), DonationKind::Zeros) => {}
             _ => return Err(ErrorCode::NotPermitted.into()),
         }
+        let ownership = self.ownership;
+        ownership.may_donate(memory)?;
         match self.note(ipa, pages) {
             None => {}
             Some(RELINQUISHED) if pages == 1 => self.memory.release(gfns)?,
             Some(_) => return Err(ErrorCode::NotPermitted.into()),
         }
-        let ownership = self.ownership;
         ownership.donate(self.host, memory, Owner::Hypervisor)?;
         match (kind, stage.measurer()) {
             (DonationKind::Contents, Some(measurer)) => {

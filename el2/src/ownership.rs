@@ -100,15 +100,29 @@ impl<'a> Ownership<'a> {
         owner: Owner,
     ) -> Result<(), OwnershipError> {
         let leases = self.leases.lock();
+        self.check_free(&leases, range)?;
+        host.take_away(range, owner)?;
+        let moved = self.pages.transfer(range, Owner::Host, owner);
+        debug_assert!(moved, "checked above, and the lock is held");
+        Ok(())
+    }
+
+    /// Whether [`Self::donate`] would find nothing wrong with these pages now.
+    ///
+    /// # Errors
+    ///
+    /// What it would find.
+    pub fn may_donate(&self, range: AddrRange) -> Result<(), OwnershipError> {
+        self.check_free(&self.leases.lock(), range)
+    }
+
+    fn check_free(&self, leases: &[Lease], range: AddrRange) -> Result<(), OwnershipError> {
         if !self.pages.all_owned_by(range, Owner::Host) {
             return Err(OwnershipError::NotOwned(range));
         }
         if leases.iter().any(|lease| lease.range.overlaps(range)) {
             return Err(OwnershipError::Leased(range));
         }
-        host.take_away(range, owner)?;
-        let moved = self.pages.transfer(range, Owner::Host, owner);
-        debug_assert!(moved, "checked above, and the lock is held");
         Ok(())
     }
 

@@ -134,6 +134,19 @@ pub(super) fn all(machine: &Machine, payloads: &Arc<Payloads>) -> Vec<Scenario> 
             ));
         }
     }
+    let secret = Setting {
+        protected: true,
+        ..LOCKED
+    };
+    for (kind, payload) in [
+        ("protected", payload("protected", 1, 19)),
+        ("protected-fp", payload("fp", 4, 3)),
+        ("protected-smp", payload("smp", 4, 13)),
+        ("protected-power", payload("power", 4, 31)),
+        ("protected-mmio", payload("mmio", 1, 23)),
+    ] {
+        all.push(one(payload, secret, kind));
+    }
     all.push(together(machine, payloads));
     if machine.board == Board::Virt {
         // They type at the monitor's prompt, which QEMU's raspi4b with its two UARTs does not pass on.

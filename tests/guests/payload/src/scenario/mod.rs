@@ -9,6 +9,7 @@ mod interrupts;
 mod memory;
 mod mmio;
 mod power;
+mod protected;
 mod sysreg;
 mod timer;
 
@@ -31,6 +32,7 @@ pub const ALL: &[(&str, Run)] = &[
     ("mmio", mmio::run),
     ("nowhere", memory::nowhere),
     ("power", power::run),
+    ("protected", protected::run),
     ("smp", interrupts::several_cpus),
     ("spin", power::spin),
     ("sysreg", sysreg::run),
