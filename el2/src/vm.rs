@@ -531,8 +531,9 @@ impl Vm {
 
     /// Deletes a slot; its memory is only the host's again.
     pub(crate) fn delete_slot(&self, hypervisor: &Hypervisor, id: u16) -> Result<u64, Refusal> {
-        let slot = self.memory.slot(SlotId(id)).ok_or(ErrorCode::NotFound)?;
-        self.memory.delete_slot(slot.id)?;
+        // The lease that ends must be that of the slot that went, whatever other CPUs do meanwhile
+        // with this number: a slot without a lease would reach memory that the host can give away.
+        let slot = self.memory.delete_slot(SlotId(id))?;
         let memory =
             AddrRange::with_size(slot.backing * PAGE_SIZE, slot.range.npages() * PAGE_SIZE);
         if let Some(memory) = memory.filter(|_| slot.kind == SlotKind::Ram) {

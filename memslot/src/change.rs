@@ -39,11 +39,12 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         Ok(())
     }
 
-    /// Removes a slot and its leaves.
+    /// Removes a slot and its leaves. Gives the slot that it removed: by its number alone a caller
+    /// can't tell, since that number may have been another slot's a moment ago.
     ///
     /// # Errors
     /// [`Error::NoSuchSlot`], [`Error::Locked`], or missing memory; nothing has changed then.
-    pub fn delete_slot(&self, id: SlotId) -> Result<(), Error> {
+    pub fn delete_slot(&self, id: SlotId) -> Result<Memslot, Error> {
         self.check_id(id)?;
         let mut slots = self.slots.write();
         let slot = slots.unlocked(id)?;
@@ -52,7 +53,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         mmu.unmap(slot.range)?;
         mmu.drop_bitmap(id);
         mmu.commit(&mut slots, next);
-        Ok(())
+        Ok(slot)
     }
 
     /// Moves a slot to another place in the guest's address space.

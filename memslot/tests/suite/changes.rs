@@ -58,6 +58,17 @@ fn deleting_removes_the_leaves() {
     assert_eq!(vm.mem.delete_slot(A), Err(Error::NoSuchSlot(A)));
 }
 
+/// A number may be used again between a caller's look at it and the removal.
+#[test]
+fn deleting_gives_the_slot_that_went() {
+    let vm = vm();
+    let before = vm.mem.slot(A).unwrap();
+    assert_eq!(vm.mem.delete_slot(A), Ok(before));
+    let after = slot(A, A_BASE, 4, 0x7000, NONE);
+    vm.mem.create_slot(after).unwrap();
+    assert_eq!(vm.mem.delete_slot(A).unwrap().backing, 0x7000);
+}
+
 #[test]
 fn moving_removes_the_old_leaves_and_keeps_the_frames() {
     let vm = vm();
