@@ -50,6 +50,8 @@ pub(crate) struct VcpuState {
     physical_line: bool,
     /// The virtual timer's interrupt is pending or active in the virtual GIC.
     pub(crate) timer_in_flight: bool,
+    /// It has turned itself off: it runs again only from an order.
+    off: bool,
 }
 
 /// A vCPU's share of the VM's counters. Only the CPU that runs it writes, so that a count is a load
@@ -166,7 +168,7 @@ impl Vcpu {
         let cpu = cpu::this_cpu().ok_or(ErrorCode::Invalid)?;
         if let Some(order) = vm.power.take_order(self.index) {
             state.restart(&hypervisor.features, order);
-        } else if !vm.power.is_on(self.index) {
+        } else if state.off || !vm.power.is_on(self.index) {
             return Ok(Exit::VcpuOff);
         }
         if let Some(load) = state.load.take() {
@@ -177,6 +179,8 @@ impl Vcpu {
         self.last_on.store(me, Ordering::Relaxed);
         self.running_on.store(me, Ordering::SeqCst);
         let exit = self.run_loaded(hypervisor, vm, &mut state, cpu, wait_here);
+        // From here on no other CPU runs what comes behind the guest's CPU_OFF.
+        state.off = exit == Exit::VcpuOff;
         drop(pass);
         drop(state);
         if exit == Exit::VcpuOff {
@@ -242,6 +246,7 @@ impl VcpuState {
             lists_loaded: false,
             physical_line: false,
             timer_in_flight: false,
+            off: false,
         }
     }
 
@@ -252,6 +257,7 @@ impl VcpuState {
         self.watch = CacheWatch::default();
         self.load = None;
         self.physical_timer = EmulatedTimer::new();
+        self.off = false;
     }
 
     /// The same for a vCPU that is loaded: CPU_SUSPEND into a state that loses its registers. Its
