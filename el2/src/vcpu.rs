@@ -9,7 +9,7 @@ use el2::psci::StartOrder;
 use el2::vgic::{CpuInterface, Kicks};
 use el2::vm_error::Refusal;
 use memslot::toggle::CacheWatch;
-use spin::Mutex;
+use spin::{Mutex, MutexGuard};
 
 use crate::arch::cpu::CpuData;
 use crate::arch::world::{self, Context, HostWorld, hcr};
@@ -116,15 +116,14 @@ impl Vcpu {
         }
     }
 
-    /// Empty, for a reset of the VM.
+    /// Keeps every CPU from running it, for a reset of the VM.
     ///
     /// # Errors
     ///
     /// [`ErrorCode::Busy`] while it runs.
-    pub(crate) fn reset(&self, hypervisor: &Hypervisor) -> Result<(), ErrorCode> {
-        let mut state = self.state.try_lock().ok_or(ErrorCode::Busy)?;
-        *state = VcpuState::new(hypervisor);
-        Ok(())
+    pub(crate) fn stop(&self) -> Result<Stopped<'_>, ErrorCode> {
+        let state = self.state.try_lock().ok_or(ErrorCode::Busy)?;
+        Ok(Stopped(state))
     }
 
     /// Makes the vCPU look at its interrupts: it leaves the guest where it runs; where it does not,
@@ -231,6 +230,16 @@ impl Vcpu {
             }
             other => other,
         }
+    }
+}
+
+/// A vCPU that nobody can run meanwhile.
+pub(crate) struct Stopped<'a>(MutexGuard<'a, VcpuState>);
+
+impl Stopped<'_> {
+    /// Makes it as it was when it was created.
+    pub(crate) fn empty(&mut self, hypervisor: &Hypervisor) {
+        *self.0 = VcpuState::new(hypervisor);
     }
 }
 

@@ -40,7 +40,7 @@ use crate::arch::world::VmWorld;
 use crate::arch::{mem, regs};
 use crate::hypervisor::Hypervisor;
 use crate::protect::Pages;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Stopped, Vcpu};
 
 /// Most VMs: VMIDs have 8 bits on some cores, and 0 is the host's.
 pub(crate) const MAX_VMS: usize = 255;
@@ -556,9 +556,15 @@ impl Vm {
 
     /// Resets the VM; no vCPU runs.
     pub(crate) fn reset(&self, hypervisor: &Hypervisor) -> Result<u64, Refusal> {
-        self.memory.reset()?;
+        // All of them first, and until all is done: else one could run on registers that are empty
+        // while its power state still says that it is on.
+        let mut stopped = heapless::Vec::<Stopped<'_>, { MAX_VCPUS as usize }>::new();
         for vcpu in self.vcpus.iter().filter_map(Once::get) {
-            vcpu.reset(hypervisor)?;
+            stopped.push(vcpu.stop()?).map_err(|_| ErrorCode::Busy)?;
+        }
+        self.memory.reset()?;
+        for vcpu in &mut stopped {
+            vcpu.empty(hypervisor);
         }
         self.power.reset();
         self.vgic.reset();
