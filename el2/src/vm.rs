@@ -295,7 +295,9 @@ impl VmTable {
 
 /// Takes memory from the host, out of its caches, too.
 pub(crate) fn donate(hypervisor: &Hypervisor, range: AddrRange) -> Result<(), OwnershipError> {
-    if range.size() / PAGE_SIZE > MAX_DONATION {
+    // EL2 makes objects and lists of free pages in it, and address 0 is nobody's pointer. On a
+    // Raspberry Pi there is RAM.
+    if range.size() / PAGE_SIZE > MAX_DONATION || range.start() == 0 {
         return Err(OwnershipError::NotOwned(range));
     }
     hypervisor

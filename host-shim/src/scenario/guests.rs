@@ -203,6 +203,7 @@ fn refusals(memory: &Memory) -> Result<(), &'static str> {
     let again = code(vm.create_slot(SLOT, RAM, memory.ram));
     let donated = code(vm.top_up(memory.ram));
     let el2s = code(vm.create_slot(SlotWord { id: 1, ..SLOT }, 0, memory.state));
+    let first = AddrRange::with_size(0, PAGE_SIZE).and_then(|page| code(vm.top_up(page)));
     let twice = code(vm.create_vcpu(0));
     let beyond = code(vm.create_vcpu(1));
     let missing = vm.run(1, 0, false).err().map(|refused| refused.code);
@@ -218,6 +219,11 @@ fn refusals(memory: &Memory) -> Result<(), &'static str> {
     expect(
         el2s == Some(ErrorCode::NotPermitted),
         "EL2's memory in a slot",
+    )?;
+    // Where that is RAM, too: EL2 has no pointer to it.
+    expect(
+        first == Some(ErrorCode::NotPermitted),
+        "the page at address 0 was taken",
     )?;
     expect(twice == Some(ErrorCode::Exists), "a vCPU was created twice")?;
     expect(beyond == Some(ErrorCode::Invalid), "a vCPU beyond the last")?;
