@@ -143,7 +143,10 @@ impl VmTable {
     /// Reserves a handle.
     pub(crate) fn reserve(&self) -> Result<u64, ErrorCode> {
         for (number, entry) in (FIRST_HANDLE..).zip(&self.entries) {
-            if let Some(mut entry) = entry.try_write()
+            // Looked at first: who holds another VM's entry for writing, if only for a moment, makes
+            // that VM's calls on other CPUs fail with BUSY.
+            if entry.try_read().is_some_and(|e| matches!(*e, Entry::Free))
+                && let Some(mut entry) = entry.try_write()
                 && matches!(*entry, Entry::Free)
             {
                 *entry = Entry::Reserved;
