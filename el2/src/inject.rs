@@ -35,7 +35,8 @@ pub struct Interrupted {
     pub mte: bool,
 }
 
-/// What the injection writes (besides ELR_EL1 = ELR_EL2, SPSR_EL1 = SPSR_EL2, FAR_EL1 = FAR_EL2).
+/// What the injection writes (besides ELR_EL1 = ELR_EL2, SPSR_EL1 = SPSR_EL2, and, if it
+/// [is an abort](Entry::is_abort), FAR_EL1 = FAR_EL2).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Entry {
     /// New ELR_EL2: the vector.
@@ -44,6 +45,15 @@ pub struct Entry {
     pub spsr: u64,
     /// New ESR_EL1.
     pub esr: u64,
+}
+
+impl Entry {
+    /// Whether FAR_EL2 is this exception's address. Otherwise it is that of the last abort on this
+    /// core, which may have been another world's: EL1 must not see it.
+    #[must_use]
+    pub const fn is_abort(&self) -> bool {
+        matches!(self.esr >> 26 & 0x3f, 0x20 | 0x21 | 0x24 | 0x25)
+    }
 }
 
 /// A synchronous external abort at EL1 for an access that the owner of the memory refuses.
@@ -161,6 +171,18 @@ mod tests {
         let entry = undefined(&EL1);
         assert_eq!(entry.esr, 0x0200_0000);
         assert_eq!(entry.pc, 0xffff_8000_0000_0a00);
+    }
+
+    #[test]
+    fn only_aborts_have_an_address() {
+        assert!(!undefined(&EL1).is_abort());
+        for access in [Access::Read, Access::Write, Access::Fetch] {
+            for spsr in [0, 5, 0x10] {
+                let from = Interrupted { spsr, ..EL1 };
+                let abort = Abort { access, ..ABORT };
+                assert!(external_abort(&from, &abort, 0).is_abort());
+            }
+        }
     }
 
     #[test]

@@ -120,7 +120,7 @@ pub(crate) fn interrupted(pan: bool, mte: bool) -> Interrupted {
 /// Makes the host continue in its own exception handler.
 pub(crate) fn inject(entry: &Entry) {
     ESR_EL1.set(entry.esr);
-    FAR_EL1.set(FAR_EL2.get());
+    pass_fault_address(entry);
     ELR_EL1.set(ELR_EL2.get());
     SPSR_EL1.set(SPSR_EL2.get());
     ELR_EL2.set(entry.pc);
@@ -131,9 +131,15 @@ pub(crate) fn inject(entry: &Entry) {
 /// gives it the new ones.
 pub(crate) fn write_exception(entry: &Entry, pc: u64, pstate: u64) {
     ESR_EL1.set(entry.esr);
-    FAR_EL1.set(FAR_EL2.get());
+    pass_fault_address(entry);
     ELR_EL1.set(pc);
     SPSR_EL1.set(pstate);
+}
+
+fn pass_fault_address(entry: &Entry) {
+    if entry.is_abort() {
+        FAR_EL1.set(FAR_EL2.get());
+    }
 }
 
 /// Whether the virtual timer of the guest that is loaded asserts its interrupt.
