@@ -136,6 +136,10 @@ pub struct Board<'a> {
     pub reserved: RangeList<MAX_RESERVED>,
     /// The part of `reserved` that must not even be mapped.
     pub no_map: RangeList<MAX_RESERVED>,
+    /// The part of `no_map` that is the firmware's own: its node has no `compatible` that a driver
+    /// could claim it by, and no phandle that a device could name it by. On a Raspberry Pi 5 that is
+    /// where the code behind SMC runs, in memory that nothing else protects.
+    pub firmware: RangeList<MAX_RESERVED>,
     /// CPUs in the tree's order, enabled or held for us; at least one.
     pub cpus: Vec<Cpu, MAX_CPUS>,
     /// CPU nodes beyond [`MAX_CPUS`].
@@ -186,6 +190,7 @@ impl<'a> Board<'a> {
             memory: RangeList::new(),
             reserved: RangeList::new(),
             no_map: RangeList::new(),
+            firmware: RangeList::new(),
             cpus: Vec::new(),
             cpus_left_out: 0,
             console: None,
@@ -249,10 +254,16 @@ impl<'a> Board<'a> {
             return Ok(());
         };
         for node in parent.children().filter(is_enabled) {
+            let has = |name| node.property(name).is_some();
+            let no_map = has("no-map");
+            let claimed = has("compatible") || has("phandle") || has("linux,phandle");
             for range in regs(&node).map(AddrRange::grow_to_pages) {
                 self.reserve(range)?;
-                if node.property("no-map").is_some() {
+                if no_map {
                     self.no_map.insert(range, "no-map ranges")?;
+                }
+                if no_map && !claimed {
+                    self.firmware.insert(range, "firmware's ranges")?;
                 }
             }
         }

@@ -266,8 +266,49 @@ fn pi_memory_and_reservations_are_read() {
         [range(0, 0x1000), range(0x300_0000, 0x300_2000)]
     );
     assert_eq!(board.no_map.as_slice(), [range(0x300_0000, 0x300_2000)]);
+    assert_eq!(board.firmware.as_slice(), board.no_map.as_slice());
     assert_eq!(board.cpus[3].start, StartMethod::SpinTable(0xf0));
     assert_eq!(board.psci, None);
+}
+
+/// Drivers and devices find their memory by `compatible` or a phandle; what has neither is the
+/// firmware's own.
+#[test]
+fn memory_that_a_driver_may_claim_is_not_firmwares() {
+    let mut fdt = FdtWriter::new().unwrap();
+    let root = fdt.begin_node("").unwrap();
+    fdt.property_u32("#address-cells", 2).unwrap();
+    fdt.property_u32("#size-cells", 2).unwrap();
+    memory(&mut fdt, &[0, 0x4000_0000]);
+    let cpus = fdt.begin_node("cpus").unwrap();
+    fdt.property_u32("#address-cells", 1).unwrap();
+    fdt.property_u32("#size-cells", 0).unwrap();
+    let cpu = fdt.begin_node("cpu@0").unwrap();
+    fdt.property_string("device_type", "cpu").unwrap();
+    fdt.property_u32("reg", 0).unwrap();
+    fdt.end_node(cpu).unwrap();
+    fdt.end_node(cpus).unwrap();
+    let parent = fdt.begin_node("reserved-memory").unwrap();
+    fdt.property_u32("#address-cells", 2).unwrap();
+    fdt.property_u32("#size-cells", 2).unwrap();
+    fdt.property_null("ranges").unwrap();
+    for (name, base) in [("atf@0", 0), ("nvram@1", 0x10_0000), ("dsp@2", 0x20_0000)] {
+        let node = fdt.begin_node(name).unwrap();
+        fdt.property_array_u64("reg", &[base, 0x8_0000]).unwrap();
+        fdt.property_null("no-map").unwrap();
+        match name {
+            "nvram@1" => fdt.property_string("compatible", "nvmem-rmem").unwrap(),
+            "dsp@2" => fdt.property_u32("phandle", 7).unwrap(),
+            _ => {}
+        }
+        fdt.end_node(node).unwrap();
+    }
+    fdt.end_node(parent).unwrap();
+    fdt.end_node(root).unwrap();
+    let blob = fdt.finish().unwrap();
+    let board = read(&blob);
+    assert_eq!(board.no_map.as_slice().len(), 3);
+    assert_eq!(board.firmware.as_slice(), [range(0, 0x8_0000)]);
 }
 
 #[test]
@@ -381,6 +422,24 @@ fn add_child_without_its_parent_changes_nothing() {
 }
 
 proptest! {
+    /// Flipped trees give an error or the host's tree, never a panic.
+    #[test]
+    fn corrupt_trees_are_patched_or_refused(
+        flips in prop::collection::vec((0usize..1500, any::<u8>()), 1..6), other: bool,
+    ) {
+        let mut blob = if other { virt(4) } else { pi() };
+        for (at, value) in flips {
+            let at = at % blob.len();
+            blob[at] = value;
+        }
+        if let Ok(tree) = Tree::new(&blob) {
+            let mut buffer = vec![0; blob.len() + 0x8000];
+            let el2 = range(0x5fe0_0000, 0x6000_0000);
+            let host = HostTree { el2, cpus: &[0] };
+            let _: Result<usize, EditError> = patch_for_host(tree.fdt(), &mut buffer, &host);
+        }
+    }
+
     /// Truncated or flipped trees give an error or a board, never a panic.
     #[test]
     fn corrupt_trees_never_panic(flips in prop::collection::vec((0usize..1500, any::<u8>()), 0..6),

@@ -300,9 +300,10 @@ fn announce(boot: &Boot) {
     );
     log::debug!("RAM {:?}", board.memory.as_slice());
     log::debug!(
-        "reserved {:?}, no-map {:?}",
+        "reserved {:?}, no-map {:?}, firmware's {:?}",
         board.reserved.as_slice(),
-        board.no_map.as_slice()
+        board.no_map.as_slice(),
+        board.firmware.as_slice()
     );
 }
 
@@ -335,10 +336,11 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
         entered: boot.entered,
     };
     let gic = PhysicalGic::probe(boot.board.gic.as_ref(), boot.features.gic_sysregs);
-    if let Some(range) = gic.private()
-        && !host.hide(range)
-    {
-        fatal(format_args!("too many device ranges to hide from the host"));
+    let firmware = boot.board.firmware.as_slice().iter().copied();
+    for range in gic.private().into_iter().chain(firmware) {
+        if !host.hide(range) {
+            fatal(format_args!("too many ranges to hide from the host"));
+        }
     }
     let has_firmware = machine.psci == Some(board::PsciConduit::Smc);
     let id = regs::id_registers();
@@ -358,7 +360,8 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
     })
 }
 
-/// Memory that firmware says nobody may map is given to nobody.
+/// Memory that firmware says nobody may map is given to nobody. What is firmware's own the host
+/// does not reach either: from there it could change what EL2 calls.
 fn reserve_no_map(boot: &Boot, pages: &PageStates<'_>) {
     for range in boot.board.no_map.as_slice() {
         for ram in boot.board.memory.as_slice() {

@@ -64,9 +64,10 @@ impl HostMemory {
         }
     }
 
-    /// Takes device registers out of the host's reach, before it runs; says whether there is room.
-    pub(crate) fn hide(&mut self, registers: AddrRange) -> bool {
-        self.map.hide(registers)
+    /// Takes device registers, or firmware's memory, out of the host's reach, before it runs; says
+    /// whether there is room.
+    pub(crate) fn hide(&mut self, range: AddrRange) -> bool {
+        self.map.hide(range)
     }
 
     /// The map, for changes of ownership.

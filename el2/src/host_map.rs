@@ -4,7 +4,7 @@
 //! other address may be mapped at any time, to itself. Losing a leaf is harmless (it faults in
 //! again), losing an annotation never happens.
 //!
-//! RAM is mapped read, write and execute; everything else read and write, never execute. The
+//! RAM is mapped read, write and execute, but for firmware's own, which is not mapped; everything else read and write, never execute. The
 //! memory type is always "as stage 1 says": the host keeps the choice that it has on the bare
 //! machine. A leaf is the largest block that neither leaves the RAM range (or the gap between two)
 //! nor meets an annotation. See docs/host-stage2.md.
@@ -21,8 +21,8 @@ use thiserror::Error;
 use crate::features::Features;
 use crate::page_state::Owner;
 
-/// Most separate ranges of device registers that EL2 hides.
-const MAX_HIDDEN: usize = 8;
+/// Most separate ranges of device registers and of firmware's memory that EL2 hides.
+const MAX_HIDDEN: usize = 16;
 
 /// Why there is no host stage 2.
 #[derive(Clone, Debug, Error, PartialEq)]
@@ -53,7 +53,7 @@ pub enum Answer {
 pub struct HostMap<P: Platform> {
     space: RwLock<Stage2<ArmStage2, P>>,
     memory: RangeList<MAX_MEMORY>,
-    /// Device registers that are EL2's.
+    /// Device registers that are EL2's, memory that is firmware's.
     hidden: RangeList<MAX_HIDDEN>,
     /// First address that the table can't map.
     end: u64,
@@ -134,12 +134,13 @@ impl<P: Platform> HostMap<P> {
         })
     }
 
-    /// Takes device registers out of the host's reach, before it runs. Unlike memory they need no
-    /// annotation: no fault maps them. Says whether there was room to remember them.
+    /// Takes device registers, or memory of firmware, out of the host's reach for good, before it
+    /// runs. Unlike memory that may come back they need no annotation: no fault maps them. Says
+    /// whether there was room to remember them.
     #[must_use]
-    pub fn hide(&mut self, registers: AddrRange) -> bool {
+    pub fn hide(&mut self, range: AddrRange) -> bool {
         self.hidden
-            .insert(registers.grow_to_pages(), "hidden registers")
+            .insert(range.grow_to_pages(), "hidden ranges")
             .is_ok()
     }
 
@@ -248,15 +249,14 @@ impl<P: Platform> HostMap<P> {
         if address >= self.end {
             return None;
         }
-        if let Some(ram) = self.memory.find(address) {
-            let inside = AddrRange::new(ram.start(), ram.end().min(self.end))?;
-            return Some((ipa_range(inside)?, LeafAttrs::normal(Perms::RWX)));
-        }
-        let gap = self.memory.gap_around(address)?;
+        let (around, perms) = match self.memory.find(address) {
+            Some(ram) => (ram, Perms::RWX),
+            None => (self.memory.gap_around(address)?, Perms::RW),
+        };
         let free = self.hidden.gap_around(address)?;
-        let start = gap.start().max(free.start());
-        let inside = AddrRange::new(start, gap.end().min(free.end()).min(self.end))?;
-        Some((ipa_range(inside)?, LeafAttrs::normal(Perms::RW)))
+        let start = around.start().max(free.start());
+        let inside = AddrRange::new(start, around.end().min(free.end()).min(self.end))?;
+        Some((ipa_range(inside)?, LeafAttrs::normal(perms)))
     }
 }
 
@@ -390,6 +390,22 @@ mod tests {
         assert!(leaf(&machine, 0x803_0000).is_none());
         assert_eq!(leaf(&machine, 0x802_f000).unwrap().1, 4096);
         assert_eq!(map.fault(0x803_0000), Answer::Refused);
+    }
+
+    #[test]
+    fn memory_of_firmware_is_refused_and_its_neighbours_are_not() {
+        let machine = machine(32);
+        let mut map = map(&machine);
+        let firmware = range(GIB, GIB + 0x8_0000);
+        assert!(map.hide(firmware));
+        assert_eq!(map.fault(GIB + 0x8_0000), Answer::Mapped);
+        assert_eq!(map.fault(GIB + 2 * MIB), Answer::Mapped);
+        for page in (firmware.start()..firmware.end()).step_by(4096) {
+            assert_eq!(map.fault(page), Answer::Refused);
+            assert!(leaf(&machine, page).is_none());
+        }
+        let (start, _, raw) = leaf(&machine, GIB + 0x8_0000).unwrap();
+        assert!(raw.pa == start && raw.exec_kernel);
     }
 
     #[test]

@@ -21,7 +21,8 @@ pub enum Owner {
     Hypervisor,
     /// The guest with this index in the VM table.
     Guest(u8),
-    /// Firmware, which said that nobody may map it: the host keeps it, nobody else gets it.
+    /// Firmware, which said that nobody may map it: nobody gets it. The host reaches it only where
+    /// the device tree names a driver for it.
     Firmware,
 }
 
