@@ -62,8 +62,8 @@ pub struct Features {
     pub ttl: bool,
     /// Erratum 1286807, Cortex-A76 up to r3p0: a TLBI and its barrier must be issued twice.
     pub repeat_tlbi: bool,
-    /// Errata 1319367 (Cortex-A72), 1319537 (A57), 1165522 (A76 up to r2p0): speculative walks may
-    /// use the EL1 registers of one context and the stage 2 of another.
+    /// Errata 1319367 (Cortex-A72), 1319537 (A57), 1530924 (A53), 1530923 (A55), 1165522 (A76 up to
+    /// r2p0): speculative walks may use the EL1 registers of one context and the stage 2 of another.
     pub speculative_at: bool,
     /// Pointer authentication: the guest has keys.
     pub pauth: bool,
@@ -183,13 +183,14 @@ const fn is_a76_before_r4(midr: u64) -> bool {
     midr >> 24 & 0xff == 0x41 && midr >> 4 & 0xfff == 0xd0b && midr >> 20 & 0xf <= 3
 }
 
-/// MIDR_EL1: Cortex-A57 (0xd07) and A72 (0xd08) in all revisions, A76 (0xd0b) before r3p0.
+/// MIDR_EL1: Cortex-A53 (0xd03), A55 (0xd05), A57 (0xd07) and A72 (0xd08) in all revisions, A76
+/// (0xd0b) before r3p0.
 const fn has_speculative_at(midr: u64) -> bool {
     if midr >> 24 & 0xff != 0x41 {
         return false;
     }
     match midr >> 4 & 0xfff {
-        0xd07 | 0xd08 => true,
+        0xd03 | 0xd05 | 0xd07 | 0xd08 => true,
         0xd0b => midr >> 20 & 0xf < 3,
         _ => false,
     }
@@ -270,6 +271,7 @@ mod tests {
     #[test]
     fn cores_with_speculative_walks_across_contexts_are_known() {
         assert!(has_speculative_at(0x410f_d083) && has_speculative_at(0x411f_d070));
+        assert!(has_speculative_at(0x410f_d034) && has_speculative_at(0x412f_d050));
         assert!(has_speculative_at(0x412f_d0b0) && !has_speculative_at(0x413f_d0b0));
         assert!(!has_speculative_at(0x410f_d0c1) && !has_speculative_at(0x420f_d083));
     }
