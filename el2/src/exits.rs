@@ -92,7 +92,7 @@ fn interrupt(run: &mut Running<'_>) -> Next {
     }
     // A kick that the host waits for stays pending for it.
     let for_host = run.cpu.host_kick.swap(false, Ordering::AcqRel);
-    if !for_host && run.hypervisor.gic.take_kick() {
+    if !for_host && run.hypervisor.gic.take_kick(run.cpu) {
         return Next::Refresh;
     }
     Next::Leave(Exit::Interrupted)

@@ -55,21 +55,18 @@ const GICH_VMCR: usize = 0x8;
 const GICH_MISR: usize = 0x10;
 const GICH_APR: usize = 0xf0;
 const GICH_LR: usize = 0x100;
-const GICC_CTLR: usize = 0x0;
-const GICC_IAR: usize = 0xc;
-const GICC_EOIR: usize = 0x10;
 const GICC_HPPIR: usize = 0x18;
-const GICC_AIAR: usize = 0x20;
-const GICC_AEOIR: usize = 0x24;
-const GICC_DIR: usize = 0x1000;
-/// GICC_CTLR.EOImodeNS.
-const GICC_EOI_MODE: u32 = 1 << 9;
 const GICD_IGROUPR: usize = 0x80;
 const GICD_ISENABLER: usize = 0x100;
 const GICD_ISACTIVER: usize = 0x300;
 const GICD_ICACTIVER: usize = 0x380;
 const GICD_ITARGETSR: usize = 0x800;
 const GICD_SGIR: usize = 0xf00;
+const GICD_CPENDSGIR: usize = 0xf10;
+/// Where [`KICK_SGI`] is in it.
+const KICK_BYTE: usize = KICK_SGI as usize;
+/// From the frame of the private interrupts.
+const GICR_ICPENDR0: usize = 0x280;
 const GICR_STRIDE: u64 = 0x2_0000;
 const GICR_SGI_FRAME: u64 = 0x1_0000;
 const GICR_TYPER_HIGH: usize = 0xc;
@@ -83,7 +80,7 @@ const OURS: u32 = TIMER_BIT | 1 << MAINTENANCE | 1 << EL2_TIMER | 1 << KICK_SGI;
 /// ICC_SRE_EL2 while a guest is loaded: SRE, DFB, DIB.
 const SRE_GUEST: u64 = 0x7;
 
-/// Bits of an INTID in acknowledge registers (GICv2).
+/// Bits of an INTID in GICC_HPPIR.
 const INTID_V2: u32 = 0x3ff;
 
 fn isb() {
@@ -330,12 +327,32 @@ impl PhysicalGic {
     }
 
     /// Takes EL2's own SGI, if it is what is pending; anything else is the host's and stays.
-    pub(crate) fn take_kick(&self) -> bool {
-        match self {
-            Self::None(_) => false,
-            Self::V2(v2) => v2.take_kick(),
-            Self::V3(_) => take_kick_v3(),
+    ///
+    /// It is not acknowledged: by then a more urgent interrupt may be the one that acknowledging
+    /// takes, and the host would never see that. Its pending state is withdrawn instead.
+    pub(crate) fn take_kick(&self, cpu: &CpuData) -> bool {
+        let highest = match self {
+            Self::None(_) => return false,
+            Self::V2(v2) => Mmio::gic(v2.gicc.start()).read(GICC_HPPIR) & INTID_V2,
+            // With HCR_EL2.IMO set this means the physical interface at EL2: ICC_HPPIR1_EL1.
+            Self::V3(_) => mrs!("s3_0_c12_c12_2") as u32,
+        };
+        let base = cpu.gic_frame.load(core::sync::atomic::Ordering::Relaxed);
+        if highest != KICK_SGI || base == 0 {
+            return false;
         }
+        let frame = Mmio::gic(base);
+        match self {
+            // A byte an SGI, a bit a sender.
+            Self::V2(_) => frame.write(
+                GICD_CPENDSGIR + KICK_BYTE / 4 * 4,
+                0xff << (KICK_BYTE % 4 * 8),
+            ),
+            Self::None(_) | Self::V3(_) => frame.write(GICR_ICPENDR0, 1 << KICK_SGI),
+        }
+        // What the sender changed before is looked at behind this.
+        super::mem::data_barrier();
+        true
     }
 
     /// Whether the virtual interface asks for maintenance.
@@ -415,25 +432,6 @@ impl V2 {
             *list = gich.read(GICH_LR + 4 * n).into();
             gich.write(GICH_LR + 4 * n, 0);
         }
-    }
-
-    fn take_kick(&self) -> bool {
-        let gicc = Mmio::gic(self.gicc.start());
-        if gicc.read(GICC_HPPIR) & INTID_V2 != KICK_SGI {
-            return false;
-        }
-        let id = gicc.read(GICC_IAR);
-        if id & INTID_V2 >= 1020 {
-            // Group 1 seen from the secure side: a machine without security extensions.
-            let id = gicc.read(GICC_AIAR);
-            gicc.write(GICC_AEOIR, id);
-            return true;
-        }
-        gicc.write(GICC_EOIR, id);
-        if gicc.read(GICC_CTLR) & GICC_EOI_MODE != 0 {
-            gicc.write(GICC_DIR, id);
-        }
-        true
     }
 }
 
@@ -527,20 +525,4 @@ fn leave_lists(interface: &mut CpuInterface) {
         *list = list_registers!(read, n);
         list_registers!(clear, n);
     }
-}
-
-/// With HCR_EL2.IMO set these names mean the physical interface at EL2.
-fn take_kick_v3() -> bool {
-    let highest = mrs!("s3_0_c12_c12_2"); // ICC_HPPIR1_EL1
-    if highest != u64::from(KICK_SGI) {
-        return false;
-    }
-    let id = mrs!("s3_0_c12_c12_0"); // ICC_IAR1_EL1
-    set!("s3_0_c12_c12_1", id); // ICC_EOIR1_EL1
-    let split = mrs!("s3_0_c12_c12_4") & 2 != 0; // ICC_CTLR_EL1.EOImode
-    if split {
-        set!("s3_0_c12_c11_1", id); // ICC_DIR_EL1
-    }
-    isb();
-    id == u64::from(KICK_SGI)
 }
