@@ -106,7 +106,10 @@ fn traps(features: &Features) {
         set!("s3_4_c1_c2_6", 1 << 31 | 1 << 30 | 0xf); // SMCR_EL2: FA64, EZT0, longest
     }
     if features.mpam {
-        set!("s3_4_c10_c4_0", 0); // MPAMHCR_EL2
+        // MPAMHCR_EL2 is there only if MPAMIDR_EL1.HAS_HCR (bit 17) says so.
+        if mrs!("s3_0_c10_c4_4") & 1 << 17 != 0 {
+            set!("s3_4_c10_c4_0", 0);
+        }
         set!("s3_4_c10_c5_0", 0); // MPAM2_EL2: no traps
     }
     if features.lor {
