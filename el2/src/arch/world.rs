@@ -323,6 +323,8 @@ const CPTR_TFP: u64 = 1 << 10;
 /// D24.2.103). HPMN keeps the host's value.
 const MDCR_TRAPS: u64 = 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 14 | 1 << 19 | 1 << 27;
 const MDCR_HPMN: u64 = 0x1f;
+/// MPAM2_EL2 of a guest: its accesses to MPAM0_EL1 and MPAM1_EL1, which keep the host's values, trap.
+const MPAM_TRAPS: u64 = 1 << 49 | 1 << 48;
 /// CNTHCTL_EL2: the physical counter can be read (EL1PCTEN), the physical timer traps.
 const CNTHCTL_GUEST: u64 = 1;
 /// VMPIDR_EL2: RES1 bit 31.
@@ -510,6 +512,9 @@ impl HostWorld {
             self.software.write();
         }
         self.controls.write();
+        if features.mpam {
+            set!("s3_4_c10_c5_0", 0); // MPAM2_EL2, as `host_regs` has it
+        }
         if features.fgt {
             self.traps.write(features);
         }
@@ -563,6 +568,9 @@ fn load_controls(features: &Features, vm: &VmWorld, index: u8, host: &Controls) 
         vpidr: host.vpidr,
     };
     controls.write();
+    if features.mpam {
+        set!("s3_4_c10_c5_0", MPAM_TRAPS);
+    }
 }
 
 /// Walks come on as the last thing.
