@@ -93,6 +93,8 @@ pub struct Features {
     pub spe: bool,
     /// Trace buffer.
     pub trbe: bool,
+    /// FEAT_TRF: TRFCR_EL1, the filter of self-hosted trace.
+    pub trace_filter: bool,
     /// A PMUv3 is there.
     pub pmu: bool,
     /// System-register interface of GICv3 or later.
@@ -141,6 +143,7 @@ impl Features {
             ecv: field(id.mmfr0, 60) != 0,
             spe: field(id.dfr0, 32) != 0,
             trbe: field(id.dfr0, 44) != 0,
+            trace_filter: field(id.dfr0, 40) != 0,
             pmu: !matches!(field(id.dfr0, 8), 0 | 0xf),
             gic_sysregs: field(id.pfr0, 24) != 0,
             idc: id.ctr & (1 << 28) != 0,

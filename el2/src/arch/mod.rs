@@ -19,6 +19,7 @@ pub(crate) mod mem;
 pub(crate) mod mmio;
 pub(crate) mod mmu;
 pub(crate) mod owned;
+pub(crate) mod profiling;
 pub(crate) mod regs;
 pub(crate) mod self_test;
 pub(crate) mod tlb;

@@ -10,6 +10,7 @@
 use el2::features::Features;
 
 use super::host_regs::Stage2Regs;
+use super::profiling::{self, Profiling};
 use super::regs::{mrs, msr};
 use super::tlb::{MMU_ON, NO_WALKS};
 
@@ -307,6 +308,7 @@ pub(crate) struct HostWorld {
     stage2: Stage2Regs,
     hcr: u64,
     hcrx: u64,
+    profiling: Profiling,
     traps: FineTraps,
     pc: u64,
     pstate: u64,
@@ -319,9 +321,9 @@ pub(crate) struct HostWorld {
 const CPTR_GUEST: u64 = 0x22ff | 1 << 8 | 1 << 10 | 1 << 12 | 1 << 20 | 1 << 30;
 /// CPTR_EL2.TFP.
 const CPTR_TFP: u64 = 1 << 10;
-/// MDCR_EL2 of a guest: TPMCR, TPM, TDE clear, TDA, TDOSA, TDRA, TPMS, TTRF, TDCC (Arm ARM
-/// D24.2.103). HPMN keeps the host's value.
-const MDCR_TRAPS: u64 = 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 14 | 1 << 19 | 1 << 27;
+/// MDCR_EL2 of a guest: TPMCR, TPM, TDE clear, TDA, TDOSA, TDRA, TDCC (Arm ARM D24.2.103). HPMN
+/// keeps the host's value; see [`profiling::traps`] for the rest.
+const MDCR_TRAPS: u64 = 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 27;
 const MDCR_HPMN: u64 = 0x1f;
 /// MPAM2_EL2 of a guest: its accesses to MPAM0_EL1 and MPAM1_EL1, which keep the host's values, trap.
 const MPAM_TRAPS: u64 = 1 << 49 | 1 << 48;
@@ -459,6 +461,8 @@ impl HostWorld {
 
     /// Reads everything of the host that a guest will replace.
     pub(crate) fn save(&mut self, features: &Features) {
+        // First, while what the host's buffers are written through is still the host's.
+        self.profiling = Profiling::stop(features);
         self.timer = Timer::read();
         // The host's timer must not fire for the guest.
         set!("cntv_ctl_el0", 0);
@@ -529,6 +533,7 @@ impl HostWorld {
         set!("spsr_el2", self.pstate);
         self.timer.write();
         load_walk_registers(features, self.sctlr, self.tcr);
+        self.profiling.resume(features);
         set_vectors((&raw const vectors).addr() as u64);
     }
 
@@ -556,11 +561,9 @@ impl HostWorld {
 }
 
 fn load_controls(features: &Features, vm: &VmWorld, index: u8, host: &Controls) {
-    let spe = if features.spe { 0 } else { 1 << 14 };
-    let trace = 1 << 19;
     let controls = Controls {
         cptr: CPTR_GUEST,
-        mdcr: host.mdcr & MDCR_HPMN | MDCR_TRAPS & !(spe | if features.trbe { 0 } else { trace }),
+        mdcr: host.mdcr & MDCR_HPMN | MDCR_TRAPS | profiling::traps(features),
         hstr: 0,
         cnthctl: CNTHCTL_GUEST,
         cntvoff: vm.time_offset,
