@@ -193,6 +193,8 @@ pub(crate) struct Context {
     host_fp: FpState,
     /// CNTV_CTL_EL0 and CNTV_CVAL_EL0.
     pub(crate) timer: Timer,
+    /// VDISR_EL2: what DISR_EL1 is to a guest.
+    deferred_error: u64,
     /// HCR_EL2 while it runs.
     pub(crate) hcr: u64,
 }
@@ -274,6 +276,7 @@ impl Context {
             fp: FpState::new(),
             host_fp: FpState::new(),
             timer: Timer::default(),
+            deferred_error: 0,
             hcr: guest_hcr(features),
         }
     }
@@ -455,6 +458,10 @@ impl HostWorld {
             set!("s3_4_c1_c2_2", 0); // HCRX_EL2
         }
         guest.timer.write();
+        if features.ras {
+            set!("s3_4_c12_c1_1", guest.deferred_error); // VDISR_EL2
+            set!("s3_4_c5_c2_3", 0); // VSESR_EL2: a virtual SError without a syndrome
+        }
         load_walk_registers(features, guest.sctlr, guest.tcr);
         set_vectors((&raw const guest_vectors).addr() as u64);
     }
@@ -501,6 +508,9 @@ impl HostWorld {
         }
         if features.scxtnum {
             guest.software = SoftwareContext::read();
+        }
+        if features.ras {
+            guest.deferred_error = mrs!("s3_4_c12_c1_1");
         }
         if features.speculative_at {
             set!("tcr_el1", guest.tcr | NO_WALKS);
