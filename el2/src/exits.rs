@@ -339,6 +339,7 @@ fn vm_control(run: &mut Running<'_>, register: VmRegister, value: u64) -> Next {
 /// Makes the trap of SCTLR_EL1 what the watch says.
 fn watch(run: &mut Running<'_>) -> Next {
     let context = &mut run.state.context;
+    world::note_serror(context);
     context.hcr &= !hcr::TVM;
     if run.state.watch == CacheWatch::Watching {
         context.hcr |= hcr::TVM;

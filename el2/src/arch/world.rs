@@ -532,6 +532,7 @@ impl HostWorld {
         if features.fgt {
             self.traps.write(features);
         }
+        note_serror(guest);
         // What was there when the guest was loaded.
         set!("vtcr_el2", self.stage2.vtcr);
         set!("vttbr_el2", self.stage2.vttbr);
@@ -614,6 +615,14 @@ pub(crate) fn enter(guest: &mut Context) -> u64 {
 /// Writes HCR_EL2 of the guest that is loaded.
 pub(crate) fn set_hcr(value: u64) {
     set!("hcr_el2", value);
+}
+
+/// Notes whether the virtual SError of the guest that is loaded is still pending: the core clears
+/// HCR_EL2.VSE when the guest takes it (Arm ARM D24.2.53), and it must not come twice.
+pub(crate) fn note_serror(guest: &mut Context) {
+    if guest.hcr & hcr::VSE != 0 {
+        guest.hcr &= !hcr::VSE | mrs!("hcr_el2");
+    }
 }
 
 /// What `AT S12E1R` says about a virtual address of the guest that is loaded: attribute (PAR_EL1
