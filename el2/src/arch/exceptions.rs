@@ -3,7 +3,7 @@
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::cpu::this_cpu;
-use super::{mem, regs};
+use super::{mem, regs, world};
 use crate::{panic, trap};
 
 /// General registers as vectors.S saves them.
@@ -28,11 +28,18 @@ extern "C" fn exception_from_lower(regs: &mut Regs, vector: u64) {
 static PROBING: AtomicBool = AtomicBool::new(false);
 static PROBE_FAILED: AtomicBool = AtomicBool::new(false);
 
-/// Exception from EL2 itself: reported, unless a probe expects it.
+/// Vector of a synchronous exception from EL2 on its own stack.
+const SYNC_EL2: u64 = 4;
+
+/// Exception from EL2 itself: reported, unless a probe or a translation for a guest expects it.
 #[unsafe(no_mangle)]
 extern "C" fn exception_from_el2(regs: &Regs, vector: u64) {
     if PROBING.load(Ordering::Relaxed) {
         PROBE_FAILED.store(true, Ordering::Relaxed);
+        regs::skip_instruction();
+        return;
+    }
+    if vector == SYNC_EL2 && world::failed_translation(regs::syndrome().elr) {
         regs::skip_instruction();
         return;
     }

@@ -101,6 +101,25 @@ guest_vectors:
     from_guest  15
     .balign 128
 
+// Address translations for a guest: in x0 the address, out x0 PAR_EL1. Where a walk reads memory
+// that answers with an error, AT takes an exception, which comes back behind it.
+.global translations
+translations:
+// u64 translate_both(u64 address): both stages
+.global translate_both
+translate_both:
+    at      s12e1r, x0
+    b       1f
+// u64 translate_first(u64 address): stage 1
+.global translate_first
+translate_first:
+    at      s1e1r, x0
+1:  isb
+.global translations_end
+translations_end:
+    mrs     x0, par_el1
+    ret
+
 // FP and SIMD: 32 registers of 128 bits, then FPSR and FPCR. Writing a vector register clears what
 // SVE has above it.
 .arch_extension fp

@@ -16,7 +16,8 @@
 
 .macro from_el2, vector
     .balign 128
-    // Both registers are the host's, which never runs again unless this was a probe at boot.
+    // Both registers are EL0's, which never runs again unless this was a probe at boot, or a
+    // translation for a guest, which puts them back (world.rs).
     msr     tpidrro_el0, x30
     msr     tpidr_el0, x29
     mov     x30, #\vector
@@ -72,7 +73,7 @@ el2_common:
     stp     x28, x29, [sp, #224]
     str     x30, [sp, #240]
     mov     x0, sp
-    bl      exception_from_el2          // returns only after a probe's expected fault
+    bl      exception_from_el2          // returns only after an expected fault
     restore_x2_to_x29
     ldr     x30, [sp, #248]
     msr     tpidr_el0, x30              // the interrupted SP, on its way

@@ -12,6 +12,7 @@ pub(crate) mod guest;
 pub(crate) mod heap;
 pub(crate) mod mem;
 pub(crate) mod mmu;
+pub(crate) mod walks;
 
 use core::arch::asm;
 

@@ -3,7 +3,7 @@
 use abi::{ErrorCode, Exit, SlotState, SlotWord, VmConfig, VmCounter};
 use board::{AddrRange, PAGE_SIZE, Placement, highest_free};
 
-use crate::arch::{guest, mem};
+use crate::arch::{guest, mem, walks};
 use crate::machine::Machine;
 use crate::report::Report;
 use crate::vm::{Refused, Vm};
@@ -37,6 +37,7 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
     report.check("bad_calls_are_refused", refusals(&memory));
     report.check("slot_memory_is_free_after_its_slot", deleted(&memory));
     report.check("vms_come_and_go", many(&memory));
+    report.check("tables_where_nothing_answers", lost_tables(&memory));
 }
 
 /// Free memory for one VM.
@@ -260,6 +261,47 @@ fn many(memory: &Memory) -> Result<(), &'static str> {
         mem::bytes_mut(memory.ram).fill(round);
     }
     Ok(())
+}
+
+/// A guest's tables in a device's memory that no device answers for: the walk that EL2 makes there for
+/// the guest meets a bus error, which must end neither EL2 nor the guest.
+fn lost_tables(memory: &Memory) -> Result<(), &'static str> {
+    /// Above the RAM and below the PCIe windows of the machines that we know.
+    const NOWHERE: u64 = 64 << 30;
+    const TABLES: u64 = 0x1000_0000;
+    const DEVICE: SlotWord = SlotWord {
+        id: 1,
+        device: true,
+        flags: 1 << 4,
+    };
+    let nowhere = AddrRange::with_size(NOWHERE, PAGE_SIZE).ok_or("wrapping address")?;
+    let code = walks::lost_tables();
+    mem::bytes_mut(memory.ram)[..code.len()].copy_from_slice(code);
+    let vm = words(Vm::create(CONFIG, memory.state))?;
+    words(vm.create_slot(SLOT, RAM, memory.ram))?;
+    words(vm.create_slot(DEVICE, TABLES, nowhere))?;
+    words(vm.create_vcpu(0))?;
+    words(vm.start_vcpu(0, RAM, TABLES))?;
+    let exits = [(); 3].map(|()| {
+        loop {
+            match vm.run(0, 0, false) {
+                Ok(Exit::Interrupted) => {}
+                exit => break exit,
+            }
+        }
+    });
+    end(vm)?;
+    let wrote = |at, value| {
+        Ok(Exit::MmioWrite {
+            ipa: UART + at,
+            size: 8,
+            value,
+        })
+    };
+    // INVALID_PARAMETER of SMCCC.
+    expect(exits[0] == wrote(0, u64::MAX - 2), "not refused")?;
+    expect(exits[1] == wrote(8, 0xee), "a thread register has changed")?;
+    expect(exits[2] == Ok(Exit::SystemOff), "it does not go on")
 }
 
 fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
