@@ -65,6 +65,9 @@ pub(crate) fn header_at(address: u64) -> [u8; 8] {
     if address == 0 || !address.is_multiple_of(8) {
         return [0; 8];
     }
+    if let Some(range) = AddrRange::with_size(address, 8) {
+        clean_invalidate_to_poc(range);
+    }
     let pointer = core::ptr::with_exposed_provenance::<[u8; 8]>(address as usize);
     // SAFETY: aligned; at worst there is no memory, which is an abort that is reported, not
     // undefined behaviour of the machine. No one writes there: only this core runs.
@@ -72,7 +75,11 @@ pub(crate) fn header_at(address: u64) -> [u8; 8] {
 }
 
 /// The device tree that firmware left at `range`, which [`header_at`] showed to begin one.
+///
+/// The boot protocol has firmware clean the image to the point of coherency, not the tree, and the
+/// caches are off here: what firmware has written may still be in them.
 pub(crate) fn device_tree(range: AddrRange) -> &'static [u8] {
+    clean_invalidate_to_poc(range);
     let pointer = core::ptr::with_exposed_provenance(range.start() as usize);
     // SAFETY: initialised by firmware, 8-byte aligned, at most 2 MiB. Until the host runs nobody
     // writes it: it is reserved before anything is placed. EL2 does not read it after that.
