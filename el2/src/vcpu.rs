@@ -215,6 +215,7 @@ impl Vcpu {
         }
         let exit = running.until_exit();
         let VcpuState { host, context, .. } = &mut *running.state;
+        world::settle_errors(context);
         host.load_host(features, context);
         self.running_on.store(NOWHERE, Ordering::Relaxed);
         self.block(vm, exit)

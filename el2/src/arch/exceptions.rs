@@ -28,10 +28,12 @@ extern "C" fn exception_from_lower(regs: &mut Regs, vector: u64) {
 static PROBING: AtomicBool = AtomicBool::new(false);
 static PROBE_FAILED: AtomicBool = AtomicBool::new(false);
 
-/// Vector of a synchronous exception from EL2 on its own stack.
+/// Vectors of a synchronous exception and of an SError from EL2 on its own stack.
 const SYNC_EL2: u64 = 4;
+const SERROR_EL2: u64 = 7;
 
-/// Exception from EL2 itself: reported, unless a probe or a translation for a guest expects it.
+/// Exception from EL2 itself: reported, unless a probe, a translation for a guest, or the end of a
+/// guest's run expects it.
 #[unsafe(no_mangle)]
 extern "C" fn exception_from_el2(regs: &Regs, vector: u64) {
     if PROBING.load(Ordering::Relaxed) {
@@ -41,6 +43,9 @@ extern "C" fn exception_from_el2(regs: &Regs, vector: u64) {
     }
     if vector == SYNC_EL2 && world::failed_translation(regs::syndrome().elr) {
         regs::skip_instruction();
+        return;
+    }
+    if vector == SERROR_EL2 && world::expected_serror(regs::syndrome().elr) {
         return;
     }
     panic::report_exception(regs, vector)

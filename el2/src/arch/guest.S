@@ -120,6 +120,24 @@ translations_end:
     mrs     x0, par_el1
     ret
 
+// u64 take_serror(void): completes the guest's accesses and takes the SError that they have caused,
+// if one is pending, here, as the guest's HCR_EL2 routes it; not 0 if there was one.
+.global take_serror
+take_serror:
+    dsb     sy
+    isb
+    mrs     x0, isr_el1
+    ands    x0, x0, #1 << 8             // A: a physical SError is pending
+    b.eq    1f
+    msr     daifclr, #4
+.global serror_window
+serror_window:                          // taken behind the unmasking, at the latest behind the ISB
+    isb
+    msr     daifset, #4
+.global serror_window_end
+serror_window_end:
+1:  ret
+
 // FP and SIMD: 32 registers of 128 bits, then FPSR and FPCR. Writing a vector register clears what
 // SVE has above it.
 .arch_extension fp

@@ -16,8 +16,8 @@
 
 .macro from_el2, vector
     .balign 128
-    // Both registers are EL0's, which never runs again unless this was a probe at boot, or a
-    // translation for a guest, which puts them back (world.rs).
+    // Both registers are EL0's, which never runs again unless this was a probe at boot, or is what
+    // world.rs expects, which puts them back.
     msr     tpidrro_el0, x30
     msr     tpidr_el0, x29
     mov     x30, #\vector

@@ -56,6 +56,9 @@ unsafe extern "C" {
     fn fp_load(state: *const FpState);
     fn translate_both(address: u64) -> u64;
     fn translate_first(address: u64) -> u64;
+    fn take_serror() -> u64;
+    static serror_window: u8;
+    static serror_window_end: u8;
     static translations: u8;
     static translations_end: u8;
     static guest_vectors: u8;
@@ -658,6 +661,28 @@ fn translated(how: unsafe extern "C" fn(u64) -> u64, address: u64) -> Option<u64
     set!("tpidr_el0", threads.0);
     set!("tpidrro_el0", threads.1);
     None
+}
+
+/// Waits for the accesses of the guest that is loaded. Where one of them has ended in an SError that
+/// no exception level has taken yet, that is the guest's: in the host it would be the host's end.
+pub(crate) fn settle_errors(guest: &mut Context) {
+    let threads = (mrs!("tpidr_el0"), mrs!("tpidrro_el0"));
+    // SAFETY: opens PSTATE.A for two instructions; the exception comes back (`expected_serror`).
+    if unsafe { take_serror() } == 0 {
+        return;
+    }
+    // The exception has used them; see vectors.S.
+    set!("tpidr_el0", threads.0);
+    set!("tpidrro_el0", threads.1);
+    guest.hcr |= hcr::VSE;
+    set_hcr(guest.hcr);
+}
+
+/// Whether an SError that EL2 took from itself at `pc` is the one that [`settle_errors`] lets in.
+pub(crate) fn expected_serror(pc: u64) -> bool {
+    let start = (&raw const serror_window).addr() as u64;
+    let end = (&raw const serror_window_end).addr() as u64;
+    (start..=end).contains(&pc)
 }
 
 /// Whether an exception that EL2 took from itself at `pc` is that of a translation for a guest, whose
