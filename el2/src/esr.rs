@@ -41,6 +41,20 @@ pub struct Abort {
     pub far_invalid: bool,
 }
 
+impl Abort {
+    /// The access that memory has to allow. A walk of stage 1 reads the table, whatever the access
+    /// was that it is for; where it lacks a permission it wants to write: the core sets access flags
+    /// and dirty states in the table itself (FEAT_HAFDBS), and WnR tells nothing of that.
+    #[must_use]
+    pub const fn needs(&self) -> Access {
+        match (self.on_s1_walk, self.kind) {
+            (false, _) => self.access,
+            (true, FaultKind::Permission) => Access::Write,
+            (true, _) => Access::Read,
+        }
+    }
+}
+
 /// Why EL2 was entered from a lower exception level.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Cause {
@@ -173,6 +187,22 @@ mod tests {
         assert_eq!(abort.access, Access::Fetch);
         assert_eq!(abort.kind, FaultKind::Permission);
         assert!(abort.on_s1_walk);
+    }
+
+    #[test]
+    fn a_walk_reads_and_with_a_permission_fault_writes() {
+        let needs = |esr| match decode(esr) {
+            Cause::Abort(abort) => abort.needs(),
+            other => panic!("{other:?}"),
+        };
+        // Fetch, load and store, translation faults of level 3; then permission faults.
+        for walk in [0x8200_0087, 0x9200_0087, 0x9200_00c7] {
+            assert_eq!(needs(walk), Access::Read);
+            assert_eq!(needs(walk | 8), Access::Write);
+        }
+        assert_eq!(needs(0x8200_000f), Access::Fetch);
+        assert_eq!(needs(0x9200_0007), Access::Read);
+        assert_eq!(needs(0x9200_0047), Access::Write);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use el2::inject::{self, Entry};
 use el2::vgic::Kicks;
 use memslot::addr::Gfn;
 use memslot::fault::{FaultKind as MemoryFaultKind, FaultOutcome, Stage2Fault};
+use memslot::slot::SlotKind;
 use memslot::toggle::CacheWatch;
 use stage2::Ipa;
 
@@ -360,9 +361,13 @@ fn fault(run: &mut Running<'_>, abort: &Abort, syndrome: &Syndrome) -> Next {
     let Some(kind) = memory_kind(abort.kind) else {
         return external_abort(run, abort, syndrome.esr);
     };
+    if abort.on_s1_walk && abort.kind == FaultKind::Permission && is_device(run, ipa) {
+        // HCR_EL2.PTW: a table in a device, which no leaf would ever allow.
+        return external_abort(run, abort, syndrome.esr);
+    }
     let request = Stage2Fault {
         ipa: Ipa::new(ipa),
-        access: match abort.access {
+        access: match abort.needs() {
             Access::Read => memslot::fault::Access::Read,
             Access::Write => memslot::fault::Access::Write,
             Access::Fetch => memslot::fault::Access::Fetch,
@@ -385,6 +390,11 @@ fn fault(run: &mut Running<'_>, abort: &Abort, syndrome: &Syndrome) -> Next {
         }),
         Err(error) => refused(run, error, syndrome.esr),
     }
+}
+
+fn is_device(run: &Running<'_>, ipa: u64) -> bool {
+    let slot = Gfn::try_new(ipa >> 12).and_then(|gfn| run.vm.memory.find_slot(gfn));
+    slot.is_some_and(|(slot, _)| slot.kind == SlotKind::Mmio)
 }
 
 fn refused(run: &Running<'_>, error: memslot::error::Error, esr: u64) -> Next {

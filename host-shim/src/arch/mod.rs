@@ -140,6 +140,11 @@ pub(crate) fn random() -> Option<u64> {
     (failed == 0).then_some(value)
 }
 
+/// The core can set access flags in its tables (ID_AA64MMFR1_EL1.HAFDBS).
+pub(crate) fn sets_access_flags() -> bool {
+    mrs!("id_aa64mmfr1_el1") & 0xf != 0
+}
+
 /// Size of a physical address in bits (ID_AA64MMFR0_EL1.PARange).
 pub(crate) fn physical_bits() -> u32 {
     match mrs!("id_aa64mmfr0_el1") & 0xf {

@@ -58,6 +58,44 @@ guest_lost_tables:
     eret
     .balign 8
 guest_lost_tables_end:
+
+guest_access_flag:
+    mov     x19, #0x09000000
+    mov     x1, #0x40000000
+    add     x1, x1, #0x10, lsl #12      // a table, as above
+    mov     x2, #0x405
+    str     x2, [x1]
+    mov     x2, #0x0701
+    movk    x2, #0x4000, lsl #16
+    str     x2, [x1, #8]
+    bic     x2, x2, #0x400
+    str     x2, [x1, #16]               // the memory once more, its access flag clear
+    dsb     sy
+    msr     ttbr0_el1, x1
+    mov     x2, #0x3519                 // 39 bits, write-back walks; no TTBR1; 40 bits; HA
+    movk    x2, #0x0080, lsl #16
+    movk    x2, #0x0082, lsl #32
+    msr     tcr_el1, x2
+    mov     x2, #0xff
+    msr     mair_el1, x2
+    isb
+    mrs     x2, sctlr_el1
+    orr     x2, x2, #1
+    msr     sctlr_el1, x2
+    isb
+    str     xzr, [x19]                  // the table becomes read-only to the core meanwhile
+    mov     x2, #0x80000000
+    ldr     xzr, [x2]
+    dsb     sy
+    ldr     x2, [x1, #16]
+    and     x2, x2, #0x400
+    str     x2, [x19, #8]
+    mov     x0, #0x0008                 // SYSTEM_OFF
+    movk    x0, #0x8400, lsl #16
+    hvc     #0
+    b       .
+    .balign 8
+guest_access_flag_end:
     .previous
 "#
 );
@@ -65,6 +103,8 @@ guest_lost_tables_end:
 unsafe extern "C" {
     static guest_lost_tables: u8;
     static guest_lost_tables_end: u8;
+    static guest_access_flag: u8;
+    static guest_access_flag_end: u8;
 }
 
 /// It has translation tables at the address in `x0`, asks EL2 to translate by them, writes the answer
@@ -73,5 +113,14 @@ pub(crate) fn lost_tables() -> &'static [u8] {
     let start = &raw const guest_lost_tables;
     let end = &raw const guest_lost_tables_end;
     // SAFETY: the two symbols enclose the code, in read-only data.
+    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
+}
+
+/// It lets the core set an access flag in its table, between two writes to the device; the second is
+/// the flag.
+pub(crate) fn access_flag() -> &'static [u8] {
+    let start = &raw const guest_access_flag;
+    let end = &raw const guest_access_flag_end;
+    // SAFETY: as above.
     unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
 }

@@ -1,12 +1,12 @@
 //! VMs: their life, and what a small guest sees.
 
-use abi::{ErrorCode, Exit, SlotState, SlotWord, VmConfig, VmCounter};
+use abi::{Call, ErrorCode, Exit, SlotState, SlotWord, VmConfig, VmCounter};
 use board::{AddrRange, PAGE_SIZE, Placement, highest_free};
 
 use crate::arch::{guest, mem, walks};
 use crate::machine::Machine;
 use crate::report::Report;
-use crate::vm::{Refused, Vm};
+use crate::vm::{Refused, Vm, call};
 
 /// Where the guest's memory starts, as on QEMU's virt.
 const RAM: u64 = 0x4000_0000;
@@ -38,6 +38,9 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
     report.check("slot_memory_is_free_after_its_slot", deleted(&memory));
     report.check("vms_come_and_go", many(&memory));
     report.check("tables_where_nothing_answers", lost_tables(&memory));
+    if crate::arch::sets_access_flags() {
+        report.check("tables_that_the_core_writes", access_flag(&memory));
+    }
 }
 
 /// Free memory for one VM.
@@ -263,6 +266,16 @@ fn many(memory: &Memory) -> Result<(), &'static str> {
     Ok(())
 }
 
+/// Runs the guest until it wants something.
+fn next_exit(vm: Vm) -> Result<Exit, Refused> {
+    loop {
+        match vm.run(0, 0, false) {
+            Ok(Exit::Interrupted) => {}
+            exit => return exit,
+        }
+    }
+}
+
 /// A guest's tables in a device's memory that no device answers for: the walk that EL2 makes there for
 /// the guest meets a bus error, which must end neither EL2 nor the guest.
 fn lost_tables(memory: &Memory) -> Result<(), &'static str> {
@@ -302,6 +315,32 @@ fn lost_tables(memory: &Memory) -> Result<(), &'static str> {
     expect(exits[0] == wrote(0, u64::MAX - 2), "not refused")?;
     expect(exits[1] == wrote(8, 0xee), "a thread register has changed")?;
     expect(exits[2] == Ok(Exit::SystemOff), "it does not go on")
+}
+
+/// The core sets an access flag in a table whose page logs writes, and is protected: the fault is one
+/// of a walk that was for a load, and yet the page has to become writable.
+fn access_flag(memory: &Memory) -> Result<(), &'static str> {
+    const LOGGED: SlotWord = SlotWord { flags: 1, ..SLOT };
+    let code = walks::access_flag();
+    mem::bytes_mut(memory.ram)[..code.len()].copy_from_slice(code);
+    let vm = words(Vm::create(CONFIG, memory.state))?;
+    words(vm.create_slot(LOGGED, RAM, memory.ram))?;
+    words(vm.create_vcpu(0))?;
+    words(vm.start_vcpu(0, RAM, 0))?;
+    let ready = next_exit(vm);
+    let dirty = call(Call::SlotDirty, [vm.handle(), 0, 0, 0, 0, 0]).map(|answer| answer[1]);
+    let set = next_exit(vm);
+    end(vm)?;
+    let wrote = |at, value| {
+        Ok(Exit::MmioWrite {
+            ipa: UART + at,
+            size: 8,
+            value,
+        })
+    };
+    expect(ready == wrote(0, 0), "the guest does not start")?;
+    expect(dirty == Ok(1 << 16), "not the table alone was written")?;
+    expect(set == wrote(8, 0x400), "the flag is not set")
 }
 
 fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
