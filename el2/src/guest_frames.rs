@@ -74,12 +74,7 @@ impl<'a> GuestFrames<'a> {
     /// The run of all of `range`, if the guest may reach it.
     fn checked_run(&self, slot: &Memslot, range: GfnRange) -> Result<FrameRun, FrameMissing> {
         let run = Self::run(slot, range)?;
-        let Some((states, owner)) = self.owner.filter(|_| slot.kind == SlotKind::Ram) else {
-            return Ok(run);
-        };
-        let size = range.npages() * PAGE_SIZE;
-        let memory = AddrRange::with_size(run.pfn.get() * PAGE_SIZE, size);
-        if memory.is_some_and(|memory| states.all_owned_by(memory, owner)) {
+        if self.is_current(slot, &run) {
             Ok(run)
         } else {
             Err(FrameMissing(range.start()))
@@ -104,6 +99,15 @@ impl FrameSource for GuestFrames<'_> {
 
     fn sequence(&self) -> u64 {
         0
+    }
+
+    fn is_current(&self, slot: &Memslot, run: &FrameRun) -> bool {
+        let Some((states, owner)) = self.owner.filter(|_| slot.kind == SlotKind::Ram) else {
+            return true;
+        };
+        let size = run.range.npages() * PAGE_SIZE;
+        let memory = AddrRange::with_size(run.pfn.get() * PAGE_SIZE, size);
+        memory.is_some_and(|memory| states.all_owned_by(memory, owner))
     }
 
     fn account(&self) -> &LockedMemory {

@@ -94,7 +94,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             return Ok(FaultOutcome::NoFrame(gfn));
         };
         let mmu = self.mmu.read();
-        if mmu.generation != generation {
+        if mmu.generation != generation || !self.frames.is_current(&slot, &run) {
             return Ok(FaultOutcome::Retry);
         }
         self.install(&mmu, &slot, (gfn, fault.access), run, vcpu)

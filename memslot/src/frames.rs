@@ -57,6 +57,13 @@ pub trait FrameSource {
     /// Changes whenever a frame behind any slot changes.
     fn sequence(&self) -> u64;
 
+    /// Whether a run that was resolved or pinned is still the guest's. Asked inside the section that
+    /// installs it: who takes frames away removes their leaves first, in a section of his own, and
+    /// changes what this says afterwards.
+    fn is_current(&self, _: &Memslot, _: &FrameRun) -> bool {
+        true
+    }
+
     /// Whom locked pages are charged to.
     fn account(&self) -> &LockedMemory;
 }

@@ -137,7 +137,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         let pins = Pins::take(&self.frames, &slot, intent(request.perms))?;
         let charge = Charge::take(self.frames.account(), npages, request.privilege)?;
         let mut mmu = self.mmu.write();
-        if self.frames.sequence() != sequence {
+        let is_current = |run| self.frames.is_current(&slot, run);
+        if self.frames.sequence() != sequence || !pins.runs.iter().all(is_current) {
             return Err(Error::BackingChanged);
         }
         let (attrs, work) = self.locked_leaf(&slot, &mmu, request.perms)?;
