@@ -163,6 +163,22 @@ impl<'a> Ownership<'a> {
         }
     }
 
+    /// Takes pages from a guest that can't reach them any more, to be wiped: of two who want them,
+    /// one gets them.
+    ///
+    /// # Errors
+    ///
+    /// [`OwnershipError::NotOwned`] if they are not all the guest's.
+    pub fn take_from(&self, range: AddrRange, guest: u8) -> Result<(), OwnershipError> {
+        let _leases = self.leases.lock();
+        let (from, to) = (Owner::Guest(guest), Owner::Hypervisor);
+        if self.pages.transfer(range, from, to) {
+            Ok(())
+        } else {
+            Err(OwnershipError::NotOwned(range))
+        }
+    }
+
     /// Lets the host reach pages of a guest, which stay the guest's.
     ///
     /// # Errors
