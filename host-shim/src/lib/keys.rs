@@ -132,6 +132,8 @@ pub enum Command {
     Stat(u8),
     /// `vm map N`
     Map(u8),
+    /// Try to read a VM's memory.
+    Scan(u8),
     /// `vm pause N`
     Pause(u8),
     /// `vm resume N`
@@ -146,7 +148,7 @@ pub enum Command {
 
 impl Command {
     /// What `help` shows.
-    pub const HELP: &'static str = "vm list | vm stat N | vm map N | vm pause N | vm resume N | \
+    pub const HELP: &'static str = "vm list | vm stat N | vm map N | vm scan N | vm pause N | vm resume N | \
         vm reset N | vm stop N | help    (Ctrl-A N: input to VM N, Ctrl-A c: this prompt)";
 
     /// Reads a line.
@@ -164,6 +166,7 @@ impl Command {
             (Some("vm"), Some(verb), Some(Some(n))) => match verb {
                 "stat" => Self::Stat(n),
                 "map" => Self::Map(n),
+                "scan" => Self::Scan(n),
                 "pause" => Self::Pause(n),
                 "resume" => Self::Resume(n),
                 "reset" => Self::Reset(n),

@@ -7,10 +7,12 @@
 use core::fmt;
 
 use abi::VmCounter;
+use board::PAGE_SIZE;
 use vmm::keys::{Command, Key, Keys};
 
 use super::Vmm;
 use super::guest::{Guest, State};
+use crate::arch::fault;
 use crate::console::{labelled, line, read_byte, text, write_byte};
 
 /// Most VMs whose output is collected.
@@ -112,7 +114,7 @@ fn handle(vmm: &Vmm, key: Key, input: u8) {
             {
                 vmm.console.lock().flush(input);
                 let mut devices = guest.devices.lock();
-                devices.type_key(guest.vm, byte);
+                devices.type_key(guest.vm(), byte);
                 if devices.has_work() {
                     super::sched::work(vmm, guest, &mut devices);
                 }
@@ -145,6 +147,7 @@ fn execute(vmm: &Vmm, command: Command) {
         Command::List => vmm.guests.iter().for_each(list),
         Command::Stat(n) => with(n, &stat),
         Command::Map(n) => with(n, &map),
+        Command::Scan(n) => with(n, &scan),
         Command::Pause(n) => with(n, &|g| change(g, State::Running, State::Paused)),
         Command::Resume(n) => with(n, &|g| change(g, State::Paused, State::Running)),
         Command::Reset(n) => with(n, &|g| change(g, State::Running, State::Resetting)),
@@ -180,7 +183,7 @@ fn list(guest: &Guest) {
 
 fn stat(guest: &Guest) {
     for (counter, name) in VmCounter::ALL {
-        match guest.vm.counter(counter) {
+        match guest.vm().counter(counter) {
             Ok(value) => line(format_args!("{name:>26} {value}")),
             Err(refused) => {
                 line(format_args!("{}", super::guest::reason(refused)));
@@ -188,6 +191,20 @@ fn stat(guest: &Guest) {
             }
         }
     }
+}
+
+/// Tries to read every page of a guest's memory.
+fn scan(guest: &Guest) {
+    let pages = guest.ram.start()..guest.ram.end();
+    let all = guest.ram.size() / PAGE_SIZE;
+    let readable = pages
+        .step_by(PAGE_SIZE as usize)
+        .filter(|page| fault::try_load(*page).is_ok())
+        .count();
+    line(format_args!(
+        "VM {}: the host can read {readable} of {all} pages",
+        guest.number
+    ));
 }
 
 /// Permissions as letters.
@@ -206,7 +223,7 @@ impl fmt::Display for Letters {
 fn map(guest: &Guest) {
     let mut ipa = 0;
     let mut lines = 0;
-    while let Ok((start, pa, leaf)) = guest.vm.mapping(ipa) {
+    while let Ok((start, pa, leaf)) = guest.vm().mapping(ipa) {
         let size = leaf.pages << 12;
         line(format_args!(
             "{start:#012x}..{:#012x} -> {pa:#012x} level {} {} MemAttr {:#x}",

@@ -90,7 +90,10 @@ pub(crate) struct VcpuSlot {
 pub(crate) struct Guest {
     pub(crate) number: u8,
     pub(crate) config: GuestConfig<'static>,
-    pub(crate) vm: Vm,
+    /// Its handle: a protected VM that starts over is another one.
+    handle: AtomicU64,
+    /// What was donated for its state at first.
+    state_pages: AddrRange,
     pub(crate) ram: AddrRange,
     pub(crate) vcpus: Vec<VcpuSlot>,
     pub(crate) devices: Mutex<Devices>,
@@ -147,7 +150,8 @@ impl Guest {
             number,
             vcpus: vcpus.collect(),
             config,
-            vm,
+            handle: AtomicU64::new(vm.handle()),
+            state_pages: state,
             ram,
             devices: Mutex::new(Devices::new(disk)),
             backlog: AtomicBool::new(false),
@@ -170,11 +174,16 @@ impl Guest {
         Ok(guest)
     }
 
+    /// The VM.
+    pub(crate) fn vm(&self) -> Vm {
+        Vm::from_handle(self.handle.load(Ordering::Acquire))
+    }
+
     /// Gives the VM its slot and vCPUs; locked memory is mapped now.
     fn populate(&self, memory: &mut Memory) -> Result<(), Refused> {
         self.create_ram(memory)?;
         if self.config.noncoherent {
-            self.vm.noncoherent_device(true)?;
+            self.vm().noncoherent_device(true)?;
         }
         self.lock_and_create_vcpus(memory)
     }
@@ -185,15 +194,15 @@ impl Guest {
             device: false,
             flags: 0,
         };
-        self.with_pages(memory, || self.vm.create_slot(word, RAM, self.ram))
+        self.with_pages(memory, || self.vm().create_slot(word, RAM, self.ram))
     }
 
     fn lock_and_create_vcpus(&self, memory: &mut Memory) -> Result<(), Refused> {
         if self.config.lock {
-            self.with_pages(memory, || self.vm.lock_slot(RAM_SLOT))?;
+            self.with_pages(memory, || self.vm().lock_slot(RAM_SLOT))?;
         }
         for vcpu in &self.vcpus {
-            self.with_pages(memory, || self.vm.create_vcpu(vcpu.index))?;
+            self.with_pages(memory, || self.vm().create_vcpu(vcpu.index))?;
         }
         Ok(())
     }
@@ -215,7 +224,7 @@ impl Guest {
         self.donate(memory, at, self.ram.size(), DonationKind::Zeros)?;
         self.lock_and_create_vcpus(memory).map_err(reason)?;
         let entry = RAM + self.layout.kernel;
-        self.vm.seal(entry, RAM).map_err(reason)?;
+        self.vm().seal(entry, RAM).map_err(reason)?;
         self.show_measurement();
         Ok(())
     }
@@ -231,7 +240,7 @@ impl Guest {
         let mut at = start;
         while at < end {
             let pages = ((end - at) / PAGE_SIZE).min(kind.max_pages());
-            self.with_pages(memory, || self.vm.donate_memory(RAM + at, pages, kind))
+            self.with_pages(memory, || self.vm().donate_memory(RAM + at, pages, kind))
                 .map_err(reason)?;
             at += pages * PAGE_SIZE;
         }
@@ -239,7 +248,7 @@ impl Guest {
     }
 
     fn show_measurement(&self) {
-        if let Ok(words) = self.vm.measurement() {
+        if let Ok(words) = self.vm().measurement() {
             let [a, b, c, d] = words.map(u64::swap_bytes);
             line(format_args!(
                 "host: VM {} is protected, measurement {a:016x}{b:016x}{c:016x}{d:016x}",
@@ -272,7 +281,7 @@ impl Guest {
                 code: ErrorCode::NoMemory,
                 pages: left,
             })?;
-            self.vm.top_up(pages)?;
+            self.vm().top_up(pages)?;
             left -= count;
         }
         Ok(())
@@ -283,7 +292,7 @@ impl Guest {
     /// The memory may be locked already: EL2 does the cache maintenance before the first run.
     pub(super) fn load(&self) -> Result<(), &'static str> {
         self.write_payload()?;
-        self.vm
+        self.vm()
             .start_vcpu(0, RAM + self.layout.kernel, RAM)
             .map_err(reason)
     }
@@ -342,9 +351,9 @@ impl Guest {
     }
 
     /// What its devices see of it.
-    pub(crate) const fn machine(&self) -> devices::Machine {
+    pub(crate) fn machine(&self) -> devices::Machine {
         devices::Machine {
-            vm: self.vm,
+            vm: self.vm(),
             ram: self.ram,
         }
     }
@@ -374,14 +383,14 @@ impl Guest {
     }
 
     /// What is due when no vCPU is inside: the core of its first vCPU does it.
-    pub(super) fn attend(&self, core: usize) -> Option<&'static str> {
+    pub(super) fn attend(&self, memory: &Mutex<Memory>, core: usize) -> Option<&'static str> {
         let mine = self.vcpus.first().is_some_and(|vcpu| vcpu.core == core);
         if !mine || self.inside.load(Ordering::Acquire) != 0 {
             return None;
         }
         match self.state() {
             State::Resetting => {
-                if let Err(why) = self.start_over() {
+                if let Err(why) = self.start_over(&mut memory.lock()) {
                     self.change(State::Resetting, State::Stopped);
                     return Some(why);
                 }
@@ -394,24 +403,44 @@ impl Guest {
         }
     }
 
-    fn start_over(&self) -> Result<(), &'static str> {
+    fn start_over(&self, memory: &mut Memory) -> Result<(), &'static str> {
         if self.config.protected {
-            return Err("a protected VM can't be reset: its memory is not ours to load again");
+            self.build_again(memory)?;
+        } else {
+            self.vm().reset().map_err(reason)?;
         }
-        self.vm.reset().map_err(reason)?;
         self.devices.lock().reset();
         for vcpu in &self.vcpus {
             vcpu.until.store(0, Ordering::Relaxed);
         }
-        self.load()
+        if self.config.protected {
+            self.protect(memory)
+        } else {
+            self.load()
+        }
+    }
+
+    /// A protected VM is not reset, what is in it is its own: it ends, and another one begins.
+    fn build_again(&self, memory: &mut Memory) -> Result<(), &'static str> {
+        self.end().map_err(reason)?;
+        let config = VmConfig {
+            vcpus: self.config.vcpus,
+            protected: true,
+        };
+        let vm = with_heap(memory, || Vm::create(config, self.state_pages)).map_err(reason)?;
+        self.handle.store(vm.handle(), Ordering::Release);
+        Ok(())
+    }
+
+    /// Destroys the VM and takes everything back.
+    fn end(&self) -> Result<(), Refused> {
+        self.vm().destroy()?;
+        while self.vm().reclaim()?.is_some() {}
+        Ok(())
     }
 
     fn bury(&self, from: State, to: State) -> Option<&'static str> {
-        let result = self.vm.destroy().and_then(|()| {
-            while self.vm.reclaim()?.is_some() {}
-            Ok(())
-        });
-        match result {
+        match self.end() {
             Ok(()) => {
                 self.change(from, to);
                 Some(to.name())

@@ -67,7 +67,7 @@ fn take_interrupts(vmm: &Vmm) -> bool {
 
 /// Gives each vCPU of a guest on this core its turn; tells when the next one is due.
 fn turn(vmm: &Vmm, guest: &Guest, core: usize, kicked: bool, slice: u64) -> u64 {
-    if let Some(what) = guest.attend(core) {
+    if let Some(what) = guest.attend(&vmm.memory, core) {
         line(format_args!("host: VM {}: {what}", guest.number));
         wake_all(vmm, core);
     }
@@ -106,7 +106,7 @@ fn turn(vmm: &Vmm, guest: &Guest, core: usize, kicked: bool, slice: u64) -> u64 
 fn step(vmm: &Vmm, guest: &Guest, vcpu: &VcpuSlot) -> u64 {
     loop {
         let exit = guest
-            .vm
+            .vm()
             .run(vcpu.index, vcpu.loaded.load(Ordering::Relaxed), vcpu.alone);
         let exit = match exit {
             Ok(exit) => exit,
@@ -118,7 +118,7 @@ fn step(vmm: &Vmm, guest: &Guest, vcpu: &VcpuSlot) -> u64 {
             Exit::WaitForInterrupt { until } => return until,
             Exit::VcpuOff => return u64::MAX,
             Exit::MmioRead { ipa, size } => {
-                let value = guest.devices.lock().read(guest.vm, ipa, size);
+                let value = guest.devices.lock().read(guest.vm(), ipa, size);
                 // An address without a device reads as all ones.
                 let value = value.unwrap_or(u64::MAX);
                 vcpu.loaded.store(value, Ordering::Relaxed);
@@ -167,7 +167,7 @@ fn step(vmm: &Vmm, guest: &Guest, vcpu: &VcpuSlot) -> u64 {
 /// A guest's write to a device, and what it starts.
 fn write(vmm: &Vmm, guest: &Guest, ipa: u64, size: u8, value: u64) {
     let mut devices = guest.devices.lock();
-    let sent = devices.write(guest.vm, ipa, size, value);
+    let sent = devices.write(guest.vm(), ipa, size, value);
     if let Ok(Some(byte)) = sent {
         vmm.console.lock().output(guest.number, byte);
     } else if devices.has_work() {

@@ -19,6 +19,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     };
     let mut all = vec![
         vm_linux::shell(machine(), payloads, large, ""),
+        vm_linux::protected(machine(), payloads, DEFAULT, false),
         linux::selfcheck(machine(), payloads),
         shim::all(machine()),
         shim::demo(machine()),

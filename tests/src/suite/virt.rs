@@ -94,6 +94,10 @@ fn linux_guests(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     };
     all.push(vm_linux::several(a76(Gic::V3), payloads, three));
     all.push(vm_linux::reset(a76(Gic::V3), payloads));
+    let a72 = Machine::virt("cortex-a72", Gic::V2, 4);
+    all.push(vm_linux::protected(a72, payloads, four, true));
+    let max = Machine::virt("max", Gic::V3, 4);
+    all.push(vm_linux::protected(max, payloads, four, false));
     all.push(vm_linux::devices(a76(Gic::V3), payloads, false));
     all.push(vm_linux::devices(a76(Gic::V2), payloads, true));
     all

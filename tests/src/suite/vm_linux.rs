@@ -71,6 +71,54 @@ pub(super) fn shell(
     .for_cpus(cpus)
 }
 
+/// A protected VM: while its shell waits, the host can't read a page of it; it starts over when it wants to, and
+/// measures the same again.
+pub(super) fn protected(
+    machine: Machine,
+    payloads: &Arc<Payloads>,
+    setting: Setting,
+    resets: bool,
+) -> Scenario {
+    let payloads = Arc::clone(payloads);
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "vm-linux-protected"), move |context| {
+        let secret = Setting {
+            protected: true,
+            ..setting
+        };
+        let mut boot = boot(&machine, &payloads, context, secret)?;
+        boot.replies = vec![
+            reply(PROMPT, &format!("{MONITOR}vm scan 1\r")),
+            reply("the host can read", &format!("{MONITOR}vm stat 1\r")),
+            reply("table pages", "echo I am $((6 * 7))\n"),
+        ];
+        if resets {
+            boot.replies.push(reply("I am 42", "reboot\n"));
+            boot.replies.push(reply("VM 1: reset", ""));
+            boot.replies.push(reply(PROMPT, "poweroff\n"));
+        } else {
+            boot.replies.push(reply("I am 42", "poweroff\n"));
+        }
+        let transcript = boot.run(context, "console")?;
+        verdict::no_alarm(&transcript)?;
+        let pages = setting.memory_mib << 8;
+        let scan = format!("the host can read 0 of {pages} pages");
+        verdict::line_with(&transcript, &scan)?;
+        let mut measured = transcript
+            .lines
+            .iter()
+            .filter(|line| line.contains("protected, measurement"));
+        let (first, second) = (measured.next(), measured.next());
+        ensure!(first.is_some(), "no measurement was shown");
+        ensure!(
+            second.is_some() == resets && (!resets || first == second),
+            "after its reset it measures {second:?}, before {first:?}"
+        );
+        verdict::closes(&transcript, 1)
+    })
+    .for_cpus(cpus)
+}
+
 /// Several VMs at once, each with its own console, all of which power off.
 pub(super) fn several(machine: Machine, payloads: &Arc<Payloads>, setting: Setting) -> Scenario {
     let payloads = Arc::clone(payloads);
