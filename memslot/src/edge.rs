@@ -1,7 +1,8 @@
 //! Devices and importers: who else accesses the VM's memory.
 //!
-//! Pending work is done before any of them is admitted: a device may access memory before the
-//! first vCPU runs, and maintenance that waits for that run would come too late.
+//! What is pending is cleaned before any of them is admitted: a device may access memory before
+//! the first vCPU runs, and maintenance that waits for that run would come too late. For the vCPU
+//! it stays pending: the host may go on writing until it runs.
 //!
 //! The first device that does not snoop, and the last one that goes, change the memory type of
 //! every unflagged page of RAM. The count and what follows from it are one section that excludes
@@ -44,7 +45,8 @@ enum Change {
 }
 
 impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
-    /// Admits a device that may access the VM's memory from now on. Pending work is done first.
+    /// Admits a device that may access the VM's memory from now on. What is pending is cleaned
+    /// first, and stays pending for the first run.
     ///
     /// # Errors
     /// For a device that does not snoop: [`Error::InUse`] while a root is exported, or while
@@ -53,7 +55,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// type would depend on a vCPU. The count has not changed then.
     pub fn register_device(&self, dma: Dma) -> Result<Edge, Error> {
         let mut slots = self.slots.write();
-        self.perform_pending(&mut slots);
+        self.clean_for_device(&slots);
         match dma {
             Dma::NonSnooping => self.change_count(&mut slots, Change::Register),
             Dma::Snooping => {
@@ -80,8 +82,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         }
     }
 
-    /// Admits an importer of the VM's page table: pending work first, then `export`, which makes
-    /// the table's root known to it.
+    /// Admits an importer of the VM's page table: what is pending is cleaned first, and stays
+    /// pending for the first run; then `export` makes the table's root known to it.
     ///
     /// # Errors
     /// [`Error::NonCoherent`] while a device or a slot is not coherent: an importer's fault has
@@ -90,8 +92,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         &self,
         export: impl FnOnce(&mut T) -> Result<R, Error>,
     ) -> Result<R, Error> {
-        let mut slots = self.slots.write();
-        self.perform_pending(&mut slots);
+        let slots = self.slots.write();
+        self.clean_for_device(&slots);
         let mut mmu = self.mmu.write();
         let flagged = slots
             .set

@@ -3,7 +3,8 @@
 //! A locked slot has all its pages pinned and mapped, so that an access that cannot wait for a
 //! fault (a profiling buffer, a device that shares the table) always finds them. The mappings
 //! are made without cache maintenance: what the host writes between lock and first run must
-//! reach the guest, so maintenance is pending until then.
+//! reach the guest, so maintenance is pending until then. Where a device or an importer is in
+//! already, it is done at once, too: that user does not wait for a run.
 //!
 //! Everything that can fail comes before the first store: pins, charge, bookkeeping. The map is
 //! last; if it fails half-way, the slot's range is emptied, and only after the invalidation has
@@ -290,7 +291,7 @@ fn intent(perms: LockFlags) -> PinIntent {
     }
 }
 
-/// Maps all runs without cache maintenance, or none.
+/// Maps all runs, or none; without cache maintenance unless somebody can use them at once.
 fn map_runs<T: GuestTable>(
     mmu: &mut Mmu<T>,
     slot: &Memslot,
@@ -310,7 +311,11 @@ fn map_runs<T: GuestTable>(
     for run in runs {
         let range = slot_bytes(run.range)?;
         let request = MapRequest::new(range.start(), range.len(), run.pfn.start(), attrs);
-        if let Err(error) = mmu.table.map(&request.with_blocks(blocks).deferred()) {
+        let mut request = request.with_blocks(blocks);
+        if !mmu.has_other_users() {
+            request = request.deferred();
+        }
+        if let Err(error) = mmu.table.map(&request) {
             // Whole slots cut no block, so this takes no memory and does not fail.
             mmu.unmap(slot.range)?;
             return Err(error.into());

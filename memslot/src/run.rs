@@ -31,32 +31,43 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         Ok(pass)
     }
 
-    /// Does what is pending. Also called before a device or an importer may access memory:
-    /// maintenance that waits for the first run of a vCPU would come too late for them.
-    pub(crate) fn perform_pending(&self, slots: &mut SlotTable) {
+    /// Does what is pending; now a vCPU may enter.
+    fn perform_pending(&self, slots: &mut SlotTable) {
         if slots.work().is_empty() {
             return;
         }
+        self.maintain_locked(slots, Work::all());
+        slots.locked.iter_mut().for_each(|l| l.work = Work::empty());
+        // The maintenance has completed (its trait says so); now others may pass.
+        self.pending.replace(Work::empty());
+    }
+
+    /// Cleans what is pending before a device or an importer may access memory: maintenance that
+    /// waits for the first run of a vCPU would come too late for it. It stays pending, because
+    /// the host may go on writing until that run.
+    pub(crate) fn clean_for_device(&self, slots: &SlotTable) {
+        if slots.work().contains(Work::FLUSH_DCACHE) {
+            self.maintain_locked(slots, Work::FLUSH_DCACHE);
+        }
+    }
+
+    /// Does the part of the locked slots' work that is in `which`.
+    fn maintain_locked(&self, slots: &SlotTable, which: Work) {
         let mut flushed = 0;
-        for locked in &mut slots.locked {
-            let Some(range) = slots
-                .set
-                .get(locked.id)
-                .and_then(|s| slot_bytes(s.range).ok())
-            else {
+        for locked in &slots.locked {
+            let slot = slots.set.get(locked.id);
+            let Some(range) = slot.and_then(|s| slot_bytes(s.range).ok()) else {
                 continue;
             };
-            if locked.work.contains(Work::FLUSH_DCACHE) {
+            let work = locked.work & which;
+            if work.contains(Work::FLUSH_DCACHE) {
                 self.flush_data(range);
                 flushed += 1;
             }
-            if locked.work.contains(Work::INVAL_ICACHE) {
+            if work.contains(Work::INVAL_ICACHE) {
                 self.flush_fetch(range);
             }
-            locked.work = Work::empty();
         }
-        // The maintenance has completed (its trait says so); now others may pass.
-        self.pending.replace(Work::empty());
         self.count(|c| {
             c.pending_runs += 1;
             c.slots_flushed += flushed;

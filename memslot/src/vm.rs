@@ -219,6 +219,11 @@ impl<T: GuestTable> Mmu<T> {
         self.table.unmap(slot_bytes(range)?).map_err(Error::from)
     }
 
+    /// Whether anybody but a vCPU may access the memory.
+    pub(crate) fn has_other_users(&self) -> bool {
+        self.noncoherent.any() || self.snooping > 0 || self.importers > 0
+    }
+
     pub(crate) fn bitmap(&self, id: SlotId) -> Option<&DirtyBitmap> {
         self.dirty
             .iter()

@@ -1,8 +1,8 @@
 //! Devices, importers, and the edges of the non-coherent count.
 
 use crate::kit::{
-    A, A_BASE, A_PAGES, B, B_BASE, B_FRAME, FLAG, FWB, NONE, R, RW, Vm, cleans, gfn, slot, vm,
-    vm_with,
+    A, A_BASE, A_FRAME, A_PAGES, B, B_BASE, B_FRAME, FLAG, FWB, NONE, PLAIN, R, RW, Vm, cleans,
+    gfn, slot, vm, vm_with,
 };
 use memslot::edge::Dma::{NonSnooping, Snooping};
 use memslot::error::Error;
@@ -12,6 +12,7 @@ use memslot::noncoherent::Edge;
 use memslot::pending::Work;
 use memslot::policy::{ArmPolicy, CdQuirk, EptPolicy, VcpuTypes};
 use memslot::slot::{Memslot, SlotId, SlotKind};
+use memslot::testing::View;
 use stage2::{Combine, Ipa, MemType, Perms};
 
 const FORCED: Option<(MemType, Combine)> = Some((MemType::WriteBack, Combine::ForceStage2));
@@ -178,23 +179,73 @@ fn a_lock_taken_while_a_device_is_in_honours_the_guest() {
 }
 
 #[test]
-fn any_device_performs_pending_work_first() {
+fn any_device_has_pending_pages_cleaned_first() {
     for dma in [Snooping, NonSnooping] {
         let vm = vm();
         vm.lock(A, RW).unwrap();
+        vm.host_writes(A_FRAME, 7);
         vm.mem.register_device(dma).unwrap();
-        assert_eq!(vm.mem.pending(), Work::empty());
         assert_eq!(vm.data_lines(), A_PAGES * 64);
+        let at = vm.memory(A_BASE);
+        assert_eq!(vm.caches.read(at, View::Uncached), 7);
     }
 }
 
 #[test]
-fn an_importer_performs_pending_work_first() {
+fn a_host_write_between_a_device_and_the_first_run_is_seen() {
+    for dma in [Snooping, NonSnooping] {
+        let vm = vm();
+        vm.lock(A, RW).unwrap();
+        vm.mem.register_device(dma).unwrap();
+        vm.host_writes(A_FRAME, 7);
+        assert_eq!(vm.mem.pending(), Work::FLUSH_DCACHE);
+        vm.run();
+        let at = vm.memory(A_BASE);
+        assert_eq!(vm.caches.read(at, View::Uncached), 7);
+        assert_eq!(vm.mem.pending(), Work::empty());
+    }
+}
+
+#[test]
+fn a_device_needs_no_instruction_maintenance_and_leaves_it_to_the_run() {
+    let vm = fwb();
+    vm.lock(A, R).unwrap();
+    vm.mem.reset().unwrap();
+    vm.mem.register_device(Snooping).unwrap();
+    assert_eq!(vm.mem.pending(), Work::INVAL_ICACHE);
+    assert_eq!(vm.mem.counters().pending_runs, 0);
+}
+
+/// Its user is in already, and reads what was in memory before the host wrote.
+#[test]
+fn a_slot_locked_beside_a_device_or_importer_is_cleaned_before_it_is_mapped() {
+    let cases: [fn(&Vm<ArmPolicy>) -> Result<(), Error>; 3] = [
+        |vm| vm.mem.register_device(Snooping).map(|_| ()),
+        |vm| vm.mem.register_device(NonSnooping).map(|_| ()),
+        |vm| vm.mem.attach_importer(|_| Ok(())),
+    ];
+    for admit in cases {
+        let vm = vm_with(PLAIN, NONE);
+        admit(&vm).unwrap();
+        vm.host_writes(A_FRAME, 7);
+        vm.lock(A, RW).unwrap();
+        let at = vm.memory(A_BASE);
+        assert_eq!(vm.caches.read(at, View::Uncached), 7);
+        // And again at the first run, for what the host writes until then.
+        assert_eq!(vm.mem.pending(), Work::FLUSH_DCACHE);
+    }
+}
+
+#[test]
+fn an_importer_has_pending_pages_cleaned_first() {
     let vm = vm();
     vm.lock(A, RW).unwrap();
     let lines = vm.mem.attach_importer(|_| Ok(vm.data_lines()));
     assert_eq!(lines, Ok(A_PAGES * 64));
-    assert_eq!(vm.mem.pending(), Work::empty());
+    vm.host_writes(A_FRAME, 7);
+    vm.run();
+    let at = vm.memory(A_BASE);
+    assert_eq!(vm.caches.read(at, View::Uncached), 7);
 }
 
 #[test]
