@@ -54,7 +54,9 @@ pub trait FrameSource {
     /// count as dirty.
     fn unpin(&self, slot: &Memslot, run: FrameRun, intent: PinIntent);
 
-    /// Changes whenever a frame behind any slot changes.
+    /// Changes with the frames behind slots. Whoever takes a frame away does it in this order:
+    /// change what [`FrameSource::resolve`] answers; change the sequence;
+    /// [`crate::vm::GuestMemory::host_unmap`]; only then give the frame another use.
     fn sequence(&self) -> u64;
 
     /// Whether a run that was resolved or pinned is still the guest's. Asked inside the section that

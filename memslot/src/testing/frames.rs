@@ -10,6 +10,7 @@ use crate::addr::{Gfn, GfnRange};
 use crate::fault::Access;
 use crate::frames::{FrameMissing, FrameRun, FrameSource, PinIntent};
 use crate::slot::Memslot;
+use crate::sync::{AtomicU64, Ordering};
 
 /// What is pinned, and what was written while it was.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -30,8 +31,9 @@ struct Knobs {
     lower_limit_after: Option<(u64, u64)>,
     /// Change the sequence after that many pins.
     move_after: Option<u64>,
+    /// Change the sequence after the next look-up.
+    move_at_look_up: bool,
     pins_done: u64,
-    sequence: u64,
 }
 
 /// A slot's frames are consecutive from the frame that its backing names, in runs of a chosen
@@ -43,6 +45,9 @@ pub struct FakeFrames {
     account: LockedMemory,
     state: Mutex<FrameState>,
     knobs: Mutex<Knobs>,
+    /// Frames by which every backing has moved.
+    moved_by: AtomicU64,
+    sequence: AtomicU64,
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -58,6 +63,8 @@ impl FakeFrames {
             account: LockedMemory::new(limit),
             state: Mutex::default(),
             knobs: Mutex::default(),
+            moved_by: AtomicU64::new(0),
+            sequence: AtomicU64::new(0),
         }
     }
 
@@ -89,6 +96,17 @@ impl FakeFrames {
         knobs.move_after = Some(knobs.pins_done + pins);
     }
 
+    /// Right after the next look-up a backing changes.
+    pub fn move_backing_at_look_up(&self) {
+        lock(&self.knobs).move_at_look_up = true;
+    }
+
+    /// Puts other frames behind every slot: those `by` further on.
+    pub fn move_backing(&self, by: u64) {
+        self.moved_by.fetch_add(by, Ordering::AcqRel);
+        self.sequence.fetch_add(1, Ordering::AcqRel);
+    }
+
     fn run_of(&self, slot: &Memslot, gfn: Gfn) -> Option<FrameRun> {
         let index = gfn.get().checked_sub(slot.range.start().get())?;
         let first = index - index % self.run;
@@ -96,6 +114,7 @@ impl FakeFrames {
         let end = (start + self.run).min(slot.range.end());
         // Runs do not touch: a gap of one frame between any two.
         let pfn = slot.backing
+            + self.moved_by.load(Ordering::Acquire)
             + first
             + if self.run < slot.range.npages() {
                 first / self.run
@@ -117,7 +136,7 @@ impl FakeFrames {
             self.account.set_limit(limit);
         }
         if knobs.move_after.is_some_and(|at| knobs.pins_done >= at) {
-            knobs.sequence += 1;
+            self.sequence.fetch_add(1, Ordering::AcqRel);
             knobs.move_after = None;
         }
     }
@@ -126,10 +145,16 @@ impl FakeFrames {
 impl FrameSource for FakeFrames {
     fn resolve(&self, slot: &Memslot, gfn: Gfn, _access: Access) -> Result<FrameRun, FrameMissing> {
         let index = gfn.get() - slot.range.start().get();
-        if lock(&self.knobs).missing.contains(&index) {
-            return Err(FrameMissing(gfn));
+        let run = self.run_of(slot, gfn).ok_or(FrameMissing(gfn))?;
+        let mut knobs = lock(&self.knobs);
+        if std::mem::take(&mut knobs.move_at_look_up) {
+            self.sequence.fetch_add(1, Ordering::AcqRel);
         }
-        self.run_of(slot, gfn).ok_or(FrameMissing(gfn))
+        if knobs.missing.contains(&index) {
+            Err(FrameMissing(gfn))
+        } else {
+            Ok(run)
+        }
     }
 
     fn pin(
@@ -187,7 +212,7 @@ impl FrameSource for FakeFrames {
     }
 
     fn sequence(&self) -> u64 {
-        lock(&self.knobs).sequence
+        self.sequence.load(Ordering::Acquire)
     }
 
     fn account(&self) -> &LockedMemory {

@@ -189,6 +189,23 @@ fn slot_replacement_against_fault() {
     });
 }
 
+/// A fault that looked the old frame up never maps it after the host took it back.
+#[test]
+fn reclaim_against_fault() {
+    check(3, || {
+        let vm = vm(PLAIN);
+        let other = Arc::clone(&vm);
+        let vcpu = thread::spawn(move || other.fault(&()));
+        vm.mem.frames().move_backing(0x1000);
+        let page = GfnRange::new(PAGE, PAGE + 1).unwrap();
+        vm.mem.host_unmap(page).unwrap();
+        let _ = vcpu.join().unwrap();
+        if let Some(leaf) = vm.leaf() {
+            assert_eq!(leaf.pa, Pa::new((FRAME + 0x1000) << 12));
+        }
+    });
+}
+
 /// A fault that saw the slot unlocked never replaces or widens what the lock made.
 #[test]
 fn lock_against_fault() {

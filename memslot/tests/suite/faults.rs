@@ -187,6 +187,16 @@ fn a_slot_that_changes_between_look_up_and_install_means_retry() {
 }
 
 #[test]
+fn a_backing_that_changes_between_look_up_and_install_means_retry() {
+    let vm = vm();
+    vm.mem.frames().move_backing_at_look_up();
+    let outcome = vm.fault(A_BASE, Access::Read, Translation);
+    assert_eq!(outcome, Ok(FaultOutcome::Retry));
+    assert_eq!(vm.leaves().len(), 0);
+    vm.touch(A_BASE, Access::Read);
+}
+
+#[test]
 fn device_memory_is_never_executable_and_gets_no_maintenance() {
     let vm = empty_vm(PLAIN, 4);
     let kind = SlotKind::Mmio;
