@@ -200,8 +200,10 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// Gives up the VM's memory: first no leaf is left, then nothing is pinned or charged.
     ///
     /// # Errors
-    /// Those of the page table; the VM stays as it is then, as far as it was not emptied.
+    /// [`Error::VcpuRunning`], because a vCPU inside would fault its leaves in again; those of
+    /// the page table, and then the VM stays as it is, as far as it was not emptied.
     pub fn empty(&self) -> Result<(), Error> {
+        let _closed = self.gate.close()?;
         let mut slots = self.slots.write();
         let mut mmu = self.mmu.write();
         for slot in slots.set.iter() {

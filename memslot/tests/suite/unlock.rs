@@ -196,6 +196,17 @@ fn teardown_unmaps_then_unpins_and_uncharges() {
 }
 
 #[test]
+fn teardown_is_refused_while_a_vcpu_could_fault_leaves_in_again() {
+    let vm = vm();
+    vm.lock(A, RW).unwrap();
+    let inside = vm.mem.enter().unwrap();
+    assert_eq!(vm.mem.empty(), Err(Error::VcpuRunning));
+    assert_eq!((vm.leaves().len(), vm.pinned()), (8, 8));
+    drop(inside);
+    assert_eq!(vm.mem.empty(), Ok(()));
+}
+
+#[test]
 fn unlock_itself_cleans_nothing() {
     let vm = vm();
     vm.lock(A, RW).unwrap();
