@@ -2,6 +2,7 @@
 
 use stage2::{IpaRange, PaRange};
 
+use crate::addr::GfnRange;
 use crate::error::Error;
 use crate::frames::FrameSource;
 use crate::gate::RunPass;
@@ -76,13 +77,24 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
 
     /// Cleans and invalidates every page of the guest that needs it: for a trapped set/way
     /// operation, or when the guest turns its caches on or off.
+    ///
+    /// The slots are let go of before each is walked, which may take long: a slot that is made
+    /// or locked meanwhile has its own maintenance.
     pub fn flush_all(&self) {
-        let slots = self.slots.read();
-        for slot in slots.set.iter().filter(|s| s.kind == SlotKind::Ram) {
-            if let Ok(range) = slot_bytes(slot.range) {
+        let mut from = 0;
+        while let Some(range) = self.first_ram(from) {
+            from = range.end();
+            if let Ok(range) = slot_bytes(range) {
                 self.flush_data(range);
             }
         }
+    }
+
+    /// The first slot of RAM that starts at or behind frame `from`.
+    fn first_ram(&self, from: u64) -> Option<GfnRange> {
+        let slots = self.slots.read();
+        let ram = slots.set.iter().filter(|s| s.kind == SlotKind::Ram);
+        ram.map(|s| s.range).find(|r| r.start().get() >= from)
     }
 
     /// Resets the VM's memory: on-demand slots lose their leaves, so that faults redo the

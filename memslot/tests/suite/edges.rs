@@ -216,10 +216,12 @@ fn a_device_needs_no_instruction_maintenance_and_leaves_it_to_the_run() {
     assert_eq!(vm.mem.counters().pending_runs, 0);
 }
 
+type Admit = fn(&Vm<ArmPolicy>) -> Result<(), Error>;
+
 /// Its user is in already, and reads what was in memory before the host wrote.
 #[test]
 fn a_slot_locked_beside_a_device_or_importer_is_cleaned_before_it_is_mapped() {
-    let cases: [fn(&Vm<ArmPolicy>) -> Result<(), Error>; 3] = [
+    let cases: [Admit; 3] = [
         |vm| vm.mem.register_device(Snooping).map(|_| ()),
         |vm| vm.mem.register_device(NonSnooping).map(|_| ()),
         |vm| vm.mem.attach_importer(|_| Ok(())),
