@@ -9,6 +9,9 @@
 //! `mmu` is shared by faults and zaps and exclusive for everything that frees tables or changes
 //! an input of the memory type. A fault reads the slots, lets go, finds its frame, and then
 //! compares the generation under `mmu`: if the slots have changed, it starts over.
+//!
+//! A writer that waits keeps new readers out, of `slots` and of `mmu`. Nobody takes one of them
+//! twice, and what the page table calls back (an importer's listener) takes neither.
 
 use alloc::vec::Vec;
 
