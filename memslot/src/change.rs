@@ -143,16 +143,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if words.len() != bitmap.len() {
             return Err(Error::BadBuffer(bitmap.len()));
         }
-        let first = slot.range.start().get();
         for (at, word) in (0u64..).zip(words) {
-            // Faults are out, so no page becomes writable between the steps; and a page without
-            // a bit is read-only already.
-            let pages = GfnRange::new(first + 64 * at, first + 64 * (at + 1));
-            let pages = pages.and_then(|p| p.intersection(slot.range));
-            if let Some(pages) = pages.filter(|_| mmu.is_dirty(id, at)) {
-                mmu.write_protect(pages)?;
-            }
-            *word = mmu.bitmap(id).map_or(0, |bitmap| bitmap.take_word(at));
+            *word = mmu.take_dirty(&slot, at)?;
         }
         Ok(())
     }
@@ -170,13 +162,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if at >= words as u64 {
             return Err(Error::BadBuffer(words));
         }
-        let first = slot.range.start().get();
-        let pages = GfnRange::new(first + 64 * at, first + 64 * (at + 1));
-        let pages = pages.and_then(|p| p.intersection(slot.range));
-        if let Some(pages) = pages.filter(|_| mmu.is_dirty(id, at)) {
-            mmu.write_protect(pages)?;
-        }
-        Ok(mmu.bitmap(id).map_or(0, |bitmap| bitmap.take_word(at)))
+        mmu.take_dirty(&slot, at)
     }
 
     /// Removes the leaves of a range because the host wants the memory back.
@@ -233,8 +219,20 @@ impl<T: GuestTable> Mmu<T> {
         Ok(rewrite(&mut self.table, slot_bytes(range)?, protect)?)
     }
 
-    fn is_dirty(&self, id: SlotId, word: u64) -> bool {
-        self.bitmap(id).is_some_and(|bitmap| bitmap.has_any(word))
+    /// Takes word `at` of a slot's log and makes the pages in it read-only again. Faults are out,
+    /// so no page becomes writable between the steps; a page without a bit is read-only already.
+    fn take_dirty(&mut self, slot: &Memslot, at: u64) -> Result<u64, Error> {
+        let Some(bits) = self.bitmap(slot.id).map(|log| log.word_at(at)) else {
+            return Err(Error::NotLogging(slot.id));
+        };
+        let first = slot.range.start().get() + 64 * at;
+        // From the first page with a bit to the last.
+        let start = first + u64::from(bits.trailing_zeros());
+        let end = first + 64 - u64::from(bits.leading_zeros());
+        if let Some(pages) = GfnRange::new(start, end) {
+            self.write_protect(pages)?;
+        }
+        Ok(self.bitmap(slot.id).map_or(0, |log| log.take_word(at)))
     }
 }
 

@@ -66,11 +66,10 @@ impl DirtyBitmap {
         self.word(at).map_or(0, |w| w.swap(0, Ordering::AcqRel))
     }
 
-    /// Whether any page of word `at` is marked.
+    /// Word `at`, which stays as it is; 0 outside.
     #[must_use]
-    pub fn has_any(&self, at: u64) -> bool {
-        self.word(at)
-            .is_some_and(|w| w.load(Ordering::Acquire) != 0)
+    pub fn word_at(&self, at: u64) -> u64 {
+        self.word(at).map_or(0, |w| w.load(Ordering::Acquire))
     }
 
     fn word(&self, at: u64) -> Option<&AtomicU64> {
@@ -89,6 +88,10 @@ mod tests {
         b.mark(0);
         b.mark(63);
         b.mark(129);
+        assert_eq!(
+            [0, 1, 2, 3].map(|at| b.word_at(at)),
+            [0x8000_0000_0000_0001, 0, 2, 0]
+        );
         assert_eq!(b.take_word(0), 0x8000_0000_0000_0001);
         assert_eq!(b.take_word(0), 0);
         assert_eq!(b.take_word(2), 2);

@@ -1,12 +1,13 @@
 //! Creating, deleting, moving and flagging slots.
 
 use crate::kit::{
-    A, A_BASE, A_FRAME, FLAG, FWB, LOG, NONE, PLAIN, RO, config, empty_vm, gfn, pages, slot, vm,
-    vm_with,
+    A, A_BASE, A_FRAME, FLAG, FWB, LOG, NONE, PLAIN, RO, RW, Vm, config, empty_vm, gfn, pages,
+    slot, vm, vm_with,
 };
 use memslot::error::{Error, ErrorKind};
 use memslot::fault::Access;
-use memslot::slot::{SlotFlags, SlotId};
+use memslot::policy::ArmPolicy;
+use memslot::slot::{LockGranule, Memslot, SlotFlags, SlotId, SlotLock};
 use memslot::testing::{CacheModel, FakeFrames, ModelTable};
 use memslot::vm::{GuestMemory, VmKind};
 use stage2::Perms;
@@ -171,6 +172,71 @@ fn the_logs_buffer_must_have_the_right_size_and_no_bit_is_lost() {
     let mut words = [0];
     vm.mem.take_dirty_log(A, &mut words).unwrap();
     assert_eq!(words, [1]);
+}
+
+/// A log of three words, the last one half used; pages at both ends of each are written.
+fn three_words() -> (Vm<ArmPolicy>, [u64; 6]) {
+    let vm = empty_vm(PLAIN, 64);
+    vm.mem
+        .create_slot(slot(A, A_BASE, 160, A_FRAME, LOG))
+        .unwrap();
+    let pages = [0, 63, 64, 127, 128, 159].map(|n| A_BASE + n);
+    pages.iter().for_each(|p| vm.touch(*p, Access::Write));
+    (vm, pages)
+}
+
+#[test]
+fn one_word_of_the_log_is_handed_out_and_its_pages_alone_protected() {
+    let (vm, pages) = three_words();
+    let writable = || pages.map(|p| vm.perms(p) == Some(Perms::RW));
+    assert_eq!(vm.mem.take_dirty_word(A, 1), Ok(0x8000_0000_0000_0001));
+    assert_eq!(writable(), [true, true, false, false, true, true]);
+    assert_eq!(vm.mem.take_dirty_word(A, 2), Ok(0x8000_0001));
+    assert_eq!(writable(), [true, true, false, false, false, false]);
+    assert_eq!(vm.mem.take_dirty_word(A, 0), Ok(0x8000_0000_0000_0001));
+    assert_eq!(writable(), [false; 6]);
+    assert_eq!([0, 1, 2].map(|n| vm.mem.take_dirty_word(A, n)), [Ok(0); 3]);
+}
+
+#[test]
+fn a_page_between_two_written_ones_stays_as_it_is() {
+    let (vm, _) = three_words();
+    vm.touch(A_BASE + 5, Access::Read);
+    assert_eq!(vm.perms(A_BASE + 5), Some(Perms::READ));
+    assert_eq!(vm.mem.take_dirty_word(A, 0), Ok(0x8000_0000_0000_0001));
+    assert_eq!(vm.perms(A_BASE + 5), Some(Perms::READ));
+    vm.relax(A_BASE + 5, Access::Write);
+    assert_eq!(vm.mem.take_dirty_word(A, 0), Ok(1 << 5));
+}
+
+#[test]
+fn a_word_that_the_slot_does_not_have_is_refused() {
+    let (vm, _) = three_words();
+    assert_eq!(vm.mem.take_dirty_word(A, 3), Err(Error::BadBuffer(3)));
+    assert_eq!(
+        vm.mem.take_dirty_word(A, u64::MAX),
+        Err(Error::BadBuffer(3))
+    );
+    let id = SlotId(5);
+    assert_eq!(vm.mem.take_dirty_word(id, 0), Err(Error::NoSuchSlot(id)));
+    vm.mem.set_slot_flags(A, NONE).unwrap();
+    assert_eq!(vm.mem.take_dirty_word(A, 0), Err(Error::NotLogging(A)));
+}
+
+#[test]
+fn a_new_slot_is_unlocked_whatever_its_description_says() {
+    let vm = empty_vm(PLAIN, 4);
+    let lock = SlotLock {
+        flags: RW,
+        granule: LockGranule::BasePages,
+    };
+    let described = Memslot {
+        lock: Some(lock),
+        ..slot(A, A_BASE, 8, A_FRAME, NONE)
+    };
+    vm.mem.create_slot(described).unwrap();
+    assert_eq!(vm.mem.slot(A).unwrap().lock, None);
+    assert_eq!(vm.mem.delete_slot(A), Ok(()));
 }
 
 #[test]
