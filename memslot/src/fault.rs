@@ -170,10 +170,10 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         } else {
             Blocks::Largest
         };
-        let window = match blocks {
-            Blocks::Never => GfnRange::from_base(query.gfn, 1)?,
-            _ if P::VARIES_WITHIN_SLOT => self.uniform_window(query, vcpu, within)?,
-            _ => within,
+        let window = if P::VARIES_WITHIN_SLOT && blocks != Blocks::Never {
+            self.uniform_window(query, vcpu, within)?
+        } else {
+            within
         };
         let skip = window.start().get() - run.range.start().get();
         let pa = run
@@ -198,11 +198,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         within: GfnRange,
     ) -> Option<GfnRange> {
         let block = |order: u32| {
-            let npages = 1 << order;
-            GfnRange::new(
-                query.gfn.get() & !(npages - 1),
-                (query.gfn.get() | (npages - 1)) + 1,
-            )
+            let first = query.gfn.get() >> order << order;
+            GfnRange::new(first, first + (1 << order))
         };
         // 1 GiB, 2 MiB: the sizes of EPT leaves.
         let fits = |order: &u32| {

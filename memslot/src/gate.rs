@@ -95,6 +95,16 @@ mod tests {
     }
 
     #[test]
+    fn more_than_fit_are_refused_and_do_not_close_the_gate() {
+        let gate = RunGate(AtomicU32::new(CLOSED - 2));
+        let last = gate.enter().unwrap();
+        assert_eq!(gate.enter().unwrap_err(), Error::InUse(0));
+        assert_eq!(gate.inside(), CLOSED - 1);
+        drop(last);
+        assert!(gate.enter().is_ok());
+    }
+
+    #[test]
     fn nobody_enters_a_closed_gate() {
         let gate = RunGate::new();
         let closed = gate.close().unwrap();

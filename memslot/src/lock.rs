@@ -42,9 +42,9 @@ pub enum LockCall {
 }
 
 impl LockCall {
-    const LOCK: u64 = 1 << 0;
-    const UNLOCK: u64 = 1 << 1;
-    const UNLOCK_ALL: u64 = 1 << 0;
+    const LOCK: u64 = 0b01;
+    const UNLOCK: u64 = 0b10;
+    const UNLOCK_ALL: u64 = 0b01;
 
     /// Decodes the action word and its four arguments.
     ///

@@ -38,6 +38,17 @@ fn count_0_to_1_removes_leaves_and_faults_honour_the_guest() {
 }
 
 #[test]
+fn every_edge_that_removes_leaves_is_counted() {
+    let vm = fwb();
+    vm.mem.register_device(NonSnooping).unwrap();
+    vm.mem.register_device(NonSnooping).unwrap();
+    assert_eq!(vm.mem.counters().edges, 1);
+    vm.mem.unregister_device(NonSnooping).unwrap();
+    vm.mem.unregister_device(NonSnooping).unwrap();
+    assert_eq!(vm.mem.counters().edges, 2);
+}
+
+#[test]
 fn count_1_to_2_and_back_touches_nothing() {
     let vm = fwb();
     vm.mem.register_device(NonSnooping).unwrap();

@@ -51,8 +51,8 @@ fn lock_call_refuses_unknown_bits_in_every_word() {
         Err(Error::BadLockRequest(5))
     );
     assert_eq!(
-        LockCall::parse(UNLOCK, [1, 2, 0, 0]),
-        Err(Error::BadLockRequest(2))
+        LockCall::parse(UNLOCK, [1, 4, 0, 0]),
+        Err(Error::BadLockRequest(4))
     );
     assert_eq!(
         LockCall::parse(LOCK, [1 << 16, 1, 0, 0]),
