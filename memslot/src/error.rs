@@ -1,5 +1,7 @@
 //! What can go wrong, and the class that the hypercall layer turns into a code.
 
+use stage2::ExportError;
+
 use crate::slot::{SlotFlags, SlotId};
 
 /// The class of an [`Error`]: what a caller can do about it.
@@ -98,6 +100,9 @@ pub enum Error {
     /// The page table refused.
     #[error("the page table refused: {0}")]
     Table(stage2::MapError),
+    /// The root cannot be lent, or not to this importer.
+    #[error("the export was refused: {0}")]
+    Export(stage2::ExportError),
     /// The non-coherent count would go below zero or above its maximum.
     #[error("unbalanced change of the non-coherent count")]
     CountUnbalanced,
@@ -121,6 +126,12 @@ impl Error {
     pub fn kind(self) -> ErrorKind {
         use ErrorKind as K;
         match self {
+            Self::VcpuRunning
+            | Self::Locked(_)
+            | Self::InUse(_)
+            | Self::Export(ExportError::Busy | ExportError::Full | ExportError::Imported(_)) => {
+                K::Busy
+            }
             Self::SlotOutOfRange(_)
             | Self::NoSuchSlot(_)
             | Self::BadRange { .. }
@@ -135,8 +146,8 @@ impl Error {
             | Self::NonCoherent
             | Self::BadBuffer(_)
             | Self::NotLogging(_)
-            | Self::Table(_) => K::Invalid,
-            Self::VcpuRunning | Self::Locked(_) | Self::InUse(_) => K::Busy,
+            | Self::Table(_)
+            | Self::Export(_) => K::Invalid,
             Self::WriteLockRefused(_) => K::NotPermitted,
             Self::LockedLimit { .. }
             | Self::OutOfMemory
@@ -145,6 +156,12 @@ impl Error {
             Self::BackingChanged => K::Again,
             Self::SlotExists(_) | Self::Overlap(_) => K::Exists,
         }
+    }
+}
+
+impl From<ExportError> for Error {
+    fn from(error: ExportError) -> Self {
+        Self::Export(error)
     }
 }
 

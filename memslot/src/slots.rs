@@ -198,6 +198,7 @@ mod tests {
     #[test]
     fn find_knows_both_ends_of_each_slot() {
         let s = two();
+        assert!(!s.is_empty());
         assert_eq!(s.find(gfn(0x3f)), None);
         assert_eq!(s.find(gfn(0x40)).unwrap().id, SlotId(3));
         assert_eq!(s.find(gfn(0x5f)).unwrap().id, SlotId(3));

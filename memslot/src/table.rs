@@ -161,3 +161,44 @@ pub(crate) fn rewrite<T: GuestTable>(
 pub(crate) fn behind(range: IpaRange, at: Ipa) -> Option<IpaRange> {
     IpaRange::new(at, range.end().get().checked_sub(at.get())?).ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stage2::{Combine, MemType, Perms};
+
+    /// Four pages at 0x1000, memory at 0x8000.
+    fn run() -> LeafRun {
+        LeafRun {
+            range: IpaRange::new(Ipa::new(0x1000), 0x4000).unwrap(),
+            pa: Pa::new(0x8000),
+            attrs: LeafAttrs::new(Perms::READ, MemType::WriteBack, Combine::HonourGuest),
+            level: Level::PAGE,
+        }
+    }
+
+    fn clipped(start: u64, size: u64) -> Option<(u64, u64, u64)> {
+        let within = IpaRange::new(Ipa::new(start), size).unwrap();
+        let part = run().clipped(within)?;
+        Some((part.range.start().get(), part.range.len(), part.pa.get()))
+    }
+
+    #[test]
+    fn a_clipped_run_keeps_the_memory_of_what_is_left() {
+        assert_eq!(clipped(0x2000, 0x1000), Some((0x2000, 0x1000, 0x9000)));
+        assert_eq!(clipped(0x3000, 0x9000), Some((0x3000, 0x2000, 0xa000)));
+        assert_eq!(clipped(0, 0x9000), Some((0x1000, 0x4000, 0x8000)));
+    }
+
+    #[test]
+    fn nothing_is_left_of_a_run_elsewhere() {
+        assert_eq!(clipped(0x5000, 0x1000), None);
+        assert_eq!(clipped(0, 0x1000), None);
+    }
+
+    #[test]
+    fn the_memory_of_a_run_has_its_size() {
+        let memory = run().memory().unwrap();
+        assert_eq!((memory.start().get(), memory.len()), (0x8000, 0x4000));
+    }
+}

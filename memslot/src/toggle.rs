@@ -37,8 +37,8 @@ pub enum Flush {
 }
 
 /// SCTLR_EL1.M, the MMU, and SCTLR_EL1.C, data caches (Arm ARM D19.2, SCTLR_EL1).
-const M: u64 = 1 << 0;
-const C: u64 = 1 << 2;
+const M: u64 = 0b001;
+const C: u64 = 0b100;
 
 /// Whether a guest with this SCTLR_EL1 uses its data caches.
 #[must_use]
