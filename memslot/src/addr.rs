@@ -71,6 +71,23 @@ impl GfnRange {
         self.start.get() <= other.start.get() && other.end <= self.end
     }
 
+    /// The aligned block of 2^`order` frames around `gfn`; `None` past the last frame.
+    #[must_use]
+    pub const fn block(gfn: Gfn, order: u32) -> Option<Self> {
+        let first = gfn.get() >> order << order;
+        Self::new(first, first + (1 << order))
+    }
+
+    /// Without the frames of blocks of 2^`order` frames that it cuts.
+    #[must_use]
+    pub const fn whole_blocks(self, order: u32) -> Option<Self> {
+        let size = 1 << order;
+        Self::new(
+            self.start.get().next_multiple_of(size),
+            self.end >> order << order,
+        )
+    }
+
     /// The frames in both.
     #[must_use]
     pub fn intersection(self, other: Self) -> Option<Self> {
@@ -117,6 +134,34 @@ mod tests {
         assert_eq!(GfnRange::from_base(gfn(GFN_LIMIT - 1), 2), None);
         assert_eq!(GfnRange::from_base(gfn(3), 0), None);
         assert_eq!(GfnRange::from_base(gfn(3), 2), GfnRange::new(3, 5));
+    }
+
+    #[test]
+    fn blocks_are_aligned_and_end_with_the_last_frame() {
+        assert_eq!(
+            GfnRange::block(gfn(0x1237), 4),
+            GfnRange::new(0x1230, 0x1240)
+        );
+        assert_eq!(
+            GfnRange::block(gfn(0x1237), 0),
+            GfnRange::new(0x1237, 0x1238)
+        );
+        let last = gfn(GFN_LIMIT - 1);
+        assert_eq!(
+            GfnRange::block(last, 2),
+            GfnRange::new(GFN_LIMIT - 4, GFN_LIMIT)
+        );
+    }
+
+    #[test]
+    fn only_whole_blocks_are_left_of_a_range_that_cuts_some() {
+        let whole = |start, end| GfnRange::new(start, end).unwrap().whole_blocks(2);
+        assert_eq!(whole(4, 12), GfnRange::new(4, 12));
+        assert_eq!(whole(3, 13), GfnRange::new(4, 12));
+        assert_eq!(whole(5, 12), GfnRange::new(8, 12));
+        assert_eq!(whole(5, 8), None);
+        assert_eq!(whole(5, 7), None);
+        assert_eq!(GfnRange::ALL.whole_blocks(4), Some(GfnRange::ALL));
     }
 
     #[test]

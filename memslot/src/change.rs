@@ -187,7 +187,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             base: range.start().get(),
             npages: range.npages(),
         };
-        if range.end() > self.config.gfn_limit {
+        let cuts_a_page = range.whole_blocks(self.page_order) != Some(range);
+        if range.end() > self.config.gfn_limit || cuts_a_page {
             Err(refused)
         } else {
             slot_bytes(range).map(|_| ())

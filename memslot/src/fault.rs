@@ -122,8 +122,10 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if attrs.perms.contains(Perms::WRITE)
             && let Some(bitmap) = mmu.bitmap(slot.id)
         {
-            // Before the leaf: a writable leaf has its bit set.
-            bitmap.mark(gfn.get() - slot.range.start().get());
+            // Before the leaf: a writable leaf has its bits set, one per 4 KiB.
+            let index = (gfn.get() - slot.range.start().get()) >> self.page_order;
+            let first = index << self.page_order;
+            (first..first + (1 << self.page_order)).for_each(|page| bitmap.mark(page));
         }
         match mmu.table.fault(&request)? {
             stage2::FaultOutcome::Mapped(_)
@@ -146,7 +148,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if slot.lock.is_some() {
             return Err(Error::BackingChanged);
         }
-        if let Some(page) = GfnRange::from_base(gfn, 1).and_then(bytes) {
+        if let Some(page) = GfnRange::block(gfn, self.page_order).and_then(bytes) {
             mmu.table.zap(page)?;
         }
         Ok(FaultOutcome::Retry)
@@ -164,6 +166,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         let within = run
             .range
             .intersection(slot.range)
+            .and_then(|r| r.whole_blocks(self.page_order))
             .filter(|r| r.contains(query.gfn))?;
         let blocks = if slot.needs_base_pages() {
             Blocks::Never
@@ -197,10 +200,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         vcpu: &P::Vcpu,
         within: GfnRange,
     ) -> Option<GfnRange> {
-        let block = |order: u32| {
-            let first = query.gfn.get() >> order << order;
-            GfnRange::new(first, first + (1 << order))
-        };
+        let block = |order: u32| GfnRange::block(query.gfn, order);
         // 1 GiB, 2 MiB: the sizes of EPT leaves.
         let fits = |order: &u32| {
             block(*order).is_some_and(|b| within.covers(b))

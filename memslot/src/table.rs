@@ -46,6 +46,12 @@ impl LeafRun {
 
 /// A second-stage page table with its machine.
 pub trait GuestTable {
+    /// Pages of 4 KiB in the smallest leaf, as a power of two: 0, 2 or 4. Slots begin and end at
+    /// its multiples.
+    fn page_order(&self) -> u32 {
+        0
+    }
+
     /// Installs a leaf, or adds permissions to the one that is there.
     ///
     /// # Errors
@@ -87,6 +93,10 @@ pub trait GuestTable {
 }
 
 impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
+    fn page_order(&self) -> u32 {
+        self.geometry().page_shift() - stage2::addr::FRAME_SHIFT
+    }
+
     fn fault(&self, request: &FaultRequest) -> Result<FaultOutcome, MapError> {
         Self::fault(self, request)
     }

@@ -89,6 +89,8 @@ pub struct GuestMemory<T, P, S> {
     pub(crate) config: VmConfig,
     pub(crate) policy: P,
     pub(crate) frames: S,
+    /// Pages of 4 KiB in a leaf of the table, as a power of two.
+    pub(crate) page_order: u32,
     pub(crate) gate: RunGate,
     pub(crate) slots: RwLock<SlotTable>,
     pub(crate) mmu: RwLock<Mmu<T>>,
@@ -116,6 +118,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// A VM without slots, over an empty page table.
     #[must_use]
     pub fn new(config: VmConfig, policy: P, frames: S, table: T) -> Self {
+        let page_order = table.page_order();
         let mmu = Mmu {
             table,
             noncoherent: NoncoherentDma::new(),
@@ -128,6 +131,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             config,
             policy,
             frames,
+            page_order,
             gate: RunGate::new(),
             slots: RwLock::new(SlotTable {
                 set: Memslots::new(),

@@ -111,10 +111,29 @@ fn build<F: TableFormat, P: MemTypePolicy>(
 }
 
 pub(crate) fn arm(policy: ArmPolicy, run: u64, limit: u64) -> Real<ArmStage2, ArmPolicy> {
+    arm_with(Granule::K4, policy, run, limit)
+}
+
+/// Input bits and first level of a table with this granule; 64 GiB fit each.
+fn shape(granule: Granule) -> (u8, Level) {
+    match granule {
+        Granule::K4 => (39, Level::L1),
+        Granule::K16 => (40, Level::L1),
+        Granule::K64 => (40, Level::L2),
+    }
+}
+
+pub(crate) fn arm_with(
+    granule: Granule,
+    policy: ArmPolicy,
+    run: u64,
+    limit: u64,
+) -> Real<ArmStage2, ArmPolicy> {
     let fwb = policy.caches == ArmCaches::ForcedWriteBack;
+    let (input_bits, start) = shape(granule);
     let format = ArmStage2::new(&ArmConfig {
-        granule: Granule::K4,
-        input_bits: 39,
+        granule,
+        input_bits,
         output_bits: 44,
         features: ArmFeatures {
             fwb: if fwb {
@@ -125,11 +144,14 @@ pub(crate) fn arm(policy: ArmPolicy, run: u64, limit: u64) -> Real<ArmStage2, Ar
             execute: Execute::Joint,
             wide: WideAddresses::Off,
         },
-        start: Some(Level::L1),
+        start: Some(start),
     });
+    let page_shift = granule.page_shift();
     let arch = Arch {
         xnx: false,
-        ..Arch::arm_4k(1, 39, fwb)
+        page_shift: page_shift.into(),
+        index_bits: u32::from(page_shift) - 3,
+        ..Arch::arm_4k(start.number(), input_bits.into(), fwb)
     };
     build(arch, format.unwrap(), policy, FakeFrames::new(run, limit))
 }

@@ -6,6 +6,7 @@ mod caches;
 mod changes;
 mod edges;
 mod faults;
+mod granules;
 mod importers;
 mod kit;
 mod lock;
