@@ -11,6 +11,7 @@ mod importers;
 mod kit;
 mod lock;
 mod machine;
+mod memory;
 mod observers;
 mod properties;
 mod real;
