@@ -1,5 +1,6 @@
 //! Frames behind slots, with pins that are counted.
 
+use std::boxed::Box;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -31,9 +32,17 @@ struct Knobs {
     lower_limit_after: Option<(u64, u64)>,
     /// Change the sequence after that many pins.
     move_after: Option<u64>,
-    /// Change the sequence after the next look-up.
-    move_at_look_up: bool,
     pins_done: u64,
+}
+
+/// What happens after the next look-up.
+#[derive(Default)]
+struct Hook(Option<Box<dyn FnOnce() + Send>>);
+
+impl core::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_tuple("Hook").field(&self.0.is_some()).finish()
+    }
 }
 
 /// A slot's frames are consecutive from the frame that its backing names, in runs of a chosen
@@ -45,6 +54,7 @@ pub struct FakeFrames {
     account: LockedMemory,
     state: Mutex<FrameState>,
     knobs: Mutex<Knobs>,
+    hook: Mutex<Hook>,
     /// Frames by which every backing has moved.
     moved_by: AtomicU64,
     sequence: AtomicU64,
@@ -63,6 +73,7 @@ impl FakeFrames {
             account: LockedMemory::new(limit),
             state: Mutex::default(),
             knobs: Mutex::default(),
+            hook: Mutex::default(),
             moved_by: AtomicU64::new(0),
             sequence: AtomicU64::new(0),
         }
@@ -96,9 +107,9 @@ impl FakeFrames {
         knobs.move_after = Some(knobs.pins_done + pins);
     }
 
-    /// Right after the next look-up a backing changes.
-    pub fn move_backing_at_look_up(&self) {
-        lock(&self.knobs).move_at_look_up = true;
+    /// Does something else once, right after the next look-up.
+    pub fn after_next_look_up(&self, f: impl FnOnce() + Send + 'static) {
+        lock(&self.hook).0 = Some(Box::new(f));
     }
 
     /// Puts other frames behind every slot: those `by` further on.
@@ -146,11 +157,11 @@ impl FrameSource for FakeFrames {
     fn resolve(&self, slot: &Memslot, gfn: Gfn, _access: Access) -> Result<FrameRun, FrameMissing> {
         let index = gfn.get() - slot.range.start().get();
         let run = self.run_of(slot, gfn).ok_or(FrameMissing(gfn))?;
-        let mut knobs = lock(&self.knobs);
-        if std::mem::take(&mut knobs.move_at_look_up) {
-            self.sequence.fetch_add(1, Ordering::AcqRel);
+        let hook = lock(&self.hook).0.take();
+        if let Some(f) = hook {
+            f();
         }
-        if knobs.missing.contains(&index) {
+        if lock(&self.knobs).missing.contains(&index) {
             Err(FrameMissing(gfn))
         } else {
             Ok(run)

@@ -390,6 +390,37 @@ fn x86_zaps_spare_flagged_and_locked_slots() {
 }
 
 #[test]
+fn x86_zaps_spare_flagged_slots_and_devices_that_are_mapped_on_demand() {
+    let vm = vm_with(MTRR, FLAG);
+    vm.add_b();
+    let device = Memslot::new(SlotId(4), gfn(0x500), 4, 0xf000, NONE, SlotKind::Mmio);
+    vm.mem.create_slot(device.unwrap()).unwrap();
+    vm.mem.register_device(NonSnooping).unwrap();
+    let mut vcpu = VcpuTypes::new(40, true);
+    for page in [A_BASE, B_BASE, 0x500] {
+        x86_touch(&vm, page, &vcpu);
+    }
+    vm.mem
+        .write_memory_type_msr(&mut vcpu, Msr::DefaultType, 0x806, || ())
+        .unwrap();
+    let left: Vec<_> = vm.leaves().into_keys().collect();
+    assert_eq!(left, [A_BASE << 12, 0x500 << 12]);
+}
+
+#[test]
+fn x86_register_writes_and_toggles_zap_nothing_while_every_device_snoops() {
+    let vm = vm_with(MTRR, NONE);
+    let mut vcpu = VcpuTypes::new(40, true);
+    x86_touch(&vm, A_BASE, &vcpu);
+    vm.mem
+        .write_memory_type_msr(&mut vcpu, Msr::DefaultType, 0x804, || ())
+        .unwrap();
+    vm.mem.write_cd(&mut vcpu, true, || ());
+    assert_eq!(vm.leaves().len(), 1);
+    assert_eq!(vm.mem.counters().zap_passes, 0);
+}
+
+#[test]
 fn x86_a_vcpu_with_other_registers_replaces_the_leaf() {
     let vm = vm_with(MTRR, NONE);
     vm.mem.register_device(NonSnooping).unwrap();

@@ -1,13 +1,16 @@
 //! The fault path: outcomes, permissions, locked slots, and what may move meanwhile.
 
 use crate::kit::{
-    A, A_BASE, A_FRAME, FWB, LOG, NONE, PLAIN, R, RO, RW, empty_vm, gfn, pages, slot, vm, vm_with,
+    A, A_BASE, A_FRAME, FWB, LOG, NONE, PLAIN, R, RO, RW, Vm, empty_vm, gfn, pages, slot, vm,
+    vm_with,
 };
 use memslot::error::Error;
 use memslot::fault::{Access, FaultKind, FaultOutcome};
+use memslot::policy::ArmPolicy;
 use memslot::slot::{Memslot, SlotFlags, SlotId, SlotKind};
 use memslot::testing::FailAt;
 use stage2::{Combine, Device, MemType, Perms};
+use std::sync::Arc;
 
 use FaultKind::{AccessFlag, Permission, Translation};
 
@@ -170,30 +173,50 @@ fn faults_that_a_lock_rules_out_are_counted() {
     }
 }
 
+/// A fault whose frame has been looked up when `meanwhile` happens.
+fn overtaken(meanwhile: fn(&Vm<ArmPolicy>)) -> Arc<Vm<ArmPolicy>> {
+    let vm = Arc::new(vm());
+    let other = Arc::clone(&vm);
+    vm.mem
+        .frames()
+        .after_next_look_up(move || meanwhile(&other));
+    let outcome = vm.fault(A_BASE, Access::Read, Translation);
+    assert_eq!(outcome, Ok(FaultOutcome::Retry));
+    vm
+}
+
 #[test]
-fn a_slot_that_changes_between_look_up_and_install_means_retry() {
-    // The frame source deletes nothing itself, so the generation is compared directly: a slot
-    // found before a replacement belongs to an older generation than the table's.
-    let vm = vm();
-    let (_, old) = vm.mem.find_slot(gfn(A_BASE)).unwrap();
-    vm.mem.move_slot(A, gfn(0x300)).unwrap();
-    let (_, new) = vm.mem.find_slot(gfn(0x300)).unwrap();
-    assert!(new > old);
-    assert_eq!(
-        vm.fault(A_BASE, Access::Read, Translation),
-        Ok(FaultOutcome::Mmio)
-    );
+fn a_slot_that_moves_between_look_up_and_install_means_retry() {
+    let vm = overtaken(|vm| vm.mem.move_slot(A, gfn(0x300)).unwrap());
+    assert_eq!(vm.leaves().len(), 0);
+    let outcome = vm.fault(A_BASE, Access::Read, Translation);
+    assert_eq!(outcome, Ok(FaultOutcome::Mmio));
     vm.touch(0x300, Access::Read);
 }
 
 #[test]
+fn a_slot_that_is_locked_between_look_up_and_install_means_retry() {
+    let vm = overtaken(|vm| vm.lock(A, R).unwrap());
+    assert_eq!(vm.perms(A_BASE), Some(Perms::READ));
+    vm.mem.unlock_slot(A).unwrap();
+}
+
+#[test]
+fn a_slot_that_starts_to_log_between_look_up_and_install_means_retry() {
+    let vm = overtaken(|vm| vm.mem.set_slot_flags(A, LOG).unwrap());
+    vm.touch(A_BASE, Access::Read);
+    assert_eq!(vm.perms(A_BASE), Some(Perms::READ));
+}
+
+#[test]
 fn a_backing_that_changes_between_look_up_and_install_means_retry() {
-    let vm = vm();
-    vm.mem.frames().move_backing_at_look_up();
-    let outcome = vm.fault(A_BASE, Access::Read, Translation);
-    assert_eq!(outcome, Ok(FaultOutcome::Retry));
+    let vm = overtaken(|vm| {
+        vm.mem.frames().move_backing(0x1000);
+        vm.mem.host_unmap(pages(A_BASE, 1)).unwrap();
+    });
     assert_eq!(vm.leaves().len(), 0);
     vm.touch(A_BASE, Access::Read);
+    assert_eq!(vm.memory(A_BASE).get() >> 12, A_FRAME + 0x1000);
 }
 
 #[test]
