@@ -14,6 +14,7 @@ use memslot::edge::Dma;
 use memslot::fault::{Access, FaultKind, FaultOutcome, Stage2Fault};
 use memslot::lock::LockRequest;
 use memslot::mtrr::Msr;
+use memslot::noncoherent::Edge;
 use memslot::pending::Work;
 use memslot::policy::{ArmCaches, ArmPolicy, CdQuirk, EptPolicy, MemTypePolicy, VcpuTypes};
 use memslot::slot::{LockFlags, Memslot, SlotFlags, SlotId, SlotKind};
@@ -170,6 +171,31 @@ fn two_faults_against_both_edges() {
         if let Some(leaf) = vm.leaf() {
             assert_eq!(leaf.attrs.combine, Combine::ForceStage2);
         }
+    });
+}
+
+/// Two devices come and go at the same time: each edge belongs to exactly one of them.
+#[test]
+fn two_registrations_make_one_edge() {
+    check(3, || {
+        let vm = vm(FWB);
+        let _ = vm.fault(&());
+        let come_and_go = |vm: Arc<Vm<ArmPolicy>>| {
+            move || {
+                let came = vm.mem.register_device(Dma::NonSnooping).unwrap();
+                let went = vm.mem.unregister_device(Dma::NonSnooping).unwrap();
+                (came == Edge::Started, went == Edge::Stopped)
+            }
+        };
+        let other = thread::spawn(come_and_go(Arc::clone(&vm)));
+        let mine = come_and_go(Arc::clone(&vm))();
+        let edges = [mine, other.join().unwrap()];
+        let starts = edges.iter().filter(|e| e.0).count();
+        // One after the other they make two edges each way, together one.
+        assert_eq!(starts, edges.iter().filter(|e| e.1).count());
+        assert!(starts >= 1);
+        assert_eq!(vm.mem.counters().edges, 2 * starts as u64);
+        assert_eq!(vm.leaf(), None);
     });
 }
 

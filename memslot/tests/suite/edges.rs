@@ -326,6 +326,18 @@ fn x86_edges_remove_leaves_and_do_no_maintenance() {
 }
 
 #[test]
+fn x86_the_last_device_that_goes_removes_leaves_made_from_registers() {
+    let vm = vm_with(MTRR, NONE);
+    vm.mem.register_device(NonSnooping).unwrap();
+    let vcpu = VcpuTypes::new(40, true);
+    let uncached = Some((MemType::Uncached, Combine::HonourGuest));
+    assert_eq!(x86_touch(&vm, A_BASE, &vcpu), uncached);
+    assert_eq!(vm.mem.unregister_device(NonSnooping), Ok(Edge::Stopped));
+    assert_eq!(vm.leaves().len(), 0);
+    assert_eq!(x86_touch(&vm, A_BASE, &vcpu), FORCED);
+}
+
+#[test]
 fn x86_with_registers_that_count_refuses_locks_and_edges_over_locks() {
     let vm = vm_with(MTRR, NONE);
     vm.lock(A, R).unwrap();

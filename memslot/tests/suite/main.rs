@@ -15,6 +15,7 @@ mod memory;
 mod observers;
 mod properties;
 mod real;
+mod rules;
 mod runs;
 mod unlock;
 mod withhold;
