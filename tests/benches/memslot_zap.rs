@@ -1,6 +1,7 @@
 //! The zap experiment: an OVMF-like boot on 2 to 16 vCPU threads, five ways to remove leaves.
 //!
-//! `cargo bench -p ravelin-tests --bench memslot_zap -- [--write DIR]`
+//! `cargo bench -p ravelin-tests --bench memslot_zap -- [--write DIR]`: the second form replaces the
+//! table and the picture of `DIR/zap.md`.
 //!
 //! A 16 GiB guest is mapped in 4 KiB pages, with a hole from 2 to 4 GiB as on a PC. Each vCPU thread touches pages, sets CR0.CD, turns
 //! MTRRs off, writes eleven fixed and two pairs of variable registers, turns MTRRs on and clears
@@ -431,6 +432,17 @@ fn svg(rows: &[Row]) -> String {
     out
 }
 
+/// The page with its table, the lines that begin with a bar behind the picture, replaced.
+fn with_table(page: &str, table: &str) -> String {
+    let (before, behind) = page.split_once("zap.svg)\n").unwrap_or((page, ""));
+    let rest = behind
+        .trim_start()
+        .lines()
+        .skip_while(|l| l.starts_with('|'));
+    let rest: String = rest.map(|line| format!("{line}\n")).collect();
+    format!("{before}zap.svg)\n\n{table}{rest}")
+}
+
 fn main() -> std::io::Result<()> {
     let args: Vec<String> = std::env::args().collect();
     let counts: &[u64] = if args.iter().any(|a| a == "--quick") {
@@ -448,7 +460,8 @@ fn main() -> std::io::Result<()> {
         && let Some(dir) = args.get(at + 1)
     {
         std::fs::write(format!("{dir}/zap.svg"), svg(&rows))?;
-        std::fs::write(format!("{dir}/zap.tables.md"), &text)?;
+        let page = format!("{dir}/zap.md");
+        std::fs::write(&page, with_table(&std::fs::read_to_string(&page)?, &text))?;
     }
     assert!(rows.iter().all(|r| r.lost == 0), "a zap was lost");
     Ok(())
