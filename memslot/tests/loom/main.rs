@@ -4,6 +4,8 @@
 #![cfg(loom)]
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+mod real;
+
 use std::sync::Arc;
 
 use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering};
