@@ -184,6 +184,14 @@ mod tests {
     }
 
     #[test]
+    fn a_block_right_behind_the_fixed_area_is_looked_at_alone() {
+        // UC, the third page above 1 MiB.
+        let m = with(0xc06, &[(0x10_2000, 0xff_ffff_f800)]);
+        assert_eq!(m.block_type(gfn(0x100), 1), Some(Wb));
+        assert_eq!(m.block_type(gfn(0x100), 2), None);
+    }
+
+    #[test]
     fn the_last_page_of_the_first_gib_counts() {
         let mut m = with(0xc06, &[(0x3fff_f001, 0xff_ffff_f800)]);
         all_wb_fixed(&mut m);

@@ -268,7 +268,7 @@ fn stage1() -> impl Strategy<Value = Stage1> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 160 }) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(160) })]
 
     #[test]
     fn no_observer_reads_stale_data_that_is_promised_fresh(

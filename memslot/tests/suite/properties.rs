@@ -331,7 +331,7 @@ fn x86_policy() -> impl Strategy<Value = EptPolicy> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 32 }) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(32) })]
 
     #[test]
     fn no_arm_leaf_has_another_type_than_the_decision(
