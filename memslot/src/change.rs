@@ -179,7 +179,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if let Some(slot) = touched.find(|s| s.lock.is_some()) {
             return Err(Error::Locked(slot.id));
         }
-        self.mmu.write().unmap(range)
+        self.remove_pages().unmap(range)
     }
 
     pub(crate) fn check_range(&self, range: GfnRange) -> Result<(), Error> {

@@ -90,14 +90,14 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if is_unexpected(&slot, fault) {
             self.count(|c| c.unexpected_faults += 1);
         }
-        let sequence = self.frames.sequence();
+        let removals = self.removals();
         let Ok(run) = self.frames.resolve(&slot, gfn, fault.access) else {
             return Ok(FaultOutcome::NoFrame(gfn));
         };
         let mmu = self.mmu.read();
-        // Whoever takes a frame away first says so, and then removes its leaf in a section that
-        // excludes this one: either the change is seen here, or the leaf is seen there.
-        let moved = self.frames.sequence() != sequence || !self.frames.is_current(&slot, &run);
+        // Whoever takes a page away does it in a section that excludes this one: either that is
+        // seen here, or the leaf is seen there.
+        let moved = self.removals() != removals || !self.frames.is_current(&slot, &run);
         if mmu.generation != generation || moved {
             return Ok(FaultOutcome::Retry);
         }

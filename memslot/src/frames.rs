@@ -54,8 +54,8 @@ pub trait FrameSource {
     /// count as dirty.
     fn unpin(&self, slot: &Memslot, run: FrameRun, intent: PinIntent);
 
-    /// Changes with the frames behind slots. Whoever takes a frame away does it in this order:
-    /// change what [`FrameSource::resolve`] answers; change the sequence;
+    /// Changes whenever a frame behind any slot changes. Whoever takes a frame away does it in this
+    /// order: change what [`FrameSource::resolve`] answers, and the sequence;
     /// [`crate::vm::GuestMemory::host_unmap`]; only then give the frame another use.
     fn sequence(&self) -> u64;
 

@@ -134,13 +134,18 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         let npages = slot.range.npages();
         self.frames.account().check(npages, request.privilege)?;
         slots.locked.try_reserve(1)?;
-        let sequence = self.frames.sequence();
+        let before = (self.frames.sequence(), self.removals());
         let pins = Pins::take(&self.frames, &slot, intent(request.perms))?;
         let charge = Charge::take(self.frames.account(), npages, request.privilege)?;
         let mut mmu = self.mmu.write();
         let is_current = |run| self.frames.is_current(&slot, run);
-        if self.frames.sequence() != sequence || !pins.runs.iter().all(is_current) {
+        let moved = (self.frames.sequence(), self.removals()) != before;
+        if moved || !pins.runs.iter().all(is_current) {
             return Err(Error::BackingChanged);
+        }
+        if let Some(withheld) = mmu.table.first_note(slot_bytes(slot.range)?) {
+            let page = withheld.frame().get() - slot.range.start().get();
+            return Err(Error::PinFailed(page));
         }
         let (attrs, work) = self.locked_leaf(&slot, &mmu, request.perms)?;
         let lock = SlotLock {
@@ -221,7 +226,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         let lock = slot.lock.ok_or(Error::NotLocked(id))?;
         let mut mmu = self.mmu.write();
         if slots.locked(id).is_some_and(|l| !l.work.is_empty()) {
-            mmu.unmap(slot.range)?;
+            mmu.zap(slot.range)?;
         }
         mmu.generation = slots.set.relock(id, None);
         drop(mmu);

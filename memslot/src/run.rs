@@ -107,9 +107,9 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     pub fn reset(&self) -> Result<(), Error> {
         let _closed = self.gate.close()?;
         let mut slots = self.slots.write();
-        let mut mmu = self.mmu.write();
+        let mmu = self.mmu.write();
         for slot in slots.set.iter().filter(|s| s.lock.is_none()) {
-            mmu.unmap(slot.range)?;
+            mmu.zap(slot.range)?;
         }
         let noncoherent = mmu.noncoherent.any();
         let SlotTable { set, locked } = &mut *slots;

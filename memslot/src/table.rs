@@ -64,7 +64,7 @@ pub trait GuestTable {
     /// The table's; nothing has changed then.
     fn map(&mut self, request: &MapRequest) -> Result<(), MapError>;
 
-    /// Removes leaves and tables of a range, completely before it returns.
+    /// Removes leaves, notes and tables of a range, completely before it returns.
     ///
     /// # Errors
     /// The table's; nothing has changed then.
@@ -76,7 +76,10 @@ pub trait GuestTable {
     /// The table's; nothing has changed then.
     fn annotate(&mut self, range: IpaRange, note: Annotation) -> Result<(), MapError>;
 
-    /// Removes leaves of a range, completely before it returns; tables stay.
+    /// The first address of a range that has a note.
+    fn first_note(&self, range: IpaRange) -> Option<Ipa>;
+
+    /// Removes leaves of a range, completely before it returns; tables and notes stay.
     ///
     /// # Errors
     /// The table's; nothing has changed then.
@@ -111,6 +114,12 @@ impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
 
     fn annotate(&mut self, range: IpaRange, note: Annotation) -> Result<(), MapError> {
         Self::annotate(self, range, note)
+    }
+
+    fn first_note(&self, range: IpaRange) -> Option<Ipa> {
+        let is_note = |run: &stage2::Run| matches!(run.kind, RunKind::Annotated(_));
+        let run = self.runs(range).ok()?.find(is_note)?;
+        Some(run.range.start().max(range.start()))
     }
 
     fn zap(&self, range: IpaRange) -> Result<(), MapError> {

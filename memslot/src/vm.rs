@@ -27,7 +27,7 @@ use crate::pending::{PendingOps, Work};
 use crate::policy::MemTypePolicy;
 use crate::slot::{Memslot, SlotId};
 use crate::slots::Memslots;
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{AtomicU64, Mutex, Ordering, RwLock, RwLockWriteGuard};
 use crate::table::{GuestTable, bytes};
 use crate::zap::ZapList;
 
@@ -94,6 +94,8 @@ pub struct GuestMemory<T, P, S> {
     pub(crate) gate: RunGate,
     pub(crate) slots: RwLock<SlotTable>,
     pub(crate) mmu: RwLock<Mmu<T>>,
+    /// How often pages were taken away while their slot stayed. Changes under `mmu` only.
+    pub(crate) removals: AtomicU64,
     pub(crate) pending: PendingOps,
     pub(crate) zaps: ZapList,
     pub(crate) counters: Mutex<Counters>,
@@ -138,6 +140,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
                 locked: Vec::new(),
             }),
             mmu: RwLock::new(mmu),
+            removals: AtomicU64::new(0),
             pending: PendingOps::new(),
             zaps: ZapList::new(),
             counters: Mutex::new(Counters::default()),
@@ -183,6 +186,20 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         f(&self.mmu.read().table)
     }
 
+    /// Excludes faults in order to take pages away. A frame that was looked up before, by a fault
+    /// or for a lock, is not mapped afterwards: whoever looks one up compares
+    /// [`GuestMemory::removals`] before it maps the frame.
+    pub(crate) fn remove_pages(&self) -> RwLockWriteGuard<'_, Mmu<T>> {
+        let mmu = self.mmu.write();
+        self.removals.fetch_add(1, Ordering::Release);
+        mmu
+    }
+
+    /// How often pages were taken away; read before a look-up, and again under `mmu`.
+    pub(crate) fn removals(&self) -> u64 {
+        self.removals.load(Ordering::Acquire)
+    }
+
     pub(crate) fn count(&self, f: impl FnOnce(&mut Counters)) {
         f(&mut self.counters.lock());
     }
@@ -221,9 +238,14 @@ impl SlotTable {
 }
 
 impl<T: GuestTable> Mmu<T> {
-    /// Removes all leaves of a slot's range.
+    /// Removes all leaves, notes and tables of a slot's range.
     pub(crate) fn unmap(&mut self, range: GfnRange) -> Result<(), Error> {
         self.table.unmap(slot_bytes(range)?).map_err(Error::from)
+    }
+
+    /// Removes all leaves of a slot's range. Notes stay: what was withheld stays withheld.
+    pub(crate) fn zap(&self, range: GfnRange) -> Result<(), Error> {
+        self.table.zap(slot_bytes(range)?).map_err(Error::from)
     }
 
     /// Whether anybody but a vCPU may access the memory.

@@ -35,9 +35,18 @@ struct Knobs {
     pins_done: u64,
 }
 
-/// What happens after the next look-up.
+/// What happens after the next call.
 #[derive(Default)]
 struct Hook(Option<Box<dyn FnOnce() + Send>>);
+
+impl Hook {
+    fn run(hook: &Mutex<Self>) {
+        let once = lock(hook).0.take();
+        if let Some(f) = once {
+            f();
+        }
+    }
+}
 
 impl core::fmt::Debug for Hook {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
@@ -54,7 +63,8 @@ pub struct FakeFrames {
     account: LockedMemory,
     state: Mutex<FrameState>,
     knobs: Mutex<Knobs>,
-    hook: Mutex<Hook>,
+    after_look_up: Mutex<Hook>,
+    after_pin: Mutex<Hook>,
     /// Frames by which every backing has moved.
     moved_by: AtomicU64,
     sequence: AtomicU64,
@@ -73,7 +83,8 @@ impl FakeFrames {
             account: LockedMemory::new(limit),
             state: Mutex::default(),
             knobs: Mutex::default(),
-            hook: Mutex::default(),
+            after_look_up: Mutex::default(),
+            after_pin: Mutex::default(),
             moved_by: AtomicU64::new(0),
             sequence: AtomicU64::new(0),
         }
@@ -109,7 +120,12 @@ impl FakeFrames {
 
     /// Does something else once, right after the next look-up.
     pub fn after_next_look_up(&self, f: impl FnOnce() + Send + 'static) {
-        lock(&self.hook).0 = Some(Box::new(f));
+        lock(&self.after_look_up).0 = Some(Box::new(f));
+    }
+
+    /// Does something else once, right after the next pin.
+    pub fn after_next_pin(&self, f: impl FnOnce() + Send + 'static) {
+        lock(&self.after_pin).0 = Some(Box::new(f));
     }
 
     /// Puts other frames behind every slot: those `by` further on.
@@ -139,6 +155,7 @@ impl FakeFrames {
     }
 
     fn after_pin(&self) {
+        Hook::run(&self.after_pin);
         let mut knobs = lock(&self.knobs);
         knobs.pins_done += 1;
         if let Some((at, limit)) = knobs.lower_limit_after
@@ -157,10 +174,7 @@ impl FrameSource for FakeFrames {
     fn resolve(&self, slot: &Memslot, gfn: Gfn, _access: Access) -> Result<FrameRun, FrameMissing> {
         let index = gfn.get() - slot.range.start().get();
         let run = self.run_of(slot, gfn).ok_or(FrameMissing(gfn))?;
-        let hook = lock(&self.hook).0.take();
-        if let Some(f) = hook {
-            f();
-        }
+        Hook::run(&self.after_look_up);
         if lock(&self.knobs).missing.contains(&index) {
             Err(FrameMissing(gfn))
         } else {

@@ -239,6 +239,12 @@ impl GuestTable for ModelTable {
         Ok(())
     }
 
+    fn first_note(&self, range: IpaRange) -> Option<Ipa> {
+        let bytes = range.start().get()..range.end().get();
+        let first = self.lock().notes.range(bytes).next().map(|(at, _)| *at);
+        first.map(Ipa::new)
+    }
+
     fn zap(&self, range: IpaRange) -> Result<(), MapError> {
         self.remove(range);
         Ok(())

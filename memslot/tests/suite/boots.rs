@@ -17,7 +17,7 @@ const POLICY: EptPolicy = EptPolicy::guest_mtrr(CdQuirk::WriteBack);
 const A: SlotId = SlotId(1);
 /// 32 MiB from address 0 on.
 const PAGES: u64 = 0x2000;
-const VCPUS: u64 = 4;
+const VCPUS: [u64; 4] = [0, 1, 2, 3];
 const ROUNDS: u64 = if cfg!(miri) { 1 } else { 4 };
 const ALL_WB: u64 = 0x0606_0606_0606_0606;
 
@@ -99,9 +99,9 @@ fn no_zap_is_lost_when_vcpus_program_their_registers_together() {
         .create_slot(slot(A, 0, PAGES, 0x10_0000, NONE))
         .unwrap();
     vm.mem.register_device(NonSnooping).unwrap();
-    let start = Barrier::new(VCPUS as usize);
+    let start = Barrier::new(VCPUS.len());
     std::thread::scope(|scope| {
-        for me in 0..VCPUS {
+        for me in VCPUS {
             let (vm, start) = (&vm, &start);
             scope.spawn(move || {
                 let mut firmware = Firmware {

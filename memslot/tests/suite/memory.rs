@@ -20,7 +20,9 @@ use memslot::policy::ArmPolicy;
 use memslot::slot::{Memslot, SlotId};
 use memslot::table::{GuestTable, LeafRun};
 use memslot::vm::{GuestMemory, VmKind};
-use stage2::{FaultOutcome, FaultRequest, IpaRange, LeafAttrs, MapError, MapRequest, PaRange};
+use stage2::{
+    Annotation, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, MapError, MapRequest, PaRange,
+};
 
 thread_local! {
     /// Allocations that this thread may still make.
@@ -69,9 +71,10 @@ fn rationed<R>(allocations: usize, f: impl FnOnce() -> R) -> R {
     result
 }
 
+/// Of slot A.
 const PAGES: u64 = 16;
 
-type Leaves = [Option<(u64, LeafAttrs)>; PAGES as usize];
+type Leaves = [Option<(u64, LeafAttrs)>; 16];
 
 /// The leaves of slot A's pages, in an array.
 #[derive(Default)]
@@ -100,6 +103,12 @@ impl GuestTable for Flat {
     }
     fn unmap(&mut self, range: IpaRange) -> Result<(), MapError> {
         self.zap(range)
+    }
+    fn annotate(&mut self, range: IpaRange, _: Annotation) -> Result<(), MapError> {
+        self.zap(range)
+    }
+    fn first_note(&self, _: IpaRange) -> Option<Ipa> {
+        None
     }
     fn zap(&self, range: IpaRange) -> Result<(), MapError> {
         self.each(range, |_, leaf| *leaf = None);

@@ -1,7 +1,10 @@
 //! Pages taken out of a guest's reach, in slots that stay.
 
+use std::sync::Arc;
+
 use crate::kit::{NONE, PLAIN, RW, gfn, pages, slot};
 use crate::machine::{Real, arm};
+use memslot::error::Error;
 use memslot::fault::{Access, FaultKind, FaultOutcome};
 use memslot::lock::LockRequest;
 use memslot::policy::ArmPolicy;
@@ -81,4 +84,75 @@ fn pages_beyond_the_guests_addresses_are_refused() {
     assert!(vm.mem.withhold(beyond, note(1)).is_err());
     assert!(vm.mem.release(beyond).is_err());
     assert!(vm.is_full(pages(BASE, PAGES)));
+}
+
+/// Taken away and given back by notes between look-up and install, the page must be looked up
+/// again: it may be somebody else's by now.
+#[test]
+fn a_page_withheld_and_released_between_look_up_and_install_means_retry() {
+    let vm = Arc::new(arm(PLAIN, PAGES, PAGES));
+    vm.mem
+        .create_slot(slot(A, BASE, PAGES, FRAME, NONE))
+        .unwrap();
+    let other = Arc::clone(&vm);
+    vm.mem.frames().after_next_look_up(move || {
+        other.mem.withhold(pages(BASE, 1), note(1)).unwrap();
+        other.mem.release(pages(BASE, 1)).unwrap();
+    });
+    let outcome = vm.fault(BASE, Access::Read, FaultKind::Translation, &());
+    assert_eq!(outcome, Ok(FaultOutcome::Retry));
+    assert_eq!(vm.memory(BASE), None);
+}
+
+#[test]
+fn a_page_withheld_between_pin_and_map_means_again_and_stays_withheld() {
+    let vm = Arc::new(arm(PLAIN, PAGES, PAGES));
+    vm.mem
+        .create_slot(slot(A, BASE, PAGES, FRAME, NONE))
+        .unwrap();
+    let other = Arc::clone(&vm);
+    vm.mem.frames().after_next_pin(move || {
+        other.mem.withhold(pages(BASE + 7, 1), note(1)).unwrap();
+    });
+    let locked = vm.mem.lock_slot(&LockRequest::new(A, RW));
+    assert_eq!(locked, Err(Error::BackingChanged));
+    let outcome = vm.fault(BASE + 7, Access::Read, FaultKind::Translation, &());
+    assert_eq!(outcome, Ok(FaultOutcome::NoFrame(gfn(BASE + 7))));
+    assert_eq!(vm.mem.frames().state().pins.len(), 0);
+}
+
+#[test]
+fn what_is_withheld_stays_so_over_reset_and_unlock() {
+    let vm = locked();
+    let withheld = |vm: &Real<_, _>| {
+        let outcome = vm.fault(BASE + 7, Access::Read, FaultKind::Translation, &());
+        assert_eq!(outcome, Ok(FaultOutcome::NoFrame(gfn(BASE + 7))));
+    };
+    vm.mem.withhold(pages(BASE + 7, 1), note(1)).unwrap();
+    vm.mem.reset().unwrap();
+    withheld(&vm);
+    // Maintenance is pending, so the leaves go.
+    vm.mem.unlock_slot(A).unwrap();
+    assert_eq!(vm.memory(BASE), None);
+    withheld(&vm);
+    vm.fault(BASE + 8, Access::Read, FaultKind::Translation, &())
+        .map(drop)
+        .unwrap();
+    vm.mem.reset().unwrap();
+    assert_eq!(vm.memory(BASE + 8), None);
+    withheld(&vm);
+}
+
+#[test]
+fn a_slot_with_a_withheld_page_cannot_be_locked() {
+    let vm = arm(PLAIN, PAGES, PAGES);
+    vm.mem
+        .create_slot(slot(A, BASE, PAGES, FRAME, NONE))
+        .unwrap();
+    vm.mem.withhold(pages(BASE + 7, 1), note(1)).unwrap();
+    let locked = vm.mem.lock_slot(&LockRequest::new(A, RW));
+    assert_eq!(locked, Err(Error::PinFailed(7)));
+    assert_eq!(vm.mem.frames().state().pins.len(), 0);
+    vm.mem.release(pages(BASE + 7, 1)).unwrap();
+    assert_eq!(vm.lock(&LockRequest::new(A, RW)), Ok(()));
 }
