@@ -192,6 +192,25 @@ mod tests {
     }
 
     #[test]
+    fn what_stands_behind_the_first_block_does_not_count() {
+        // UC from 2 to 4 MiB.
+        let mut m = with(0xc06, &[(0x20_0000, 0xff_ffe0_0800)]);
+        all_wb_fixed(&mut m);
+        assert_eq!(m.block_type(gfn(0), MIB2), Some(Wb));
+        assert_eq!(m.block_type(gfn(0x200), MIB2), Some(Uc));
+    }
+
+    #[test]
+    fn masks_that_take_too_many_steps_count_as_mixed() {
+        // Each pair, WB as the default, compares three bits of its own below 1 GiB: 4^6 pieces.
+        let pair = |n: u64| (0x4000_0006, 0xff_c000_0800 | 0b111 << (12 + 3 * n));
+        let pairs: std::vec::Vec<_> = (0..6).map(pair).collect();
+        let m = with(0x806, &pairs);
+        assert_eq!(m.block_type(gfn(0x4_0000), GIB1), None);
+        assert_eq!(m.block_type(gfn(0x4_0000), MIB2), Some(Wb));
+    }
+
+    #[test]
     fn the_last_page_of_the_first_gib_counts() {
         let mut m = with(0xc06, &[(0x3fff_f001, 0xff_ffff_f800)]);
         all_wb_fixed(&mut m);
