@@ -63,6 +63,21 @@ pub enum MemType {
     Device(Device),
 }
 
+impl MemType {
+    /// A number of its own for each, 0 to 8: devices first, in order.
+    #[inline]
+    pub(crate) const fn number(self) -> usize {
+        match self {
+            Self::Device(device) => device as usize,
+            Self::WriteBack => 4,
+            Self::WriteThrough => 5,
+            Self::WriteProtected => 6,
+            Self::NonCacheable => 7,
+            Self::Uncached => 8,
+        }
+    }
+}
+
 /// Who has the last word about the memory type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Combine {
@@ -213,6 +228,14 @@ pub struct Maintenance {
     pub data: bool,
     /// Invalidate the instruction cache at map.
     pub fetch: bool,
+}
+
+impl Maintenance {
+    /// Nothing owed.
+    pub(crate) const NONE: Self = Self {
+        data: false,
+        fetch: false,
+    };
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Descriptor formats: the only code that knows which bit means what.
 
+mod arm_fields;
 mod arm_s2;
 mod ept;
 
@@ -36,8 +37,9 @@ pub enum WordKind {
 ///
 /// # Safety
 /// `decode(encode(e, l), l) == e` for every encodable `e`. A word with bits 2:0 clear is invalid.
-/// `output(table_word(pa), l) == pa` for every page-aligned `pa` that fits the output size: the
-/// core dereferences what `output` says.
+/// `output(table_word(pa), l) == pa` for every page-aligned `pa` that fits the output size, and
+/// `plain_table(w)` is `Some(output(w, l))` only where `kind(w, l)` is a table: the core
+/// dereferences what they say.
 #[expect(
     unsafe_code,
     reason = "the core dereferences addresses that a format decodes"
@@ -58,6 +60,16 @@ pub unsafe trait TableFormat: core::fmt::Debug {
     /// Whatever of `attrs` the architecture forbids or the format cannot say.
     fn encode_attrs(&self, attrs: &LeafAttrs) -> Result<u64, EncodeError>;
 
+    /// [`encode_attrs`](TableFormat::encode_attrs), and which cache maintenance the leaf owes:
+    /// `attrs.maintenance()`, which a format may answer faster.
+    ///
+    /// # Errors
+    /// As [`encode_attrs`](TableFormat::encode_attrs).
+    #[inline]
+    fn encode_owing(&self, attrs: &LeafAttrs) -> Result<(u64, Maintenance), EncodeError> {
+        Ok((self.encode_attrs(attrs)?, attrs.maintenance()))
+    }
+
     /// A leaf from encoded attributes. `pa` is aligned and in range; see [`check_output`].
     ///
     /// [`check_output`]: TableFormat::check_output
@@ -71,6 +83,14 @@ pub unsafe trait TableFormat: core::fmt::Debug {
 
     /// What the word is to the hardware.
     fn kind(&self, raw: u64, level: Level) -> WordKind;
+
+    /// The address of the table that a word of a level above the pages points to, if that is
+    /// quickly said; nothing may be a table all the same.
+    #[inline]
+    fn plain_table(&self, raw: u64) -> Option<Pa> {
+        let _ = raw;
+        None
+    }
 
     /// The output address of a leaf, or the address of the table.
     fn output(&self, raw: u64, level: Level) -> Pa;

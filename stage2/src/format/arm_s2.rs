@@ -1,8 +1,9 @@
 //! Arm stage-2 descriptors (Arm ARM D8.3, "Translation table descriptor formats").
 
+use super::arm_fields::{ACCESS_FLAG, Fields, INNER_SHAREABLE, MARKS, S2AP_WRITE, VALID};
 use super::{TableFormat, WordKind};
 use crate::addr::Pa;
-use crate::attr::{Age, Combine, Device, LeafAttrs, Maintenance, MemType, Perms, SwBits};
+use crate::attr::{Age, LeafAttrs, Maintenance};
 use crate::error::{ConfigError, EncodeError};
 use crate::level::{Geometry, Level};
 
@@ -103,7 +104,12 @@ pub struct ArmStage2 {
     address: AddressField,
     /// Address bits that are in place in a table or page descriptor.
     in_place: u64,
+    /// Attribute bits that there are.
+    attr_bits: u64,
+    /// Bits that tell a table whose address is all in place.
+    plain_table: u64,
     features: ArmFeatures,
+    fields: &'static Fields,
 }
 
 /// Where the bits of an output address above 47 go.
@@ -117,38 +123,23 @@ enum AddressField {
     Lpa,
 }
 
-const VALID: u64 = 1;
 /// Bit 1: a table below level 3, a page at level 3; clear for blocks.
 const TABLE_OR_PAGE: u64 = 1 << 1;
-const MEM_ATTR_SHIFT: u32 = 2;
-const S2AP_READ: u64 = 1 << 6;
-const S2AP_WRITE: u64 = 1 << 7;
-const INNER_SHAREABLE: u64 = 0b11 << 8;
-const ACCESS_FLAG: u64 = 1 << 10;
-/// XN\[0\] and XN\[1\] (Arm ARM D8.4, stage 2 execute-never).
-const XN_LOW: u64 = 1 << 53;
-const XN_HIGH: u64 = 1 << 54;
-const SW_SHIFT: u32 = 55;
 
 /// Output address bits 47:12 in place.
 const ADDRESS_47: u64 = ((1 << 48) - 1) & !0xfff;
 /// Output address bits 49:12 in place.
 const ADDRESS_49: u64 = ((1 << 50) - 1) & !0xfff;
 
-/// Stage-2 MemAttr (Arm ARM D8.6): what it says without and with forced write-back.
-mod mem_attr {
-    pub(super) const DEVICE_NGNRNE: u64 = 0b0000;
-    pub(super) const DEVICE_NGNRE: u64 = 0b0001;
-    pub(super) const DEVICE_NGRE: u64 = 0b0010;
-    pub(super) const DEVICE_GRE: u64 = 0b0011;
-    pub(super) const NORMAL_NC: u64 = 0b0101;
-    pub(super) const NORMAL_WT: u64 = 0b1010;
-    pub(super) const NORMAL_WB: u64 = 0b1111;
-    pub(super) const FWB_FORCE_WB: u64 = 0b0110;
-    pub(super) const FWB_AS_STAGE_1: u64 = 0b0111;
-    /// Values that are memory and not a device, one bit each.
-    pub(super) const RAM: u64 = 1 << NORMAL_NC | 1 << NORMAL_WT | 1 << NORMAL_WB;
-    pub(super) const RAM_WITH_FWB: u64 = 1 << NORMAL_NC | 1 << FWB_FORCE_WB | 1 << FWB_AS_STAGE_1;
+impl AddressField {
+    /// Where the high bits are that are not in place.
+    const fn high_field(self) -> u64 {
+        match self {
+            Self::Narrow => 0,
+            Self::Lpa2 => 0b11 << 8,
+            Self::Lpa => 0xf << 12,
+        }
+    }
 }
 
 impl ArmStage2 {
@@ -193,13 +184,22 @@ impl ArmStage2 {
             ADDRESS_47
         };
         let in_place = high & !(geometry.page_size() - 1);
+        // With LPA2 shareability comes from VTCR_EL2 and its bits are address (D8.3).
+        let attr_bits = match address {
+            AddressField::Lpa2 => !(MARKS | INNER_SHAREABLE),
+            AddressField::Narrow | AddressField::Lpa => !MARKS,
+        };
+        let plain_table = VALID | TABLE_OR_PAGE | address.high_field();
         Ok(Self {
             geometry,
             granule,
             output_bits,
             address,
             in_place,
+            attr_bits,
+            plain_table,
             features,
+            fields: Fields::of(features.fwb, features.execute),
         })
     }
 
@@ -290,83 +290,6 @@ impl ArmStage2 {
             AddressField::Lpa => pa & ADDRESS_47 & !0xffff | (pa >> 48 & 0xf) << 12,
         }
     }
-
-    #[inline]
-    fn mem_attr(&self, attrs: &LeafAttrs) -> Result<u64, EncodeError> {
-        use Combine::{ForceStage2, HonourGuest};
-        let fwb = self.forces_write_back();
-        Ok(match (attrs.mem, attrs.combine) {
-            (MemType::WriteBack, HonourGuest) if fwb => mem_attr::FWB_AS_STAGE_1,
-            (MemType::WriteBack, HonourGuest) => mem_attr::NORMAL_WB,
-            (MemType::WriteBack, ForceStage2) if fwb => mem_attr::FWB_FORCE_WB,
-            (MemType::WriteThrough, HonourGuest) if !fwb => mem_attr::NORMAL_WT,
-            (MemType::NonCacheable, HonourGuest) => mem_attr::NORMAL_NC,
-            (MemType::Device(device), HonourGuest) => match device {
-                Device::NGnRnE => mem_attr::DEVICE_NGNRNE,
-                Device::NGnRE => mem_attr::DEVICE_NGNRE,
-                Device::NGRE => mem_attr::DEVICE_NGRE,
-                Device::GRE => mem_attr::DEVICE_GRE,
-            },
-            (mem @ (MemType::WriteProtected | MemType::Uncached), _) => {
-                return Err(EncodeError::UnsupportedType(mem));
-            }
-            (mem @ MemType::WriteThrough, _) if fwb => {
-                return Err(EncodeError::UnsupportedType(mem));
-            }
-            (mem, combine) => return Err(EncodeError::CannotCombine(mem, combine)),
-        })
-    }
-
-    /// XN\[1:0\]: 00 all, 01 EL0 only, 10 nobody, 11 EL1 only; without FEAT_XNX only bit 54
-    /// counts, so a split request is refused instead of widened.
-    #[inline]
-    fn execute_never(&self, perms: Perms) -> Result<u64, EncodeError> {
-        let execute = perms.intersection(Perms::EXEC);
-        if execute == Perms::EXEC {
-            Ok(0)
-        } else if execute.is_empty() {
-            Ok(XN_HIGH)
-        } else if self.features.execute == Execute::Joint {
-            Err(EncodeError::UnsupportedPerms(perms))
-        } else if execute == Perms::EXEC_USER {
-            Ok(XN_LOW)
-        } else {
-            Ok(XN_HIGH | XN_LOW)
-        }
-    }
-
-    #[inline]
-    fn decode_perms(&self, raw: u64) -> Perms {
-        let mut perms = Perms::empty();
-        perms.set(Perms::READ, raw & S2AP_READ != 0);
-        perms.set(Perms::WRITE, raw & S2AP_WRITE != 0);
-        let low = raw & XN_LOW != 0 && self.features.execute == Execute::Split;
-        perms |= match (raw & XN_HIGH != 0, low) {
-            (false, false) => Perms::EXEC,
-            (false, true) => Perms::EXEC_USER,
-            (true, false) => Perms::empty(),
-            (true, true) => Perms::EXEC_KERNEL,
-        };
-        perms
-    }
-
-    /// Reserved values read as the strictest type (Arm ARM: they behave as some device type).
-    #[inline]
-    fn decode_mem(&self, raw: u64) -> (MemType, Combine) {
-        let fwb = self.forces_write_back();
-        let mem = match raw >> MEM_ATTR_SHIFT & 0xf {
-            mem_attr::FWB_FORCE_WB if fwb => return (MemType::WriteBack, Combine::ForceStage2),
-            mem_attr::FWB_AS_STAGE_1 if fwb => MemType::WriteBack,
-            mem_attr::NORMAL_WB if !fwb => MemType::WriteBack,
-            mem_attr::NORMAL_WT if !fwb => MemType::WriteThrough,
-            mem_attr::NORMAL_NC => MemType::NonCacheable,
-            mem_attr::DEVICE_NGNRE => MemType::Device(Device::NGnRE),
-            mem_attr::DEVICE_NGRE => MemType::Device(Device::NGRE),
-            mem_attr::DEVICE_GRE => MemType::Device(Device::GRE),
-            _ => MemType::Device(Device::NGnRnE),
-        };
-        (mem, Combine::HonourGuest)
-    }
 }
 
 /// Levels = ceil((input − 4 − page shift) / index bits), at least two: sixteen concatenated root
@@ -405,7 +328,8 @@ fn shape(
 
 // SAFETY: bit 0 alone makes a descriptor valid and every valid word we write has it, so a word
 // with bits 2:0 clear is invalid; a page-aligned address below 2^output_bits survives
-// `address_field` and `output`, as the three layouts of `AddressField` are bijective on it.
+// `address_field` and `output`, as the three layouts of `AddressField` are bijective on it; and
+// `plain_table` takes a table whose high field is zero, where `output` adds nothing to the rest.
 #[expect(unsafe_code, reason = "the trait's promises are kept, see above")]
 unsafe impl TableFormat for ArmStage2 {
     #[inline]
@@ -433,31 +357,15 @@ unsafe impl TableFormat for ArmStage2 {
 
     #[inline]
     fn encode_attrs(&self, attrs: &LeafAttrs) -> Result<u64, EncodeError> {
-        if attrs.perms.may_execute() {
-            match attrs.mem {
-                MemType::Device(device) => return Err(EncodeError::ExecutableDevice(device)),
-                MemType::NonCacheable => return Err(EncodeError::ExecutableNonCacheable),
-                _ => {}
-            }
+        self.encode_owing(attrs).map(|(raw, _)| raw)
+    }
+
+    #[inline]
+    fn encode_owing(&self, attrs: &LeafAttrs) -> Result<(u64, Maintenance), EncodeError> {
+        match self.fields.encode(attrs) {
+            Some((raw, owed)) => Ok((raw & self.attr_bits, owed)),
+            None => Err(self.fields.refusal(attrs)),
         }
-        let mut raw = VALID | self.mem_attr(attrs)? << MEM_ATTR_SHIFT;
-        raw |= self.execute_never(attrs.perms)?;
-        raw |= u64::from(attrs.sw.get()) << SW_SHIFT;
-        if attrs.perms.contains(Perms::READ) {
-            raw |= S2AP_READ;
-        }
-        if attrs.perms.contains(Perms::WRITE) {
-            raw |= S2AP_WRITE;
-        }
-        if attrs.age == Age::Young {
-            raw |= ACCESS_FLAG;
-        }
-        // With LPA2 shareability comes from VTCR_EL2 and these bits are address (D8.3).
-        let device = matches!(attrs.mem, MemType::Device(_));
-        if self.address != AddressField::Lpa2 && !device {
-            raw |= INNER_SHAREABLE;
-        }
-        Ok(raw)
     }
 
     #[inline]
@@ -491,6 +399,12 @@ unsafe impl TableFormat for ArmStage2 {
     }
 
     #[inline]
+    fn plain_table(&self, raw: u64) -> Option<Pa> {
+        let plain = raw & self.plain_table == VALID | TABLE_OR_PAGE;
+        plain.then_some(Pa::new(raw & self.in_place))
+    }
+
+    #[inline]
     fn output(&self, raw: u64, _level: Level) -> Pa {
         let pa = raw & self.in_place;
         Pa::new(match self.address {
@@ -502,39 +416,12 @@ unsafe impl TableFormat for ArmStage2 {
 
     #[inline]
     fn decode_attrs(&self, raw: u64) -> LeafAttrs {
-        let (mem, combine) = self.decode_mem(raw);
-        LeafAttrs {
-            perms: self.decode_perms(raw),
-            mem,
-            combine,
-            sw: SwBits::from_field(raw >> SW_SHIFT),
-            age: if raw & ACCESS_FLAG != 0 {
-                Age::Young
-            } else {
-                Age::Old
-            },
-        }
+        self.fields.decode(raw)
     }
 
     #[inline]
     fn maintenance(&self, raw: u64) -> Maintenance {
-        let mem = raw >> MEM_ATTR_SHIFT & 0xf;
-        let fwb = self.forces_write_back();
-        let ram = (if fwb {
-            mem_attr::RAM_WITH_FWB
-        } else {
-            mem_attr::RAM
-        }) >> mem
-            & 1
-            != 0;
-        let forced = fwb && mem == mem_attr::FWB_FORCE_WB;
-        let fetch = raw & XN_HIGH == 0 || raw & XN_LOW != 0;
-        let split = self.features.execute == Execute::Split;
-        let executable = if split { fetch } else { raw & XN_HIGH == 0 };
-        Maintenance {
-            data: ram && !forced,
-            fetch: ram && executable,
-        }
+        self.fields.maintenance(raw)
     }
 
     #[inline]

@@ -185,6 +185,12 @@ unsafe impl TableFormat for Ept {
         }
     }
 
+    /// Whatever is linked grants everything; see [`table_word`](TableFormat::table_word).
+    #[inline]
+    fn plain_table(&self, raw: u64) -> Option<Pa> {
+        (raw & (RWX | LARGE) == RWX).then_some(Pa::new(raw & ADDRESS))
+    }
+
     #[inline]
     fn output(&self, raw: u64, _level: Level) -> Pa {
         Pa::new(raw & ADDRESS)
