@@ -138,16 +138,16 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// Step 5 on the way out.
     #[inline]
+    #[track_caller]
     pub(crate) fn clean_data(&self, range: PaRange) {
         self.platform.clean_invalidate_data(range);
     }
 
     /// Steps 5 and 6 on the way in.
-    #[inline]
+    #[inline(always)]
     #[track_caller]
     pub(crate) fn clean_before_make(&self, range: PaRange, owed: Maintenance) {
         if owed.data {
-            self.note_owed(true);
             self.platform.clean_invalidate_data(range);
         }
         if owed.fetch {

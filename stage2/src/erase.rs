@@ -123,10 +123,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         sink: Option<Sink<'_>>,
     ) -> Result<(), MapError> {
         self.check_range(&range)?;
-        let span = Span {
-            start: range.start().get(),
-            end: range.end().get(),
-        };
+        let span = Span::of(&range);
         let (root, level) = (self.root_table(), self.geometry().start_level());
         let reserve = self.reserve(self.count_erase(word, &root, level, span))?;
         let mut run = Erase {
@@ -344,15 +341,38 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let table = self.table(pa);
         let leaves_matter = sweep.sink.is_some() || self.owes_data.load(Ordering::Relaxed);
         if leaves_matter || !level.is_page() {
-            for index in 0..table.entries() {
-                let raw = table.load(index);
-                if raw != SoftWord::EMPTY {
-                    let at = base + ((index as u64) << self.geometry().shift(level));
-                    self.release_entry(raw, level, at, sweep);
-                }
+            let (mut index, shift) = (0, self.geometry().shift(level));
+            while index < table.entries() {
+                let at = base + ((index as u64) << shift);
+                index += self.release_run(&table, index, level, at, sweep);
             }
         }
         self.free_table(pa);
+    }
+
+    /// Releases the entry and those behind it that say nothing else. Says how many.
+    fn release_run(
+        &self,
+        table: &Table<'_>,
+        index: usize,
+        level: Level,
+        at: u64,
+        sweep: &mut Sweep<'_>,
+    ) -> usize {
+        let (raw, left) = (table.load(index), table.entries() - index);
+        if raw == SoftWord::EMPTY {
+            return table.zero_run(index, left).max(1);
+        }
+        if sweep.sink.is_some() || self.format.kind(raw, level) != WordKind::Leaf {
+            self.release_entry(raw, level, at, sweep);
+            return 1;
+        }
+        let count = self.leaf_run(table, (index, left), raw, level);
+        let bytes = (count as u64) << self.geometry().shift(level);
+        let owes = self.format.maintenance(raw).data;
+        let pa = self.format.output(raw, level).get();
+        self.detach(at, (pa, bytes), owes, sweep);
+        count
     }
 
     fn release_entry(&self, raw: u64, level: Level, at: u64, sweep: &mut Sweep<'_>) {
@@ -383,7 +403,6 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Step 5 for memory that left; with a sink it is cleaned before the sink hears of it.
-    #[track_caller]
     fn detach(&self, ipa: u64, (pa, size): (u64, u64), owes_data: bool, sweep: &mut Sweep<'_>) {
         if owes_data {
             match sweep.dirty {

@@ -10,7 +10,7 @@ use crate::bbm::Flush;
 use crate::entry::{Annotation, Entry, SoftWord};
 use crate::error::MapError;
 use crate::format::{TableFormat, WordKind};
-use crate::job::{Background, Job, Span};
+use crate::job::{Background, Job, Leaves, Span};
 use crate::level::Level;
 use crate::map::{Blocks, CmoMode};
 use crate::platform::{DetachedTable, Platform};
@@ -82,6 +82,16 @@ pub enum FaultOutcome {
     Conflict(Entry),
 }
 
+/// What a fault met where it wants a leaf.
+enum Meeting {
+    /// An answer.
+    Done(FaultOutcome),
+    /// Something that changed meanwhile.
+    Lost,
+    /// Nothing after all.
+    Nothing,
+}
+
 impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Resolves a fault with the largest leaf that lies in the window, is aligned, and meets no
     /// table that exists already.
@@ -89,47 +99,78 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// # Errors
     /// Nothing has changed after an error. [`MapError::NoMemory`] names the tables needed.
     pub fn fault(&self, request: &FaultRequest) -> Result<FaultOutcome, MapError> {
-        let job = self.prepare_fault(request)?;
+        if self.fault_page(request)? {
+            return Ok(FaultOutcome::Mapped(Level::PAGE));
+        }
+        self.fault_anywhere(request)
+    }
+
+    /// The short way for a page into an empty entry of a table that exists. Says whether it was
+    /// that; nothing has changed if not.
+    #[inline(always)]
+    fn fault_page(&self, request: &FaultRequest) -> Result<bool, MapError> {
+        let out = self.check_fault(request)?;
+        let page_size = self.geometry().page_size();
+        let at = request.ipa.get() & !(page_size - 1);
+        let Some(here) = self.page_entry(at).filter(Position::is_empty) else {
+            return Ok(false);
+        };
+        let last = self.last_page(&out);
+        let (attrs, owed) = self.encode_leaves(&request.attrs, last, request.cmo)?;
+        let pa = out.start().get() + (at - request.window.start().get());
+        self.clean_before_make(PaRange::from_bounds(pa, pa + page_size), owed);
+        let leaf = self.format.leaf_word(attrs, Pa::new(pa), Level::PAGE);
+        let entry = here.table.entry(here.index);
+        let won = self.platform.compare_exchange(entry, SoftWord::EMPTY, leaf);
+        if won {
+            self.platform.publish();
+        }
+        Ok(won)
+    }
+
+    #[cold]
+    fn fault_anywhere(&self, request: &FaultRequest) -> Result<FaultOutcome, MapError> {
+        let out = self.check_fault(request)?;
+        let window = request.window;
+        let leaves = self.leaves(&request.attrs, (window, out), request.blocks, request.cmo)?;
         let at = request.ipa.get() & !(self.geometry().page_size() - 1);
         loop {
             let here = self.descend(at);
-            let old = here.raw;
-            if self.format.kind(old, here.level) == WordKind::Leaf {
-                if let Some(outcome) = self.meet_leaf(&job, at, &here, old, &request.attrs) {
-                    return Ok(outcome);
-                }
-                continue;
+            match self.meet(&leaves, at, &here, &request.attrs) {
+                Meeting::Done(outcome) => return Ok(outcome),
+                Meeting::Lost => continue,
+                Meeting::Nothing => {}
             }
-            match SoftWord::decode(old) {
-                SoftWord::Empty => {}
-                SoftWord::Annotation(note) => return Ok(FaultOutcome::Annotated(note)),
-                _ => return Ok(FaultOutcome::Retry),
-            }
-            let (leaf, level) = self.largest_leaf(&job, at, here.level, &request.window);
-            if self.install(&job, &here, old, leaf, level)? {
+            let (leaf, level) = self.largest_leaf(&leaves, at, here.level, &window);
+            let won = if level == here.level {
+                self.install_leaf(&leaves, &here, leaf)
+            } else {
+                self.install_chain(&leaves, &here, leaf, level)?
+            };
+            if won {
                 self.platform.publish();
                 return Ok(FaultOutcome::Mapped(level));
             }
         }
     }
 
-    fn prepare_fault(&self, request: &FaultRequest) -> Result<Job, MapError> {
-        let FaultRequest {
-            ipa, window, pa, ..
-        } = *request;
+    /// The output of the window, if the request makes sense.
+    #[inline]
+    fn check_fault(&self, request: &FaultRequest) -> Result<PaRange, MapError> {
+        let (ipa, window, pa) = (request.ipa, request.window, request.pa);
         if !window.contains(ipa) {
             return Err(MapError::OutsideWindow(ipa));
         }
-        self.check_range(&window)?;
-        self.check_aligned(pa.get())?;
-        let out = PaRange::new(pa, window.len())?;
-        Ok(self.leaf_job(&request.attrs, (window, out), request.blocks, request.cmo)?)
+        self.check_aligned(window.start().get() | window.end().get() | pa.get())?;
+        self.check_input(&window)?;
+        Ok(PaRange::new(pa, window.len())?)
     }
 
     /// The coarsest leaf around `at`, at `coarsest` or finer.
+    #[inline]
     fn largest_leaf(
         &self,
-        job: &Job,
+        leaves: &Leaves,
         at: u64,
         coarsest: Level,
         window: &IpaRange,
@@ -143,43 +184,42 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 end: start + size,
             };
             let inside = window.contains_range(&IpaRange::from_bounds(start, span.end));
-            if level.is_page() || (inside && job.fits(span, level, size)) {
+            if level.is_page() || (inside && leaves.fit(span, level, size)) {
                 return (span, level);
             }
             level = level.finer();
         }
     }
 
-    /// Links a leaf, or a fresh table chain with the leaf at its end, into an empty entry. Says
-    /// whether the entry was still empty.
-    fn install(
+    /// Makes a leaf in an entry that was empty. Says whether it still was.
+    #[inline]
+    fn install_leaf(&self, leaves: &Leaves, here: &Position<'_>, leaf: Span) -> bool {
+        self.clean_for(leaves, leaf);
+        let pa = Pa::new(leaves.output(leaf.start));
+        let new = self.format.leaf_word(leaves.attrs, pa, here.level);
+        self.platform
+            .compare_exchange(here.table.entry(here.index), here.raw, new)
+    }
+
+    /// Links a fresh table chain with the leaf at its end into an entry that was empty. Says
+    /// whether it still was.
+    fn install_chain(
         &self,
-        job: &Job,
+        leaves: &Leaves,
         here: &Position<'_>,
-        old: u64,
         leaf: Span,
         level: Level,
     ) -> Result<bool, MapError> {
-        let Job::Leaves { attrs, delta, .. } = *job else {
-            return Ok(false);
-        };
-        let entry = here.table.entry(here.index);
-        if level == here.level {
-            self.clean_for(job, leaf);
-            let new = self
-                .format
-                .leaf_word(attrs, Pa::new(leaf.start.wrapping_add(delta)), level);
-            return Ok(self.platform.compare_exchange(entry, old, new));
-        }
         let top = here.level.finer();
         let mut reserve =
             self.reserve((level.number() - here.level.number()).unsigned_abs().into())?;
-        let built = self.build(job, top, leaf, Background::EMPTY, &mut reserve);
+        let job = Job::Leaves(*leaves);
+        let built = self.build(&job, top, leaf, Background::EMPTY, &mut reserve);
         let Some(table) = built else { return Ok(false) };
-        self.clean_for(job, leaf);
-        let won = self
-            .platform
-            .compare_exchange(entry, old, self.format.table_word(table));
+        self.clean_for(leaves, leaf);
+        let word = self.format.table_word(table);
+        let entry = here.table.entry(here.index);
+        let won = self.platform.compare_exchange(entry, here.raw, word);
         if !won {
             self.discard(table, top, level, leaf.start);
         }
@@ -200,11 +240,25 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         self.platform.free_table(DetachedTable::new(pa));
     }
 
+    /// Something stands where a leaf is wanted.
+    fn meet(&self, leaves: &Leaves, at: u64, here: &Position<'_>, wanted: &LeafAttrs) -> Meeting {
+        if self.format.kind(here.raw, here.level) == WordKind::Leaf {
+            return self
+                .meet_leaf(leaves, at, here, here.raw, wanted)
+                .map_or(Meeting::Lost, Meeting::Done);
+        }
+        match SoftWord::decode(here.raw) {
+            SoftWord::Empty => Meeting::Nothing,
+            SoftWord::Annotation(note) => Meeting::Done(FaultOutcome::Annotated(note)),
+            _ => Meeting::Done(FaultOutcome::Retry),
+        }
+    }
+
     /// A leaf is there already: the same memory gets what permissions it lacks. Nothing on a
     /// lost race.
     fn meet_leaf(
         &self,
-        job: &Job,
+        leaves: &Leaves,
         at: u64,
         here: &Position<'_>,
         old: u64,
@@ -213,7 +267,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let size = self.geometry().slot_size(here.level);
         let pa = self.format.output(old, here.level);
         let has = self.format.decode_attrs(old);
-        let same_memory = job.output(at & !(size - 1)) == Some(pa.get());
+        let same_memory = leaves.output(at & !(size - 1)) == pa.get();
         if !same_memory || has.mem != wanted.mem || has.combine != wanted.combine {
             return Some(FaultOutcome::Conflict(Entry::Leaf { pa, attrs: has }));
         }
@@ -313,7 +367,10 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             let pa = self.format.output(old, here.level);
             let size = self.geometry().slot_size(here.level);
             let word = self.format.encode_attrs(&wants)?;
-            self.check_leaves(word, &PaRange::from_bounds(pa.get(), pa.get() + size))?;
+            self.check_leaves(
+                word,
+                self.last_page(&PaRange::from_bounds(pa.get(), pa.get() + size)),
+            )?;
             let new = self.format.leaf_word(word, pa, here.level);
             if self.rewrite_leaf(&here, old, new, page & !(size - 1)) {
                 return Ok(FaultOutcome::Relaxed);

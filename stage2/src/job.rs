@@ -5,11 +5,12 @@
 //! of subtrees. A subtree is built with plain stores and linked with one, so what used to stand
 //! in its slot (an annotation, the rest of a block) must be carried into it first.
 
-use crate::addr::{Pa, PaRange};
+use crate::addr::{IpaRange, Pa, PaRange};
 use crate::attr::Maintenance;
 use crate::entry::SoftWord;
 use crate::format::{TableFormat, WordKind};
 use crate::level::Level;
+use crate::map::Blocks;
 use crate::platform::Platform;
 use crate::reserve::Reserve;
 use crate::space::Stage2;
@@ -18,15 +19,50 @@ use crate::table::Table;
 /// The content of a range.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Job {
-    /// Leaves with encoded attributes; the output address is the input address plus `delta`.
-    Leaves {
-        attrs: u64,
-        delta: u64,
-        levels: LeafLevels,
-        owed: Maintenance,
-    },
+    Leaves(Leaves),
     /// The same invalid word everywhere.
     Word(u64),
+}
+
+/// Leaves that say the same and whose memory is contiguous.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Leaves {
+    /// Encoded.
+    pub(crate) attrs: u64,
+    /// Output address minus input address.
+    pub(crate) delta: u64,
+    pub(crate) levels: LeafLevels,
+    /// Owed before they are made.
+    pub(crate) owed: Maintenance,
+}
+
+impl Leaves {
+    #[inline]
+    pub(crate) const fn output(&self, at: u64) -> u64 {
+        at.wrapping_add(self.delta)
+    }
+
+    /// Whether a full slot at `at` may become one leaf.
+    #[inline]
+    const fn fit_at(&self, at: u64, level: Level, slot_size: u64) -> bool {
+        self.levels.has(level) && self.output(at) & (slot_size - 1) == 0
+    }
+
+    /// Whether the span, part of one slot of `level`, becomes one leaf.
+    #[inline]
+    pub(crate) const fn fit(&self, span: Span, level: Level, slot_size: u64) -> bool {
+        span.len() == slot_size && self.fit_at(span.start, level, slot_size)
+    }
+
+    /// Full slots from the start of the span that all become one leaf each.
+    #[inline]
+    pub(crate) const fn full_slots(&self, span: Span, level: Level, shift: u32) -> usize {
+        if self.fit_at(span.start, level, 1 << shift) {
+            span.full_slots(shift)
+        } else {
+            0
+        }
+    }
 }
 
 /// Set of levels at which leaves may stand, as bits of [`Level::height`].
@@ -36,8 +72,24 @@ pub(crate) struct LeafLevels(u8);
 impl LeafLevels {
     pub(crate) const PAGE: Self = Self(1);
 
-    pub(crate) const fn with(self, level: Level) -> Self {
-        Self(self.0 | 1 << level.height())
+    /// Every level at which the format has leaves.
+    pub(crate) fn of<F: TableFormat>(format: &F) -> Self {
+        [Level::L2, Level::L1, Level::L0]
+            .into_iter()
+            .filter(|level| format.supports_leaf(*level))
+            .fold(Self::PAGE, |levels, level| {
+                Self(levels.0 | 1 << level.height())
+            })
+    }
+
+    /// Those that a request allows.
+    #[inline]
+    pub(crate) const fn limited(self, blocks: Blocks) -> Self {
+        match blocks {
+            Blocks::Never => Self::PAGE,
+            Blocks::UpTo(level) => Self(self.0 & ((2 << level.height()) - 1)),
+            Blocks::Largest => self,
+        }
     }
 
     #[inline]
@@ -63,6 +115,23 @@ pub(crate) struct Span {
 }
 
 impl Span {
+    #[inline]
+    pub(crate) const fn of(range: &IpaRange) -> Self {
+        Self {
+            start: range.start().get(),
+            end: range.end().get(),
+        }
+    }
+
+    /// The part in `size` bytes from `start`.
+    #[inline]
+    pub(crate) fn within(self, start: u64, size: u64) -> Self {
+        Self {
+            start: self.start.max(start),
+            end: self.end.min(start + size),
+        }
+    }
+
     /// The part in the first slot, and the rest.
     #[inline]
     pub(crate) fn split_first(self, slot_size: u64) -> (Self, Option<Self>) {
@@ -86,47 +155,39 @@ impl Span {
     pub(crate) const fn len(self) -> u64 {
         self.end - self.start
     }
+
+    /// Full slots from the start, if it is the start of one.
+    #[inline]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "at most the entries of a table"
+    )]
+    const fn full_slots(self, shift: u32) -> usize {
+        if self.start & ((1 << shift) - 1) == 0 {
+            (self.len() >> shift) as usize
+        } else {
+            0
+        }
+    }
+
+    /// What is left behind the first `count` slots, where the span starts with them.
+    #[inline]
+    pub(crate) fn behind(self, count: usize, shift: u32) -> Option<Self> {
+        let start = self.start + ((count as u64) << shift);
+        (start < self.end).then_some(Self {
+            start,
+            end: self.end,
+        })
+    }
 }
 
 impl Job {
-    /// Whether the span, part of one slot of `level`, becomes one entry.
-    #[inline]
-    pub(crate) fn fits(&self, span: Span, level: Level, slot_size: u64) -> bool {
-        span.len() == slot_size && self.fits_at(span.start, level, slot_size)
-    }
-
-    /// Whether a full slot at `at` may become one entry.
-    #[inline]
-    fn fits_at(&self, at: u64, level: Level, slot_size: u64) -> bool {
-        match *self {
-            Self::Leaves { delta, levels, .. } => {
-                levels.has(level) && at.wrapping_add(delta) & (slot_size - 1) == 0
-            }
-            Self::Word(_) => true,
-        }
-    }
-
     /// Full slots from the start of the span that all become one entry each.
     #[inline]
-    pub(crate) fn full_slots(&self, span: Span, level: Level, shift: u32) -> usize {
-        let size = 1 << shift;
-        if span.start & (size - 1) != 0 || !self.fits_at(span.start, level, size) {
-            return 0;
-        }
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "at most the entries of a table"
-        )]
-        let count = (span.len() >> shift) as usize;
-        count
-    }
-
-    /// Where the input address goes, for leaves.
-    #[inline]
-    pub(crate) fn output(&self, at: u64) -> Option<u64> {
-        match *self {
-            Self::Leaves { delta, .. } => Some(at.wrapping_add(delta)),
-            Self::Word(_) => None,
+    fn full_slots(&self, span: Span, level: Level, shift: u32) -> usize {
+        match self {
+            Self::Leaves(leaves) => leaves.full_slots(span, level, shift),
+            Self::Word(_) => span.full_slots(shift),
         }
     }
 }
@@ -140,11 +201,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         while let Some(span) = rest {
             let full = job.full_slots(span, level, shift);
             if full > 0 {
-                let start = span.start + ((full as u64) << shift);
-                rest = (start < span.end).then_some(Span {
-                    start,
-                    end: span.end,
-                });
+                rest = span.behind(full, shift);
                 continue;
             }
             let (first, behind) = span.split_first(1 << shift);
@@ -177,11 +234,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             let full = job.full_slots(span, level, shift);
             if full > 0 {
                 self.init_full(&table, level, job, span.start, index, full);
-                let start = span.start + ((full as u64) << shift);
-                rest = (start < span.end).then_some(Span {
-                    start,
-                    end: span.end,
-                });
+                rest = span.behind(full, shift);
                 continue;
             }
             let (part, behind) = span.split_first(1 << shift);
@@ -247,13 +300,43 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     ) {
         match *job {
             Job::Word(raw) => table.init_run(index, count, raw, 0),
-            Job::Leaves { attrs, delta, .. } => {
-                let pa = at.wrapping_add(delta);
-                self.leaf_runs(attrs, pa, level, count, |offset, count, raw, step| {
-                    table.init_run(index + offset, count, raw, step);
-                });
+            Job::Leaves(leaves) => {
+                let pa = leaves.output(at);
+                self.leaf_runs(
+                    leaves.attrs,
+                    pa,
+                    level,
+                    count,
+                    |offset, count, raw, step| {
+                        table.init_run(index + offset, count, raw, step);
+                    },
+                );
             }
         }
+    }
+
+    /// Leaves from `pa` on whose words differ by a constant step, at least one.
+    #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "saturates")]
+    fn in_chunk(&self, pa: u64, level: Level) -> usize {
+        let left = (pa | (self.format.address_chunk() - 1)) - pa;
+        ((left >> self.geometry().shift(level)) as usize).saturating_add(1)
+    }
+
+    /// How many of the `limit` entries from `first`, the leaf `raw` among them, are leaves that
+    /// continue it.
+    #[inline]
+    pub(crate) fn leaf_run(
+        &self,
+        table: &Table<'_>,
+        (first, limit): (usize, usize),
+        raw: u64,
+        level: Level,
+    ) -> usize {
+        let pa = self.format.output(raw, level).get();
+        let limit = limit.min(self.in_chunk(pa, level));
+        let step = self.geometry().slot_size(level);
+        table.run(first, limit, raw, step).max(1)
     }
 
     /// Calls back with runs of leaves whose words differ by a constant step: one run, except
@@ -268,13 +351,10 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         mut run: impl FnMut(usize, usize, u64, u64),
     ) {
         let step = self.geometry().slot_size(level);
-        let chunk = self.format.address_chunk();
         let mut done = 0;
         while done < count {
             let at = pa + (done as u64) * step;
-            #[expect(clippy::cast_possible_truncation, reason = "capped by the count")]
-            let in_chunk = ((((at | (chunk - 1)) - at) / step) as usize).saturating_add(1);
-            let here = in_chunk.min(count - done);
+            let here = self.in_chunk(at, level).min(count - done);
             run(
                 done,
                 here,
@@ -288,11 +368,9 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Steps 5 and 6 of the maintenance order for new leaves in `span`.
     #[inline]
     #[track_caller]
-    pub(crate) fn clean_for(&self, job: &Job, span: Span) {
-        if let Job::Leaves { delta, owed, .. } = *job {
-            let pa = span.start.wrapping_add(delta);
-            self.clean_before_make(PaRange::from_bounds(pa, pa + span.len()), owed);
-        }
+    pub(crate) fn clean_for(&self, leaves: &Leaves, span: Span) {
+        let pa = leaves.output(span.start);
+        self.clean_before_make(PaRange::from_bounds(pa, pa + span.len()), leaves.owed);
     }
 }
 

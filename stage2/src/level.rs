@@ -89,6 +89,12 @@ pub struct Geometry {
     index_bits: u8,
     input_bits: u8,
     start: Level,
+    /// log2 of the entries of the whole root.
+    root_bits: u8,
+    page_size: u64,
+    input_end: u64,
+    common: bool,
+    root_mask: usize,
 }
 
 impl Geometry {
@@ -100,21 +106,34 @@ impl Geometry {
     #[must_use]
     #[inline]
     pub const fn new(page_shift: u8, index_bits: u8, input_bits: u8, start: Level) -> Option<Self> {
-        let shape = Self {
-            page_shift,
-            index_bits,
-            input_bits,
-            start,
-        };
         let sound = page_shift >= 12 && page_shift <= 16 && index_bits >= 1 && index_bits <= 13;
         if !sound || input_bits > Self::MAX_INPUT_BITS {
             return None;
         }
+        let mut shape = Self {
+            page_shift,
+            index_bits,
+            input_bits,
+            start,
+            root_bits: index_bits,
+            page_size: 1 << page_shift,
+            input_end: 1 << input_bits,
+            root_mask: (1 << index_bits) - 1,
+            common: page_shift == 12
+                && index_bits == 9
+                && (start.number() == 0 || start.number() == 1),
+        };
         let root_shift = shape.shift(start);
         let narrowest = root_shift + 1;
         let widest = root_shift + index_bits as u32 + 4;
         if (input_bits as u32) < narrowest || (input_bits as u32) > widest {
             return None;
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "at most 13 + 4 bits")]
+        let needed = (input_bits as u32 - root_shift) as u8;
+        if needed > index_bits {
+            shape.root_bits = needed;
+            shape.root_mask = (1 << needed) - 1;
         }
         Some(shape)
     }
@@ -126,17 +145,11 @@ impl Geometry {
         self.page_shift as u32
     }
 
-    /// log2 of the entries of a table.
-    #[inline]
-    pub(crate) const fn index_bits(&self) -> u32 {
-        self.index_bits as u32
-    }
-
     /// Bytes of a page, and of every table that is not the root.
     #[must_use]
     #[inline]
     pub const fn page_size(&self) -> u64 {
-        1 << self.page_shift
+        self.page_size
     }
 
     /// Bits of the input address.
@@ -150,7 +163,7 @@ impl Geometry {
     #[must_use]
     #[inline]
     pub const fn input_end(&self) -> u64 {
-        1 << self.input_bits
+        self.input_end
     }
 
     /// The level at which a walk starts.
@@ -190,6 +203,12 @@ impl Geometry {
         IpaRange::from_bounds(start, start + size)
     }
 
+    /// Whether this is the common shape: 4 KiB tables from level 0 or 1.
+    #[inline]
+    pub(crate) const fn is_common(&self) -> bool {
+        self.common
+    }
+
     /// Entries of a table below the root.
     #[must_use]
     #[inline]
@@ -201,12 +220,7 @@ impl Geometry {
     #[must_use]
     #[inline]
     pub const fn root_tables(&self) -> usize {
-        let one_table = self.shift(self.start) + self.index_bits as u32;
-        if (self.input_bits as u32) > one_table {
-            1 << (self.input_bits as u32 - one_table)
-        } else {
-            1
-        }
+        1 << (self.root_bits - self.index_bits)
     }
 
     /// Bytes of the root, which is also its alignment.
@@ -219,7 +233,7 @@ impl Geometry {
     /// Entries of the root as allocated, all concatenated tables together.
     #[inline]
     pub(crate) const fn root_entries(&self) -> usize {
-        self.root_tables() << self.index_bits
+        self.root_mask + 1
     }
 
     /// Whether the whole range is input of this table, page aligned.

@@ -3,15 +3,14 @@
 use crate::addr::{Ipa, IpaRange, Pa, PaRange};
 use crate::attr::{LeafAttrs, Maintenance};
 use crate::bbm::Flush;
-use crate::entry::{SoftWord, UpdateKind};
-use crate::erase::Sweep;
+use crate::entry::UpdateKind;
 use crate::error::{EncodeError, MapError};
 use crate::format::{TableFormat, WordKind};
-use crate::job::{Job, LeafLevels, Span};
+use crate::job::{Job, Leaves, Span};
 use crate::level::Level;
 use crate::platform::Platform;
 use crate::reserve::Reserve;
-use crate::space::Stage2;
+use crate::space::{Position, Stage2};
 use crate::table::Table;
 
 /// How large a leaf may be.
@@ -90,10 +89,10 @@ pub enum MapOutcome {
 }
 
 /// Running state of one map.
-struct Progress {
-    reserve: Reserve,
-    flush: Flush,
-    stored: bool,
+pub(crate) struct Progress {
+    pub(crate) reserve: Reserve,
+    pub(crate) flush: Flush,
+    pub(crate) stored: bool,
 }
 
 impl<F: TableFormat, P: Platform> Stage2<F, P> {
@@ -105,17 +104,59 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Nothing has changed after an error. [`MapError::NoMemory`] names the tables that are
     /// needed; any other says what is wrong with the request.
     pub fn map(&mut self, request: &MapRequest) -> Result<MapOutcome, MapError> {
-        if request.size == self.geometry().page_size()
-            && let Some(done) = self.map_page(request)?
-        {
-            return Ok(done);
+        let (ipa, size) = (request.ipa.get(), request.size);
+        if size == self.geometry().page_size() && ipa < self.geometry().input_end() {
+            let page = self.page_entry(ipa);
+            if let Some(here) = page.filter(Position::is_empty) {
+                self.check_aligned(ipa | request.pa.get())?;
+                return self.fill_slot(request, &here);
+            }
         }
-        let (job, span) = self.prepare_map(request)?;
+        self.map_anywhere(request)
+    }
+
+    #[cold]
+    fn map_anywhere(&mut self, request: &MapRequest) -> Result<MapOutcome, MapError> {
+        let range = IpaRange::new(request.ipa, request.size)?;
+        self.check_aligned(request.ipa.get() | request.size | request.pa.get())?;
+        self.check_input(&range)?;
+        let here = self.descend(request.ipa.get());
+        if here.is_empty() && self.is_one_leaf(request, here.level) {
+            return self.fill_slot(request, &here);
+        }
+        self.map_range(request, range)
+    }
+
+    /// Whether the request is one leaf of the level.
+    fn is_one_leaf(&self, request: &MapRequest, level: Level) -> bool {
+        let size = self.geometry().slot_size(level);
+        let aligned = (request.ipa.get() | request.pa.get()) & (size - 1) == 0;
+        let levels = self.leaf_levels.limited(request.blocks);
+        request.size == size && aligned && levels.has(level)
+    }
+
+    /// Makes the one leaf of a request, aligned for it, in an entry that is empty.
+    #[inline(always)]
+    fn fill_slot(&self, request: &MapRequest, here: &Position<'_>) -> Result<MapOutcome, MapError> {
+        let pa = request.pa.get();
+        let last = Pa::new(pa | (request.size - self.geometry().page_size()));
+        let (attrs, owed) = self.encode_leaves(&request.attrs, last, request.cmo)?;
+        self.clean_before_make(PaRange::from_bounds(pa, pa + request.size), owed);
+        let leaf = self.format.leaf_word(attrs, request.pa, here.level);
+        self.make(here.table.entry(here.index), leaf);
+        self.platform.publish();
+        Ok(MapOutcome::Mapped)
+    }
+
+    fn map_range(&mut self, request: &MapRequest, range: IpaRange) -> Result<MapOutcome, MapError> {
+        let out = PaRange::new(request.pa, request.size)?;
+        let leaves = self.leaves(&request.attrs, (range, out), request.blocks, request.cmo)?;
+        let span = Span::of(&range);
         let (table, level) = self.common_table(span);
         let needed = if level.is_page() {
             0
         } else {
-            self.count_map(&job, &table, level, span)
+            self.count_map(&leaves, &table, level, span)
         };
         let reserve = self.reserve(needed)?;
         let mut progress = Progress {
@@ -123,35 +164,8 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             flush: Flush::NOTHING,
             stored: false,
         };
-        self.map_table(&job, &table, level, span, &mut progress);
+        self.map_table(&leaves, &table, level, span, &mut progress);
         self.finish_map(progress)
-    }
-
-    /// The short way for one page into an empty entry of a table that exists. Nothing when there
-    /// is more to do.
-    #[inline]
-    fn map_page(&self, request: &MapRequest) -> Result<Option<MapOutcome>, MapError> {
-        let (ipa, pa) = (request.ipa.get(), request.pa.get());
-        self.check_aligned(ipa | request.size | pa)?;
-        if ipa >> self.geometry().input_bits() != 0 {
-            return Ok(None); // the long way says what is wrong
-        }
-        let here = self.descend(ipa);
-        if !here.level.is_page() || here.raw != SoftWord::EMPTY {
-            return Ok(None);
-        }
-        let attrs = self.format.encode_attrs(&request.attrs)?;
-        let out = PaRange::new(request.pa, request.size)?;
-        self.check_leaves(attrs, &out)?;
-        let owed = request.attrs.maintenance();
-        self.note_owed(owed.data);
-        if request.cmo == CmoMode::Now {
-            self.clean_before_make(out, owed);
-        }
-        let leaf = self.format.leaf_word(attrs, request.pa, Level::PAGE);
-        self.make(here.table.entry(here.index), leaf);
-        self.platform.publish();
-        Ok(Some(MapOutcome::Mapped))
     }
 
     #[inline]
@@ -169,65 +183,41 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         })
     }
 
-    /// Everything that can be wrong with a request.
-    #[inline]
-    fn prepare_map(&self, request: &MapRequest) -> Result<(Job, Span), MapError> {
-        let range = IpaRange::new(request.ipa, request.size)?;
-        let out = PaRange::new(request.pa, request.size)?;
-        self.check_aligned(request.ipa.get() | request.size | request.pa.get())?;
-        self.check_input(&range)?;
-        let job = self.leaf_job(&request.attrs, (range, out), request.blocks, request.cmo)?;
-        Ok((
-            job,
-            Span {
-                start: range.start().get(),
-                end: range.end().get(),
-            },
-        ))
-    }
-
     /// Encodes the attributes once for all leaves of a range.
     #[inline]
-    pub(crate) fn leaf_job(
+    pub(crate) fn leaves(
         &self,
         attrs: &LeafAttrs,
         (range, out): (IpaRange, PaRange),
         blocks: Blocks,
         cmo: CmoMode,
-    ) -> Result<Job, EncodeError> {
-        let word = self.format.encode_attrs(attrs)?;
-        self.check_leaves(word, &out)?;
-        let owed = match cmo {
-            CmoMode::Now => attrs.maintenance(),
-            CmoMode::Deferred => Maintenance {
-                data: false,
-                fetch: false,
-            },
-        };
-        self.note_owed(attrs.maintenance().data);
+    ) -> Result<Leaves, EncodeError> {
+        let (word, owed) = self.encode_leaves(attrs, self.last_page(&out), cmo)?;
         let delta = out.start().get().wrapping_sub(range.start().get());
-        Ok(Job::Leaves {
+        Ok(Leaves {
             attrs: word,
             delta,
-            levels: self.leaf_levels(blocks),
+            levels: self.leaf_levels.limited(blocks),
             owed,
         })
     }
 
-    #[inline]
-    fn leaf_levels(&self, blocks: Blocks) -> LeafLevels {
-        let coarsest = match blocks {
-            Blocks::Never => return LeafLevels::PAGE,
-            Blocks::UpTo(level) => level.number(),
-            Blocks::Largest => -1,
-        };
-        let mut levels = LeafLevels::PAGE;
-        for level in [Level::L2, Level::L1, Level::L0] {
-            if level.number() >= coarsest && self.format.supports_leaf(level) {
-                levels = levels.with(level);
-            }
+    /// Encodes attributes for leaves whose output ends with this page, notes what they will owe when they go,
+    /// and says what they owe before they are made.
+    #[inline(always)]
+    pub(crate) fn encode_leaves(
+        &self,
+        attrs: &LeafAttrs,
+        last: Pa,
+        cmo: CmoMode,
+    ) -> Result<(u64, Maintenance), EncodeError> {
+        let (word, owed) = self.format.encode_owing(attrs)?;
+        self.check_leaves(word, last)?;
+        self.note_owed(owed.data);
+        match cmo {
+            CmoMode::Now => Ok((word, owed)),
+            CmoMode::Deferred => Ok((word, Maintenance::NONE)),
         }
-        levels
     }
 
     /// The deepest existing table that spans the whole range: where the work is.
@@ -251,49 +241,41 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Tables that `map_table` will take.
-    fn count_map(&self, job: &Job, table: &Table<'_>, level: Level, span: Span) -> usize {
+    fn count_map(&self, leaves: &Leaves, table: &Table<'_>, level: Level, span: Span) -> usize {
         let size = self.geometry().slot_size(level);
         let mut count = 0;
         let mut rest = Some(span);
         while let Some(span) = rest {
             let (part, behind) = span.split_first(size);
             rest = behind;
-            if job.fits(part, level, size) {
+            if leaves.fit(part, level, size) {
                 continue;
             }
             let raw = table.load(self.index(table, part.start, level));
             count += match self.format.kind(raw, level) {
                 WordKind::Table => {
-                    self.count_map(job, &self.child(raw, level), level.finer(), part)
+                    self.count_map(leaves, &self.child(raw, level), level.finer(), part)
                 }
-                WordKind::Leaf if self.agrees(job, raw, level, part) => 0,
-                _ => self.count_fresh(job, level.finer(), part),
+                WordKind::Leaf if self.agrees(leaves, raw, level, part) => 0,
+                _ => self.count_fresh(&Job::Leaves(*leaves), level.finer(), part),
             };
         }
         count
     }
 
     /// Whether a block already maps its part of the request.
-    fn agrees(&self, job: &Job, raw: u64, level: Level, part: Span) -> bool {
-        let Job::Leaves {
-            attrs,
-            delta,
-            levels,
-            ..
-        } = *job
-        else {
-            return false;
-        };
+    pub(crate) fn agrees(&self, leaves: &Leaves, raw: u64, level: Level, part: Span) -> bool {
         let within = part.start & (self.geometry().slot_size(level) - 1);
-        levels.has(level)
-            && (self.format.attrs_word(raw, level) ^ attrs) & !self.format.hardware_bits() == 0
-            && self.format.output(raw, level).get() + within == part.start.wrapping_add(delta)
+        leaves.levels.has(level)
+            && (self.format.attrs_word(raw, level) ^ leaves.attrs) & !self.format.hardware_bits()
+                == 0
+            && self.format.output(raw, level).get() + within == leaves.output(part.start)
     }
 
     /// Maps the part of a request that one linked table spans.
-    fn map_table(
+    pub(crate) fn map_table(
         &self,
-        job: &Job,
+        leaves: &Leaves,
         table: &Table<'_>,
         level: Level,
         span: Span,
@@ -303,22 +285,18 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let mut rest = Some(span);
         while let Some(span) = rest {
             let index = self.index(table, span.start, level);
-            let full = job.full_slots(span, level, shift);
+            let full = leaves.full_slots(span, level, shift);
             let empty = table.zero_run(index, full);
             if empty > 0 {
-                self.fill_empty(job, table, level, span.start, empty, run);
-                let start = span.start + ((empty as u64) << shift);
-                rest = (start < span.end).then_some(Span {
-                    start,
-                    end: span.end,
-                });
+                self.fill_empty(leaves, table, level, span.start, empty, run);
+                rest = span.behind(empty, shift);
                 continue;
             }
             let (part, behind) = span.split_first(1 << shift);
             if full > 0 {
-                self.map_leaf(job, table, level, part, run);
+                self.map_leaf(leaves, table, level, part, run);
             } else {
-                self.map_below(job, table, level, part, run);
+                self.map_below(leaves, table, level, part, run);
             }
             rest = behind;
         }
@@ -328,53 +306,60 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     #[inline]
     fn fill_empty(
         &self,
-        job: &Job,
+        leaves: &Leaves,
         table: &Table<'_>,
         level: Level,
         at: u64,
         count: usize,
         run: &mut Progress,
     ) {
-        let Job::Leaves { attrs, delta, .. } = *job else {
-            return;
-        };
         let size = (count as u64) << self.geometry().shift(level);
         self.clean_for(
-            job,
+            leaves,
             Span {
                 start: at,
                 end: at + size,
             },
         );
         let first = self.index(table, at, level);
-        let pa = at.wrapping_add(delta);
-        self.leaf_runs(attrs, pa, level, count, |offset, count, raw, step| {
-            let mut raw = raw;
-            for index in first + offset..first + offset + count {
-                self.make(table.entry(index), raw);
-                raw = raw.wrapping_add(step);
-            }
-        });
+        let pa = leaves.output(at);
+        self.leaf_runs(
+            leaves.attrs,
+            pa,
+            level,
+            count,
+            |offset, count, raw, step| {
+                let mut raw = raw;
+                for index in first + offset..first + offset + count {
+                    self.make(table.entry(index), raw);
+                    raw = raw.wrapping_add(step);
+                }
+            },
+        );
         run.stored = true;
     }
 
     /// Makes one leaf over whatever stands in its slot.
-    fn map_leaf(&self, job: &Job, table: &Table<'_>, level: Level, part: Span, run: &mut Progress) {
-        let Job::Leaves { attrs, delta, .. } = *job else {
-            return;
-        };
+    fn map_leaf(
+        &self,
+        leaves: &Leaves,
+        table: &Table<'_>,
+        level: Level,
+        part: Span,
+        run: &mut Progress,
+    ) {
         let index = self.index(table, part.start, level);
         let entry = table.entry(index);
         let old = table.load(index);
         let new = self
             .format
-            .leaf_word(attrs, Pa::new(part.start.wrapping_add(delta)), level);
+            .leaf_word(leaves.attrs, Pa::new(leaves.output(part.start)), level);
         match self.format.kind(old, level) {
             WordKind::Invalid => {
-                self.clean_for(job, part);
+                self.clean_for(leaves, part);
                 self.make(entry, new);
             }
-            WordKind::Table => self.block_over_table(job, table, level, part, new),
+            WordKind::Table => self.block_over_table(leaves, table, level, part, new),
             WordKind::Leaf => match self.update_kind(old, new, level) {
                 UpdateKind::Same => return,
                 UpdateKind::InPlace => self.make(entry, new),
@@ -383,7 +368,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                     self.make(entry, new);
                     run.flush.leaf(part.start, part.len(), level);
                 }
-                UpdateKind::BreakBeforeMake => self.leaf_over_leaf(job, table, level, part, new),
+                UpdateKind::BreakBeforeMake => self.leaf_over_leaf(leaves, table, level, part, new),
             },
         }
         run.stored = true;
@@ -406,116 +391,6 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 fetch: true,
             };
             self.clean_before_make(PaRange::from_bounds(pa, pa + part.len()), owed);
-        }
-    }
-
-    fn leaf_over_leaf(&self, job: &Job, table: &Table<'_>, level: Level, part: Span, new: u64) {
-        let index = self.index(table, part.start, level);
-        let old = table.load(index);
-        let mut flush = Flush::NOTHING;
-        self.break_leaf(table.entry(index), old, level);
-        flush.leaf(part.start, part.len(), level);
-        self.invalidate(&flush);
-        self.clean_removed(
-            old,
-            level,
-            Span {
-                start: 0,
-                end: part.len(),
-            },
-        );
-        self.clean_for(job, part);
-        self.make(table.entry(index), new);
-    }
-
-    fn block_over_table(&self, job: &Job, table: &Table<'_>, level: Level, part: Span, new: u64) {
-        let index = self.index(table, part.start, level);
-        let old = table.load(index);
-        let mut flush = Flush::NOTHING;
-        self.break_table(table.entry(index), old, level);
-        flush.table(part.start, part.len());
-        self.invalidate(&flush);
-        let mut sweep = Sweep::quiet();
-        self.release_table(
-            self.format.output(old, level),
-            level.finer(),
-            part.start,
-            &mut sweep,
-        );
-        self.finish_sweep(&mut sweep);
-        self.clean_for(job, part);
-        self.make(table.entry(index), new);
-    }
-
-    /// Maps part of a slot through a table, existing or new.
-    fn map_below(
-        &self,
-        job: &Job,
-        table: &Table<'_>,
-        level: Level,
-        part: Span,
-        run: &mut Progress,
-    ) {
-        let index = self.index(table, part.start, level);
-        let old = table.load(index);
-        let Some(background) = self.background(old, level) else {
-            let child = self.child(old, level);
-            return self.map_table(job, &child, level.finer(), part, run);
-        };
-        if self.format.kind(old, level) == WordKind::Leaf {
-            if self.agrees(job, old, level, part) {
-                return;
-            }
-            return self.map_into_block(job, table, level, part, run);
-        }
-        let built = self.build(job, level.finer(), part, background, &mut run.reserve);
-        let Some(child) = built else { return };
-        self.clean_for(job, part);
-        self.make(table.entry(index), self.format.table_word(child));
-        run.stored = true;
-    }
-
-    /// Replaces a block by a table that keeps the rest of it.
-    fn map_into_block(
-        &self,
-        job: &Job,
-        table: &Table<'_>,
-        level: Level,
-        part: Span,
-        run: &mut Progress,
-    ) {
-        let index = self.index(table, part.start, level);
-        let old = table.load(index);
-        let Some(background) = self.background(old, level) else {
-            return;
-        };
-        let built = self.build(job, level.finer(), part, background, &mut run.reserve);
-        let Some(child) = built else { return };
-        let size = self.geometry().slot_size(level);
-        let within = part.start & (size - 1);
-        let mut flush = Flush::NOTHING;
-        self.break_leaf(table.entry(index), old, level);
-        flush.leaf(part.start - within, size, level);
-        self.invalidate(&flush);
-        self.clean_removed(
-            old,
-            level,
-            Span {
-                start: within,
-                end: within + part.len(),
-            },
-        );
-        self.clean_for(job, part);
-        self.make(table.entry(index), self.format.table_word(child));
-        run.stored = true;
-    }
-
-    /// Step 5 for the bytes `part` of a leaf that was taken away.
-    #[track_caller]
-    pub(crate) fn clean_removed(&self, raw: u64, level: Level, part: Span) {
-        if self.format.maintenance(raw).data {
-            let pa = self.format.output(raw, level).get();
-            self.clean_data(PaRange::from_bounds(pa + part.start, pa + part.end));
         }
     }
 }

@@ -1,13 +1,17 @@
 //! Permissions, age and caches of leaves that stay where they are.
 
-use crate::addr::{IpaRange, PaRange};
+use crate::addr::IpaRange;
 use crate::attr::{Age, Maintenance};
 use crate::bbm::Flush;
 use crate::error::MapError;
-use crate::format::TableFormat;
-use crate::platform::Platform;
+use crate::format::{TableFormat, WordKind};
+use crate::gather::Gathered;
+use crate::job::Span;
+use crate::level::Level;
+use crate::platform::{EntryRef, Platform};
 use crate::space::Stage2;
-use crate::visit::Found;
+use crate::sync::Ordering;
+use crate::table::Table;
 
 /// What to do with young leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +20,12 @@ pub enum Aging {
     Test,
     /// Make them old.
     Clear,
+}
+
+/// Running state of one write-protect.
+struct Protect {
+    flush: Flush,
+    changed: usize,
 }
 
 impl<F: TableFormat, P: Platform> Stage2<F, P> {
@@ -27,36 +37,60 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Only for a range that is not whole pages of the input.
     pub fn write_protect(&mut self, range: IpaRange) -> Result<usize, MapError> {
         self.check_range(&range)?;
-        let (mut flush, mut changed) = (Flush::NOTHING, 0);
-        self.visit_leaves(&range, &mut |found| {
-            if self.format.without_write(found.raw) != found.raw {
-                self.take_write(&found);
-                flush.leaf(
-                    found.slot,
-                    self.geometry().slot_size(found.level),
-                    found.level,
-                );
-                changed += 1;
+        let mut run = Protect {
+            flush: Flush::NOTHING,
+            changed: 0,
+        };
+        let (root, level) = (self.root_table(), self.geometry().start_level());
+        self.protect_table(&root, level, Span::of(&range), &mut run);
+        self.invalidate(&run.flush);
+        Ok(run.changed)
+    }
+
+    fn protect_table(&self, table: &Table<'_>, level: Level, span: Span, run: &mut Protect) {
+        let shift = self.geometry().shift(level);
+        let base = span.start >> shift << shift;
+        let first = self.index(table, span.start, level);
+        let count = self.index(table, span.end - 1, level) + 1 - first;
+        let mut hit: Option<(usize, usize)> = None;
+        for (n, entry) in table.entry_run(first, count).enumerate() {
+            let raw = entry.word.load(Ordering::Acquire);
+            match self.format.kind(raw, level) {
+                WordKind::Invalid => {}
+                WordKind::Leaf => {
+                    if self.format.without_write(raw) != raw {
+                        self.take_write(entry, raw);
+                        run.changed += 1;
+                        hit = Some((hit.map_or(n, |(from, _)| from), n));
+                    }
+                }
+                WordKind::Table => {
+                    let slot = base + ((n as u64) << shift);
+                    let part = span.within(slot, 1 << shift);
+                    self.protect_table(&self.child(raw, level), level.finer(), part, run);
+                }
             }
-        });
-        self.invalidate(&flush);
-        Ok(changed)
+        }
+        if let Some((from, to)) = hit {
+            let size = ((to + 1 - from) as u64) << shift;
+            run.flush.leaf(base + ((from as u64) << shift), size, level);
+        }
     }
 
     /// One leaf loses write permission. Where the hardware sets bits of its own, a plain store
     /// would lose one.
     #[inline]
     #[track_caller]
-    fn take_write(&self, found: &Found<'_>) {
+    fn take_write(&self, entry: EntryRef<'_>, raw: u64) {
         if self.format.hardware_bits() == 0 {
-            return self.make(found.entry, self.format.without_write(found.raw));
+            return self.make(entry, self.format.without_write(raw));
         }
-        let mut raw = found.raw;
+        let mut raw = raw;
         while !self
             .platform
-            .compare_exchange(found.entry, raw, self.format.without_write(raw))
+            .compare_exchange(entry, raw, self.format.without_write(raw))
         {
-            raw = found.entry.word.load(crate::sync::Ordering::Relaxed);
+            raw = entry.word.load(Ordering::Relaxed);
         }
     }
 
@@ -124,29 +158,5 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             let size = self.geometry().slot_size(found.level);
             visit(self.format.maintenance(found.raw), (pa, pa + size));
         });
-    }
-}
-
-/// Memory gathered for one cache operation.
-#[derive(Debug, Default)]
-pub(crate) struct Gathered(Option<(u64, u64)>);
-
-impl Gathered {
-    /// Adds memory; hands out what was gathered if it does not continue there.
-    pub(crate) fn add(&mut self, (start, end): (u64, u64), operation: impl FnOnce(PaRange)) {
-        match self.0 {
-            Some((from, to)) if to == start => self.0 = Some((from, end)),
-            _ => {
-                self.finish(operation);
-                self.0 = Some((start, end));
-            }
-        }
-    }
-
-    /// Hands out the rest.
-    pub(crate) fn finish(&mut self, operation: impl FnOnce(PaRange)) {
-        if let Some((start, end)) = self.0.take() {
-            operation(PaRange::from_bounds(start, end));
-        }
     }
 }

@@ -49,10 +49,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         });
         self.invalidate(&flush);
         if split > 0 {
-            let span = Span {
-                start: range.start().get(),
-                end: range.end().get(),
-            };
+            let span = Span::of(&range);
             self.link_ready(&self.root_table(), self.geometry().start_level(), span);
             self.platform.publish();
         }

@@ -7,6 +7,7 @@ use crate::entry::{Entry, Lookup, SoftWord};
 use crate::error::{EncodeError, MapError};
 use crate::export::Exports;
 use crate::format::{TableFormat, WordKind};
+use crate::job::LeafLevels;
 use crate::level::{Geometry, Level};
 use crate::platform::{DetachedTable, Platform};
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
@@ -25,6 +26,8 @@ pub struct Stage2<F: TableFormat, P: Platform> {
     pub(crate) exports: Exports,
     /// Which claims concurrent zaps hold, one bit each.
     pub(crate) claims: AtomicU32,
+    /// Where the format has leaves.
+    pub(crate) leaf_levels: LeafLevels,
     /// Whether any leaf so far owes data-cache maintenance; spares whole passes when none does.
     pub(crate) owes_data: AtomicBool,
 }
@@ -43,6 +46,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             .ok_or(MapError::NoMemory { needed })?;
         let (claims, owes_data) = (AtomicU32::new(0), AtomicBool::new(false));
         let exports = Exports::new();
+        let leaf_levels = LeafLevels::of(&format);
         let space = Self {
             format,
             platform,
@@ -50,6 +54,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             root,
             exports,
             claims,
+            leaf_levels,
             owes_data,
         };
         space
@@ -96,11 +101,16 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// [`MapError::OutOfInput`] past the input size.
     #[inline]
     pub fn lookup(&self, ipa: Ipa) -> Result<Lookup, MapError> {
-        self.check_input(&IpaRange::from_bounds(ipa.get() & !1, (ipa.get() & !1) + 1))?;
-        let at = self.descend(ipa.get());
-        let entry = self.format.decode(at.raw, at.level);
+        if ipa.get() >= self.geometry().input_end() {
+            let even = ipa.get() & !1; // the last byte has no range of its own
+            return Err(MapError::OutOfInput(IpaRange::from_bounds(even, even + 1)));
+        }
+        let at = match self.page_entry(ipa.get()) {
+            Some(page) => page,
+            None => self.descend(ipa.get()),
+        };
         Ok(Lookup {
-            entry,
+            entry: self.format.decode(at.raw, at.level),
             level: at.level,
             slot: self.geometry().slot(ipa, at.level),
         })
@@ -158,30 +168,38 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Walks to the entry that decides about `at`.
-    #[inline]
     pub(crate) fn descend(&self, at: u64) -> Position<'_> {
-        let mut table = self.root_table();
-        let mut level = self.geometry().start_level();
-        let mut shift = self.geometry().shift(level);
+        let (mut table, mut level) = (self.root_table(), self.geometry().start_level());
         loop {
-            #[expect(
-                clippy::cast_possible_truncation,
-                reason = "masked to the table's entries"
-            )]
-            let index = (at >> shift) as usize & (table.entries() - 1);
-            let raw = table.load(index);
-            if level.is_page() || self.format.kind(raw, level) != WordKind::Table {
-                return Position {
-                    table,
-                    index,
-                    level,
-                    raw,
-                };
+            let here = Position::at(table, at, level, self.geometry().shift(level));
+            if self.format.kind(here.raw, level) != WordKind::Table {
+                return here;
             }
-            table = self.child(raw, level);
-            level = level.finer();
-            shift -= self.geometry().index_bits();
+            (table, level) = (self.child(here.raw, level), level.finer());
         }
+    }
+
+    /// [`descend`](Self::descend) that finds pages only, and only in tables of the common shape:
+    /// the short way of faults and look-ups, with shifts that the compiler knows.
+    #[inline(always)]
+    pub(crate) fn page_entry(&self, at: u64) -> Option<Position<'_>> {
+        if !self.geometry().is_common() {
+            return None;
+        }
+        let mut table = self.root_table();
+        if self.geometry().start_level() == Level::L0 {
+            table = self.step_4k(Position::at(table, at, Level::L0, 39))?;
+        }
+        table = self.step_4k(Position::at(table, at, Level::L1, 30))?;
+        table = self.step_4k(Position::at(table, at, Level::L2, 21))?;
+        Some(Position::at(table, at, Level::PAGE, 12))
+    }
+
+    /// The table of 512 entries below an entry, if there is one and that is quickly said.
+    #[inline(always)]
+    fn step_4k(&self, here: Position<'_>) -> Option<Table<'_>> {
+        let pa = self.format.plain_table(here.raw)?;
+        Some(Table::at(&self.platform, pa, 512))
     }
 
     /// Refuses a range that this table cannot translate.
@@ -211,11 +229,16 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         self.check_input(range)
     }
 
-    /// Refuses output that does not fit, or sets a bit an importer reserves. The last page has
+    /// The last page of a range that is not smaller than one.
+    #[inline]
+    pub(crate) fn last_page(&self, out: &PaRange) -> Pa {
+        Pa::new(out.end().get() - self.geometry().page_size())
+    }
+
+    /// Refuses output that does not fit, or sets a bit an importer reserves. The `last` page has
     /// the highest address bits, and blocks only differ in bits of their own.
     #[inline]
-    pub(crate) fn check_leaves(&self, attrs: u64, out: &PaRange) -> Result<(), EncodeError> {
-        let last = Pa::new(out.end().get() - self.geometry().page_size());
+    pub(crate) fn check_leaves(&self, attrs: u64, last: Pa) -> Result<(), EncodeError> {
         let bits = self.format.output_bits();
         if last.get() >> bits != 0 {
             return Err(EncodeError::OutOfRange { pa: last, bits });
@@ -249,6 +272,29 @@ pub(crate) struct Position<'a> {
     pub(crate) level: Level,
     /// The entry as the walk read it.
     pub(crate) raw: u64,
+}
+
+impl<'a> Position<'a> {
+    #[inline]
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.raw == SoftWord::EMPTY
+    }
+
+    #[inline]
+    fn at(table: Table<'a>, at: u64, level: Level, shift: u32) -> Self {
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "masked to the table's entries"
+        )]
+        let index = (at >> shift) as usize & (table.entries() - 1);
+        let raw = table.load(index);
+        Self {
+            table,
+            index,
+            level,
+            raw,
+        }
+    }
 }
 
 impl<F: TableFormat, P: Platform> Drop for Stage2<F, P> {

@@ -53,6 +53,33 @@ impl<'a> Table<'a> {
         unsafe { word.as_ref() }
     }
 
+    /// `count` entries from `first`, as far as the table goes.
+    #[inline]
+    fn words(&self, first: usize, count: usize) -> &'a [AtomicEntry] {
+        let first = first & self.mask;
+        let count = count.min(self.entries() - first);
+        // SAFETY: as in `word`; `first + count` is at most the entries of the table.
+        let start = unsafe { self.base.add(first) };
+        // SAFETY: as in `word`, for `count` entries from `start`.
+        unsafe { core::slice::from_raw_parts(start.as_ptr(), count) }
+    }
+
+    /// `count` entries from `first`, for stores that the platform makes.
+    #[inline]
+    pub(crate) fn entry_run(
+        &self,
+        first: usize,
+        count: usize,
+    ) -> impl Iterator<Item = EntryRef<'a>> {
+        let table = self.pa;
+        let words = self.words(first, count).iter().enumerate();
+        words.map(move |(n, word)| EntryRef {
+            table,
+            index: first + n,
+            word,
+        })
+    }
+
     /// The entry, for a store that the platform makes.
     #[inline]
     pub(crate) fn entry(&self, index: usize) -> EntryRef<'a> {
@@ -76,11 +103,20 @@ impl<'a> Table<'a> {
     }
 
     /// Writes `count` entries from `first` of a table that nothing reaches yet: `raw`,
-    /// `raw + step`, and so on.
+    /// `raw + step`, and so on. Eight at a time, none waiting for the sum of the one before: a
+    /// CPU that makes two stores a cycle gets to make them.
     #[inline]
     pub(crate) fn init_run(&self, first: usize, count: usize, mut raw: u64, step: u64) {
-        for index in first..first + count {
-            self.init(index, raw);
+        let (eights, rest) = self.words(first, count).as_chunks::<8>();
+        let offsets: [u64; 8] = core::array::from_fn(|n| step.wrapping_mul(n as u64));
+        for eight in eights {
+            for (word, offset) in eight.iter().zip(offsets) {
+                word.store(raw.wrapping_add(offset), Ordering::Relaxed);
+            }
+            raw = raw.wrapping_add(step.wrapping_mul(8));
+        }
+        for word in rest {
+            word.store(raw, Ordering::Relaxed);
             raw = raw.wrapping_add(step);
         }
     }
@@ -88,16 +124,28 @@ impl<'a> Table<'a> {
     /// How many of the `limit` entries from `first` are zero up to the first that is not.
     #[inline]
     pub(crate) fn zero_run(&self, first: usize, limit: usize) -> usize {
-        (0..limit)
-            .take_while(|offset| self.load(first + offset) == 0)
-            .count()
+        self.run(first, limit, 0, 0)
+    }
+
+    /// How many of the `limit` entries from `first` say `raw`, `raw + step`, and so on. Nothing
+    /// is followed from there, so what they point to need not be seen.
+    #[inline]
+    pub(crate) fn run(&self, first: usize, limit: usize, mut raw: u64, step: u64) -> usize {
+        let mut count = 0;
+        for word in self.words(first, limit) {
+            if word.load(Ordering::Relaxed) != raw {
+                break;
+            }
+            raw = raw.wrapping_add(step);
+            count += 1;
+        }
+        count
     }
 
     /// Whether all entries outside `first..end` are zero. Looks behind the range first: what
     /// remains of a table is mostly there.
     pub(crate) fn is_zero_outside(&self, first: usize, end: usize) -> bool {
-        (end..self.entries())
-            .chain(0..first)
-            .all(|index| self.load(index) == 0)
+        let behind = self.entries() - end;
+        self.zero_run(end, behind) == behind && self.zero_run(0, first) == first
     }
 }

@@ -24,10 +24,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Calls back for every leaf that lies in the range, even in part.
     #[inline]
     pub(crate) fn visit_leaves<V: FnMut(Found<'_>)>(&self, range: &IpaRange, visit: &mut V) {
-        let span = Span {
-            start: range.start().get(),
-            end: range.end().get(),
-        };
+        let span = Span::of(range);
         self.visit_table(
             &self.root_table(),
             self.geometry().start_level(),
@@ -59,8 +56,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                     slot,
                 }),
                 WordKind::Table => {
-                    let (start, end) = (span.start.max(slot), span.end.min(slot + (1 << shift)));
-                    let part = Span { start, end };
+                    let part = span.within(slot, 1 << shift);
                     self.visit_table(&self.child(raw, level), level.finer(), part, visit);
                 }
             }

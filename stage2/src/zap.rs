@@ -7,15 +7,15 @@
 //! it with its own invalidation and cleaning, so that nothing of its range is left when it
 //! returns, but leaves the word to its owner, who may not have got that far.
 
-use crate::addr::IpaRange;
+use crate::addr::{IpaRange, PaRange};
 use crate::bbm::Flush;
 use crate::entry::{Claim, SoftWord};
 use crate::error::MapError;
 use crate::format::{TableFormat, WordKind};
+use crate::gather::{Backlog, Gathered};
 use crate::job::Span;
 use crate::level::Level;
 use crate::platform::Platform;
-use crate::protect::Gathered;
 use crate::space::Stage2;
 use crate::sync::{Ordering, relax};
 use crate::table::Table;
@@ -24,6 +24,9 @@ use crate::table::Table;
 struct Zap {
     claim: Claim,
     flush: Flush,
+    /// What to clean behind the invalidation.
+    backlog: Backlog,
+    /// Whether words were left behind that say so, too.
     second_pass: bool,
 }
 
@@ -62,25 +65,83 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     fn run_zap(&self, range: IpaRange, claim: Claim) {
-        let span = Span {
-            start: range.start().get(),
-            end: range.end().get(),
-        };
+        let span = Span::of(&range);
         let (root, level) = (self.root_table(), self.geometry().start_level());
         let mut zap = Zap {
             claim,
             flush: Flush::NOTHING,
+            backlog: Backlog::EMPTY,
             second_pass: false,
         };
-        self.zap_break(&root, level, span, &mut zap);
+        if claim == Claim::EXCLUSIVE {
+            self.zap_empty_leaves(&root, level, span, &mut zap);
+        } else {
+            self.zap_break(&root, level, span, &mut zap);
+        }
         self.invalidate(&zap.flush);
+        for frames in zap.backlog.iter() {
+            self.clean_data(frames);
+        }
         if zap.second_pass {
             let mut dirty = Gathered::default();
             self.zap_clean(&root, level, span, &mut dirty);
-            dirty.finish(|frames| self.clean_data(frames));
+            dirty.finish(|frames| self.clean_zapped(frames));
             // Invalid before and after: walkers see no difference, nothing to publish.
             self.zap_empty(&root, level, span, claim);
         }
+    }
+
+    /// Empties the leaves of a span at once, with nobody beside who could install anything
+    /// before the invalidation is complete.
+    fn zap_empty_leaves(&self, table: &Table<'_>, level: Level, span: Span, zap: &mut Zap) {
+        let shift = self.geometry().shift(level);
+        let base = span.start >> shift << shift;
+        let first = self.index(table, span.start, level);
+        let behind = self.index(table, span.end - 1, level) + 1;
+        let mut index = first;
+        while index < behind {
+            let (raw, left) = (table.load(index), behind - index);
+            let slot = base + (((index - first) as u64) << shift);
+            index += match self.format.kind(raw, level) {
+                WordKind::Invalid => table.zero_run(index, left).max(1),
+                WordKind::Leaf => self.zap_run(table, (index, left), (raw, level), slot, zap),
+                WordKind::Table => {
+                    let part = span.within(slot, 1 << shift);
+                    self.zap_empty_leaves(&self.child(raw, level), level.finer(), part, zap);
+                    1
+                }
+            };
+        }
+    }
+
+    /// Takes a leaf away, and those behind it that continue it. Says how many. When the backlog
+    /// is full, their words remember what is to be cleaned.
+    fn zap_run(
+        &self,
+        table: &Table<'_>,
+        (index, left): (usize, usize),
+        (raw, level): (u64, Level),
+        slot: u64,
+        zap: &mut Zap,
+    ) -> usize {
+        let count = self.leaf_run(table, (index, left), raw, level);
+        let size = self.geometry().slot_size(level);
+        let pa = self.format.output(raw, level).get();
+        zap.flush.leaf(slot, count as u64 * size, level);
+        let owes = self.format.maintenance(raw).data;
+        if !owes || zap.backlog.add(pa, pa + count as u64 * size) {
+            for entry in table.entry_run(index, count) {
+                self.make(entry, SoftWord::EMPTY);
+            }
+        } else {
+            let mut raw = raw;
+            for entry in table.entry_run(index, count) {
+                self.break_leaf(entry, raw, level);
+                raw += size;
+            }
+            zap.second_pass = true;
+        }
+        count
     }
 
     /// A claim that no other zap holds. There are more than a machine of this size has CPUs;
@@ -150,37 +211,12 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                     _ => return,
                 },
             };
-            if self.break_claimed(entry, raw, word, zap) {
+            zap.second_pass = true;
+            if self.platform.compare_exchange(entry, raw, word.encode()) {
                 zap.flush.leaf(slot, size, level);
                 return;
             }
         }
-    }
-
-    /// Step 1: by store when exclusive, by compare-and-swap beside others. Says whether the
-    /// leaf was still the same.
-    fn break_claimed(
-        &self,
-        entry: crate::platform::EntryRef<'_>,
-        raw: u64,
-        word: SoftWord,
-        zap: &mut Zap,
-    ) -> bool {
-        if zap.claim != Claim::EXCLUSIVE {
-            zap.second_pass = true;
-            return self.platform.compare_exchange(entry, raw, word.encode());
-        }
-        let owes = matches!(
-            word,
-            SoftWord::BrokenLeaf {
-                owes_data: true,
-                ..
-            }
-        );
-        zap.second_pass |= owes;
-        self.platform
-            .store(entry, if owes { word.encode() } else { SoftWord::EMPTY });
-        true
     }
 
     /// Step 5 for every broken leaf of the span, whoever broke it.
@@ -200,10 +236,14 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             } = SoftWord::decode(raw)
             {
                 dirty.add((pa.get(), pa.get() + size), |frames| {
-                    self.clean_data(frames)
+                    self.clean_zapped(frames)
                 });
             }
         }
+    }
+
+    fn clean_zapped(&self, frames: PaRange) {
+        self.clean_data(frames);
     }
 
     /// Empties the words that bear our claim.

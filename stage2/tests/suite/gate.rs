@@ -240,6 +240,23 @@ const SCENARIOS: &[Scenario] = &[
         },
     },
     Scenario {
+        name: "zap and free what is scattered",
+        fwb: ForceWriteBack::Off,
+        run: |space, machine, wrong| {
+            for round in 0..2 {
+                for n in 0..12 {
+                    map(space, n * PAGE, PAGE, GIB + 2 * n * PAGE);
+                }
+                end(machine, wrong);
+                match round {
+                    0 => space.zap_exclusive(range(0, BLOCK)).unwrap(),
+                    _ => space.unmap(range(0, BLOCK)).unwrap(),
+                }
+                end(machine, wrong);
+            }
+        },
+    },
+    Scenario {
         name: "zap what is forced",
         fwb: ForceWriteBack::On,
         run: |space, machine, wrong| {
@@ -262,6 +279,12 @@ const SCENARIOS: &[Scenario] = &[
                 fault(space, at, at);
                 end(machine, wrong);
             }
+            let window = range(2 * BLOCK, BLOCK);
+            let pa = Pa::new(2 * BLOCK);
+            let block = FaultRequest::new(window.start(), window, pa, normal());
+            let mapped = stage2::FaultOutcome::Mapped(Level::L2);
+            wrong.extend((space.fault(&block) != Ok(mapped)).then(|| "no block".into()));
+            end(machine, wrong);
             let read = LeafAttrs::normal(Perms::READ);
             space
                 .map(&MapRequest {
