@@ -13,9 +13,12 @@
 
 mod arm;
 mod caches;
+mod effects;
 mod machine;
 mod mutation;
+mod ports;
 mod ranges;
+mod rules;
 mod tlb;
 mod walker;
 
@@ -25,4 +28,4 @@ pub use machine::{Event, FakeMachine};
 pub use mutation::{Mutation, Op, Site};
 pub use ranges::RangeSet;
 pub use tlb::{Cached, FakeTlb};
-pub use walker::{Arch, HighBits, RawEntry, RawLeaf, Tables};
+pub use walker::{Arch, Found, HighBits, RawEntry, RawLeaf, Tables};

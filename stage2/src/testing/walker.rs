@@ -181,48 +181,74 @@ pub trait Tables {
     fn word(&self, table: u64, index: usize) -> u64;
 }
 
+/// Who is told of what a walk finds, and where it looks.
+pub struct Found<'f> {
+    /// Input addresses that matter.
+    pub within: (u64, u64),
+    /// Of every leaf: input address, level, what it says.
+    pub leaf: &'f mut dyn FnMut(u64, i8, RawLeaf),
+    /// Of every table: its address, input address, level of its entries.
+    pub table: &'f mut dyn FnMut(u64, u64, i8),
+}
+
+impl std::fmt::Debug for Found<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Found")
+            .field("within", &self.within)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Arch {
-    /// Calls back with every leaf below an entry: input address, level, leaf; and with every
-    /// table: its address, input address, level of its entries.
+    /// Tells of every leaf and every table below an entry at an input address and a level.
     pub fn enumerate<T: Tables + ?Sized>(
         &self,
         tables: &T,
         raw: u64,
-        at: u64,
-        level: i8,
-        leaf: &mut dyn FnMut(u64, i8, RawLeaf),
-        table: &mut dyn FnMut(u64, u64, i8),
+        (at, level): (u64, i8),
+        found: Found<'_>,
     ) {
         match self.decode(raw, level) {
             RawEntry::Invalid => {}
-            RawEntry::Leaf(found) => leaf(at, level, found),
+            RawEntry::Leaf(leaf) => (found.leaf)(at, level, leaf),
             RawEntry::Table(pa) => {
-                table(pa, at, level + 1);
-                for index in 0..1 << self.index_bits {
-                    let below = at + ((index as u64) << self.shift(level + 1));
-                    self.enumerate(
-                        tables,
-                        tables.word(pa, index),
-                        below,
-                        level + 1,
-                        leaf,
-                        table,
-                    );
+                (found.table)(pa, at, level + 1);
+                for index in self.reached(at, level + 1, found.within) {
+                    let place = (at + ((index as u64) << self.shift(level + 1)), level + 1);
+                    let below = Found {
+                        within: found.within,
+                        leaf: &mut *found.leaf,
+                        table: &mut *found.table,
+                    };
+                    self.enumerate(tables, tables.word(pa, index), place, below);
                 }
             }
         }
     }
 
+    /// Entries of a table at an input address that reach into a range.
+    fn reached(&self, at: u64, level: i8, within: (u64, u64)) -> std::ops::Range<usize> {
+        let shift = self.shift(level);
+        let entries = 1 << self.index_bits;
+        let first = within.0.saturating_sub(at) >> shift;
+        let behind = within.1.saturating_sub(at).div_ceil(1 << shift);
+        first.min(entries) as usize..behind.min(entries) as usize
+    }
+
     /// Every leaf of a space, in order.
     pub fn leaves<T: Tables + ?Sized>(&self, tables: &T, root: u64) -> Vec<(u64, i8, RawLeaf)> {
-        let mut found = Vec::new();
+        let mut leaves = Vec::new();
         for index in 0..self.root_entries() {
             let at = (index as u64) << self.shift(self.start);
+            let found = Found {
+                within: (0, u64::MAX),
+                leaf: &mut |at, level, leaf| leaves.push((at, level, leaf)),
+                table: &mut |_, _, _| {},
+            };
             let raw = tables.word(root, index);
-            let mut leaf = |at, level, leaf| found.push((at, level, leaf));
-            self.enumerate(tables, raw, at, self.start, &mut leaf, &mut |_, _, _| {});
+            self.enumerate(tables, raw, (at, self.start), found);
         }
-        found
+        leaves
     }
 
     /// What the hardware would find for one address.
