@@ -2,6 +2,7 @@
 
 mod fault;
 mod field_bugs;
+mod formats;
 mod gate;
 mod golden;
 mod kit;

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
+use stage2::testing::FakeMachine;
 use stage2::{
-    Annotation, Blocks, FaultOutcome, FaultRequest, Ipa, LeafAttrs, Level, MapError, MapRequest,
-    Pa, Perms,
+    Annotation, Blocks, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level, MapError,
+    MapRequest, Pa, Perms, Stage2, TableFormat,
 };
 
+use crate::formats::{Shape, arm_4k_wide, arm_16k, arm_64k, ept};
 use crate::kit::*;
 
 /// Operations on pages around a boundary of two blocks and of two gigabytes.
@@ -48,29 +50,73 @@ enum Action {
     },
 }
 
-/// First page of the playground: four blocks that straddle a gigabyte.
-const FIRST: u64 = GIB / PAGE - 1024;
-const PAGES: u64 = 2048;
-
-fn place() -> impl Strategy<Value = (u64, u64)> {
-    let start = prop_oneof![0..PAGES, (0u64..4).prop_map(|n| n * 512)];
-    let pages = prop_oneof![1u64..4, Just(512u64), 500u64..1100];
-    (start, pages).prop_map(|(at, pages)| (at, pages.min(PAGES - at)))
+/// Where operations happen: four blocks that straddle a border of two first-level slots.
+#[derive(Clone, Copy, Debug)]
+struct Ground {
+    page: u64,
+    /// Pages of a block.
+    block: u64,
 }
 
-fn action() -> impl Strategy<Value = Action> {
-    let pa = 0u64..3;
-    prop_oneof![
-        4 => (place(), pa, any::<bool>(), any::<bool>()).prop_map(|((at, pages), pa, write, blocks)|
-            Action::Map { at, pages, pa, write, blocks }),
-        3 => place().prop_map(|(at, pages)| Action::Unmap { at, pages }),
-        1 => (0..PAGES).prop_map(|at| Action::Zap { at }),
-        1 => (place(), 0u64..3).prop_map(|((at, pages), note)| Action::Note { at, pages, note }),
-        2 => (0..PAGES, 0u64..3).prop_map(|(at, pa)| Action::Fault { at, pa }),
-        1 => place().prop_map(|(at, pages)| Action::Protect { at, pages }),
-        1 => (0..PAGES).prop_map(|at| Action::Split { at }),
-        1 => (0..PAGES).prop_map(|at| Action::Collapse { at }),
-    ]
+impl Ground {
+    fn of<F: TableFormat>(format: &F) -> Self {
+        let page = format.geometry().page_size();
+        Self {
+            page,
+            block: page / 8,
+        }
+    }
+
+    const fn pages(self) -> u64 {
+        4 * self.block
+    }
+
+    const fn first(self) -> u64 {
+        self.block * (self.block - 2)
+    }
+
+    const fn at(self, page: u64) -> u64 {
+        (self.first() + page) * self.page
+    }
+
+    fn span(self, at: u64, pages: u64) -> IpaRange {
+        range(self.at(at), pages * self.page)
+    }
+
+    /// The frame a page gets: no two pages share one, as sharing has owners of its own. One of
+    /// the choices is not aligned for blocks.
+    const fn frame(self, page: u64, choice: u64) -> u64 {
+        let far = self.block * self.block;
+        let offset = match choice {
+            0 => far,
+            1 => 2 * far,
+            _ => 3 * far + 1,
+        };
+        self.first() + page + offset
+    }
+
+    fn place(self) -> impl Strategy<Value = (u64, u64)> {
+        let (block, pages) = (self.block, self.pages());
+        let start = prop_oneof![0..pages, (0u64..4).prop_map(move |n| n * block)];
+        let count = prop_oneof![1u64..4, Just(block), block - 12..2 * block + 76];
+        (start, count).prop_map(move |(at, count)| (at, count.min(pages - at)))
+    }
+
+    fn action(self) -> impl Strategy<Value = Action> {
+        let (pa, pages) = (0u64..3, self.pages());
+        prop_oneof![
+            4 => (self.place(), pa, any::<bool>(), any::<bool>()).prop_map(
+                |((at, pages), pa, write, blocks)| Action::Map { at, pages, pa, write, blocks }),
+            3 => self.place().prop_map(|(at, pages)| Action::Unmap { at, pages }),
+            1 => (0..pages).prop_map(|at| Action::Zap { at }),
+            1 => (self.place(), 0u64..3)
+                .prop_map(|((at, pages), note)| Action::Note { at, pages, note }),
+            2 => (0..pages, 0u64..3).prop_map(|(at, pa)| Action::Fault { at, pa }),
+            1 => self.place().prop_map(|(at, pages)| Action::Protect { at, pages }),
+            1 => (0..pages).prop_map(|at| Action::Split { at }),
+            1 => (0..pages).prop_map(|at| Action::Collapse { at }),
+        ]
+    }
 }
 
 /// What a page says.
@@ -82,189 +128,246 @@ enum Page {
 
 type Model = BTreeMap<u64, Page>;
 
-fn at_ipa(page: u64) -> u64 {
-    (FIRST + page) * PAGE
-}
-
-/// The frame a page gets: no two pages share one, as sharing has owners of its own. One of the
-/// choices is not aligned for blocks.
-fn frame(page: u64, choice: u64) -> u64 {
-    FIRST + page + [0x10_0000, 0x20_0000, 0x30_0001][usize::try_from(choice).expect("one of three")]
-}
-
-fn span(at: u64, pages: u64) -> stage2::IpaRange {
-    range(at_ipa(at), pages * PAGE)
-}
-
 fn perms(write: bool) -> Perms {
     if write { Perms::RW } else { Perms::READ }
 }
 
-fn erase(model: &mut Model, at: u64, pages: u64) {
-    model.retain(|page, _| !(at..at + pages).contains(page));
+/// A space with what is to stand in it.
+struct Checked<'m, F: TableFormat> {
+    space: Stage2<F, &'m FakeMachine>,
+    machine: &'m FakeMachine,
+    ground: Ground,
+    model: Model,
 }
 
-fn apply(space: &mut Space<'_>, model: &mut Model, action: &Action) -> Result<(), MapError> {
-    match *action {
-        Action::Map {
-            at,
-            pages,
-            pa,
-            write,
-            blocks,
-        } => {
-            let attrs = LeafAttrs::normal(perms(write));
-            let request = MapRequest::new(
-                Ipa::new(at_ipa(at)),
-                pages * PAGE,
-                Pa::new(frame(at, pa) * PAGE),
-                attrs,
-            );
-            let blocks = if blocks {
-                Blocks::Largest
-            } else {
-                Blocks::Never
-            };
-            space.map(&request.with_blocks(blocks))?;
+impl<F: TableFormat> Checked<'_, F> {
+    fn apply(&mut self, action: &Action) -> Result<(), MapError> {
+        match *action {
+            Action::Map {
+                at,
+                pages,
+                pa,
+                write,
+                blocks,
+            } => self.map((at, pages), pa, write, blocks),
+            Action::Unmap { at, pages } => {
+                self.space.unmap(self.ground.span(at, pages))?;
+                self.model
+                    .retain(|page, _| !(at..at + pages).contains(page));
+                Ok(())
+            }
+            Action::Zap { at } => self.zap(at),
+            Action::Note { at, pages, note } => {
+                let payload = Annotation::try_new(note).expect("small");
+                self.space.annotate(self.ground.span(at, pages), payload)?;
+                self.model
+                    .extend((at..at + pages).map(|page| (page, Page::Noted(note))));
+                Ok(())
+            }
+            Action::Fault { at, pa } => self.fault(at, pa),
+            Action::Protect { at, pages } => self.protect(at, pages),
+            Action::Split { at } => {
+                let span = self.ground.span(at, 1);
+                self.space.split(span, Level::PAGE).map(drop)
+            }
+            Action::Collapse { at } => self.collapse(at),
+        }
+    }
+
+    fn map(
+        &mut self,
+        (at, pages): (u64, u64),
+        pa: u64,
+        write: bool,
+        blocks: bool,
+    ) -> Result<(), MapError> {
+        let ground = self.ground;
+        let request = MapRequest::new(
+            Ipa::new(ground.at(at)),
+            pages * ground.page,
+            Pa::new(ground.frame(at, pa) * ground.page),
+            LeafAttrs::normal(perms(write)),
+        );
+        let blocks = if blocks {
+            Blocks::Largest
+        } else {
+            Blocks::Never
+        };
+        self.space.map(&request.with_blocks(blocks))?;
+        self.model.extend((at..at + pages).map(|page| {
+            let pa = ground.frame(page, pa);
+            (page, Page::Mapped { pa, write })
+        }));
+        Ok(())
+    }
+
+    /// Only a table that says one thing joins; either way the mappings stay.
+    fn collapse(&mut self, at: u64) -> Result<(), MapError> {
+        match self.space.collapse(Ipa::new(self.ground.at(at)), Level::L2) {
+            Ok(()) | Err(MapError::NotUniform(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The pages of the leaf that stands at a page; nothing without one.
+    fn leaf_pages(&self, at: u64) -> Option<std::ops::Range<u64>> {
+        let found = self.space.lookup(Ipa::new(self.ground.at(at))).ok()?;
+        let page = self.ground.page;
+        let first = (found.slot.start().get() / page).saturating_sub(self.ground.first());
+        let behind = found.slot.end().get() / page - self.ground.first();
+        found.entry.is_leaf().then_some(first..behind)
+    }
+
+    /// A zap takes whole leaves.
+    fn zap(&mut self, at: u64) -> Result<(), MapError> {
+        let gone = self.leaf_pages(at);
+        self.space.zap(self.ground.span(at, 1))?;
+        self.model
+            .retain(|page, _| !gone.as_ref().is_some_and(|gone| gone.contains(page)));
+        Ok(())
+    }
+
+    fn fault(&mut self, at: u64, pa: u64) -> Result<(), MapError> {
+        let (window, pa) = (self.ground.span(at, 1), self.ground.frame(at, pa));
+        let attrs = LeafAttrs::normal(Perms::READ);
+        let to = Pa::new(pa * self.ground.page);
+        let request = FaultRequest::new(window.start(), window, to, attrs);
+        let outcome = self.space.fault(&request)?;
+        let expected = match self.model.get(&at) {
+            None => FaultOutcome::Mapped(Level::PAGE),
+            Some(Page::Noted(note)) => {
+                FaultOutcome::Annotated(Annotation::try_new(*note).expect("small"))
+            }
+            Some(Page::Mapped { pa: there, .. }) if *there == pa => FaultOutcome::AlreadyMapped,
+            Some(Page::Mapped { .. }) => {
+                assert!(matches!(outcome, FaultOutcome::Conflict(_)), "{outcome:?}");
+                return Ok(());
+            }
+        };
+        assert_eq!(outcome, expected);
+        let new = Page::Mapped { pa, write: false };
+        self.model.entry(at).or_insert(new);
+        Ok(())
+    }
+
+    /// Protecting, too, takes whole leaves.
+    fn protect(&mut self, at: u64, pages: u64) -> Result<(), MapError> {
+        let ends = [at, at + pages - 1].map(|page| self.leaf_pages(page));
+        self.space.write_protect(self.ground.span(at, pages))?;
+        for page in (at..at + pages).chain(ends.into_iter().flatten().flatten()) {
+            if let Some(Page::Mapped { write, .. }) = self.model.get_mut(&page) {
+                *write = false;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every page of the ground, read from raw tables and, for notes, through `runs`.
+    fn read_back(&self) -> Model {
+        let (page, first) = (self.ground.page, self.ground.first());
+        let mut model = Model::new();
+        for (at, level, leaf) in self.machine.leaves() {
+            let pages = if level == 3 { 1 } else { self.ground.block };
             for n in 0..pages {
-                model.insert(
-                    at + n,
-                    Page::Mapped {
-                        pa: frame(at + n, pa),
-                        write,
-                    },
-                );
+                let pa = leaf.pa / page + n;
+                let write = leaf.write;
+                model.insert(at / page + n - first, Page::Mapped { pa, write });
             }
         }
-        Action::Unmap { at, pages } => {
-            space.unmap(span(at, pages))?;
-            erase(model, at, pages);
+        let all = self.ground.span(0, self.ground.pages());
+        for run in self.space.runs(all).expect("inside") {
+            if let stage2::RunKind::Annotated(note) = run.kind {
+                let at = run.range.start().get() / page - first;
+                for n in 0..run.range.len() / page {
+                    model.insert(at + n, Page::Noted(note.get()));
+                }
+            }
         }
-        Action::Zap { at } => zap(space, model, at)?,
-        Action::Note { at, pages, note } => {
-            space.annotate(span(at, pages), Annotation::try_new(note).expect("small"))?;
-            model.extend((at..at + pages).map(|page| (page, Page::Noted(note))));
-        }
-        Action::Fault { at, pa } => fault(space, model, at, pa)?,
-        Action::Protect { at, pages } => protect(space, model, at, pages)?,
-        Action::Split { at } => {
-            space.split(span(at, 1), Level::PAGE)?;
-        }
-        // Only a table that says one thing joins; either way the mappings stay.
-        Action::Collapse { at } => match space.collapse(Ipa::new(at_ipa(at)), Level::L2) {
-            Ok(()) | Err(MapError::NotUniform(_)) => {}
-            Err(error) => return Err(error),
-        },
+        model
     }
-    Ok(())
-}
 
-/// The pages of the leaf that stands at a page; nothing without one.
-fn leaf_pages(space: &Space<'_>, at: u64) -> Option<std::ops::Range<u64>> {
-    let found = space.lookup(Ipa::new(at_ipa(at))).ok()?;
-    let first = (found.slot.start().get() / PAGE).saturating_sub(FIRST);
-    let behind = found.slot.end().get() / PAGE - FIRST;
-    found.entry.is_leaf().then_some(first..behind)
-}
-
-/// A zap takes whole leaves.
-fn zap(space: &mut Space<'_>, model: &mut Model, at: u64) -> Result<(), MapError> {
-    let gone = leaf_pages(space, at);
-    space.zap(span(at, 1))?;
-    model.retain(|page, _| !gone.as_ref().is_some_and(|gone| gone.contains(page)));
-    Ok(())
-}
-
-fn fault(space: &mut Space<'_>, model: &mut Model, at: u64, pa: u64) -> Result<(), MapError> {
-    let (window, pa) = (span(at, 1), frame(at, pa));
-    let attrs = LeafAttrs::normal(Perms::READ);
-    let request = FaultRequest::new(window.start(), window, Pa::new(pa * PAGE), attrs);
-    let outcome = space.fault(&request)?;
-    let expected = match model.get(&at) {
-        None => FaultOutcome::Mapped(Level::PAGE),
-        Some(Page::Noted(note)) => {
-            FaultOutcome::Annotated(Annotation::try_new(*note).expect("small"))
+    /// One action; before it, perhaps, the same without memory for tables, which must change
+    /// nothing unless it needs none.
+    fn step(&mut self, action: &Action, starve: bool) {
+        if starve {
+            self.machine.allow_allocations(Some(0));
+            let (before, model) = (self.machine.snapshot(), self.model.clone());
+            if self.apply(action).is_err() {
+                assert_eq!(self.machine.snapshot(), before);
+                assert_eq!(self.model, model);
+            }
+            self.machine.allow_allocations(None);
         }
-        Some(Page::Mapped { pa: there, .. }) if *there == pa => FaultOutcome::AlreadyMapped,
-        Some(Page::Mapped { .. }) => {
-            assert!(matches!(outcome, FaultOutcome::Conflict(_)), "{outcome:?}");
-            return Ok(());
-        }
+        assert_eq!(self.apply(action), Ok(()));
+        assert_clean(self.machine);
+        assert_eq!(self.read_back(), self.model);
+    }
+}
+
+/// Runs actions on a fresh space, then unmaps everything.
+fn check<F: TableFormat>(shape: Shape<F>, actions: &[Action], starve_at: Option<usize>) {
+    let machine = FakeMachine::new(shape.arch, 24);
+    let ground = Ground::of(&shape.format);
+    let space = Stage2::new(shape.format, &machine, 5).expect("a valid set-up");
+    machine.attach(space.root());
+    let root = machine.tables_in_use();
+    let mut checked = Checked {
+        space,
+        machine: &machine,
+        ground,
+        model: Model::new(),
     };
-    assert_eq!(outcome, expected);
-    model.entry(at).or_insert(Page::Mapped { pa, write: false });
-    Ok(())
+    for (n, action) in actions.iter().enumerate() {
+        checked.step(action, starve_at == Some(n));
+    }
+    let whole = range(0, checked.space.geometry().input_end());
+    checked
+        .space
+        .unmap(whole)
+        .expect("whole blocks need no table");
+    assert_eq!(machine.tables_in_use(), root);
+    assert_clean(&machine);
 }
 
-/// Protecting, too, takes whole leaves.
-fn protect(space: &mut Space<'_>, model: &mut Model, at: u64, pages: u64) -> Result<(), MapError> {
-    let ends = [at, at + pages - 1].map(|page| leaf_pages(space, page));
-    space.write_protect(span(at, pages))?;
-    for page in (at..at + pages).chain(ends.into_iter().flatten().flatten()) {
-        if let Some(Page::Mapped { write, .. }) = model.get_mut(&page) {
-            *write = false;
-        }
-    }
-    Ok(())
-}
-
-/// Every page of the playground, read from raw tables and through `lookup`.
-fn read_back(machine: &stage2::testing::FakeMachine, space: &Space<'_>) -> Model {
-    let mut model = Model::new();
-    for (at, level, leaf) in machine.leaves() {
-        let pages = 1u64 << (9 * (3 - level));
-        for n in 0..pages {
-            let page = Page::Mapped {
-                pa: leaf.pa / PAGE + n,
-                write: leaf.write,
-            };
-            model.insert(at / PAGE + n - FIRST, page);
-        }
-    }
-    for run in space.runs(span(0, PAGES)).expect("inside") {
-        if let stage2::RunKind::Annotated(note) = run.kind {
-            let first = run.range.start().get() / PAGE - FIRST;
-            for n in 0..run.range.len() / PAGE {
-                model.insert(first + n, Page::Noted(note.get()));
-            }
-        }
-    }
-    model
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: if cfg!(miri) { 1 } else { 24 },
+/// Random actions on one shape, in as many cases as a debug build does in a second or two.
+fn random<F: TableFormat + Copy>(shape: Shape<F>, cases: u32) {
+    let ground = Ground::of(&shape.format);
+    let config = ProptestConfig {
+        cases: if cfg!(miri) { 1 } else { cases },
         failure_persistence: None,
         ..ProptestConfig::default()
-    })]
+    };
+    let actions = proptest::collection::vec(ground.action(), 1..16);
+    let input = (actions, proptest::option::of(0usize..16));
+    proptest::test_runner::TestRunner::new(config)
+        .run(&input, |(actions, starve_at)| {
+            check(shape, &actions, starve_at);
+            Ok(())
+        })
+        .unwrap_or_else(|failure| panic!("{failure}"));
+}
 
-    #[test]
-    fn random_operations_agree_with_an_ordered_map(
-        actions in proptest::collection::vec(action(), 1..16),
-        fail_at in proptest::option::of(0usize..16),
-    ) {
-        let machine = machine(24);
-        let mut space = space(&machine);
-        let mut model = Model::new();
-        for (n, action) in actions.iter().enumerate() {
-            if fail_at == Some(n) {
-                machine.allow_allocations(Some(0));
-                let before = machine.snapshot();
-                let mut unchanged = model.clone();
-                if apply(&mut space, &mut unchanged, action).is_err() {
-                    prop_assert_eq!(machine.snapshot(), before);
-                }  else {
-                    model = unchanged;
-                }
-                machine.allow_allocations(None);
-            }
-            prop_assert_eq!(apply(&mut space, &mut model, action), Ok(()));
-            prop_assert_eq!(machine.finish(), Vec::<String>::new());
-            prop_assert_eq!(&read_back(&machine, &space), &model);
-        }
-        space.unmap(range(0, 1 << 39)).expect("whole blocks need no table");
-        prop_assert_eq!(machine.tables_in_use(), 1);
-        prop_assert_eq!(machine.finish(), Vec::<String>::new());
-    }
+#[test]
+fn random_operations_agree_with_an_ordered_map() {
+    random(crate::formats::arm_4k(), 128);
+}
+
+#[test]
+fn random_operations_on_52_bit_addresses_agree() {
+    random(arm_4k_wide(), 12);
+}
+
+#[test]
+fn random_operations_on_16k_pages_agree() {
+    random(arm_16k(), 6);
+}
+
+#[test]
+fn random_operations_on_64k_pages_agree() {
+    random(arm_64k(), 2);
+}
+
+#[test]
+fn random_operations_on_ept_agree() {
+    random(ept(), 24);
 }
