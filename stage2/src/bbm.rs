@@ -167,3 +167,61 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         self.platform.free_table(DetachedTable::new(table));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scope(flush: &Flush, range_ops: RangeOps) -> Scope {
+        let caps = TlbCaps {
+            range_ops,
+            whole_beyond: 4,
+        };
+        let geometry = Geometry::new(12, 9, 39, Level::L1).unwrap();
+        flush.scope(&caps, &geometry)
+    }
+
+    fn leaves(count: u64, level: Level, size: u64) -> Flush {
+        let mut flush = Flush::NOTHING;
+        for n in 0..count {
+            flush.leaf(0x4000_0000 + n * size, size, level);
+        }
+        flush
+    }
+
+    #[test]
+    fn leaves_of_one_level_are_a_range_with_a_hint_up_to_the_limit() {
+        for (level, size) in [(Level::PAGE, 0x1000), (Level::L2, 0x20_0000)] {
+            let four = leaves(4, level, size);
+            assert_eq!(scope(&four, RangeOps::Missing), Scope::Range(Some(level)));
+            let five = leaves(5, level, size);
+            assert_eq!(scope(&five, RangeOps::Missing), Scope::Whole);
+            assert_eq!(scope(&five, RangeOps::Offered), Scope::Range(Some(level)));
+        }
+    }
+
+    #[test]
+    fn leaves_of_several_levels_count_as_pages_and_give_no_hint() {
+        let mut mixed = leaves(1, Level::L2, 0x20_0000);
+        mixed.leaf(0x4020_0000, 0x1000, Level::PAGE);
+        assert_eq!(scope(&mixed, RangeOps::Missing), Scope::Whole);
+        assert_eq!(scope(&mixed, RangeOps::Offered), Scope::Range(None));
+        let mut near = leaves(3, Level::PAGE, 0x1000);
+        near.leaf(0x4000_3000, 0x1000, Level::L2);
+        assert_eq!(scope(&near, RangeOps::Missing), Scope::Range(None));
+        near.leaf(0x4000_2000, 0x1000, Level::PAGE);
+        assert_eq!(scope(&near, RangeOps::Missing), Scope::Range(None));
+    }
+
+    #[test]
+    fn a_table_takes_everything_unless_ranges_are_offered() {
+        let mut flush = leaves(1, Level::PAGE, 0x1000);
+        flush.table(0x4000_0000, 0x20_0000);
+        flush.leaf(0x4020_0000, 0x1000, Level::PAGE);
+        assert_eq!(scope(&flush, RangeOps::Missing), Scope::Whole);
+        assert_eq!(scope(&flush, RangeOps::Offered), Scope::Range(None));
+        let hull = IpaRange::from_bounds(0x4000_0000, 0x4020_1000);
+        assert_eq!(flush.range(), Some(hull));
+        assert_eq!(Flush::NOTHING.range(), None);
+    }
+}

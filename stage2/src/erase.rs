@@ -318,7 +318,6 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                     self.release_table(pa, level.finer(), slot, &mut run.sweep);
                     run.word
                 }
-                SoftWord::Empty if part.len() == size => run.word,
                 SoftWord::Empty | SoftWord::Annotation(_) | SoftWord::ReadyTable(_) => continue,
             };
             if last != raw {

@@ -1,5 +1,7 @@
 //! Behaviour of the page-table core on a machine that misbehaves as far as it may.
 
+mod dump;
+mod export;
 mod fault;
 mod field_bugs;
 mod formats;
@@ -8,5 +10,8 @@ mod golden;
 mod kit;
 mod map;
 mod model;
+mod resize;
+mod starve;
 mod unmap;
+mod vmx;
 mod zap;
