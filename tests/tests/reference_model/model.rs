@@ -4,18 +4,18 @@
 //! Every step says what it needs and what it changes; nothing else ever changes.
 
 /// Guests of the world.
-pub const GUESTS: usize = 2;
+pub(crate) const GUESTS: usize = 2;
 
 /// Who owns a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Owner {
+pub(crate) enum Owner {
     Host,
     Guest(usize),
 }
 
 /// What is in a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Content {
+pub(crate) enum Content {
     /// Zeros.
     Zero,
     /// Something that the host wrote.
@@ -30,25 +30,25 @@ pub enum Content {
 
 /// A page.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Page {
-    pub owner: Owner,
+pub(crate) struct Page {
+    pub(crate) owner: Owner,
     /// Its guest shares it with the host.
-    pub shared: bool,
+    pub(crate) shared: bool,
     /// An unprotected VM reaches it, too.
-    pub leased: bool,
-    pub content: Content,
+    pub(crate) leased: bool,
+    pub(crate) content: Content,
 }
 
 /// How a guest lost a page for good, or gave it away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Note {
+pub(crate) enum Note {
     Poisoned,
     Relinquished,
 }
 
 /// A VM's life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Life {
+pub(crate) enum Life {
     Absent,
     Building,
     Sealed,
@@ -57,23 +57,23 @@ pub enum Life {
 
 /// A guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Guest {
-    pub life: Life,
-    pub notes: Vec<Option<Note>>,
+pub(crate) struct Guest {
+    pub(crate) life: Life,
+    pub(crate) notes: Vec<Option<Note>>,
     /// What was donated to it, in order: first page and number.
     donations: Vec<(usize, usize)>,
 }
 
 /// Everything.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Model {
-    pub pages: Vec<Page>,
-    pub guests: Vec<Guest>,
+pub(crate) struct Model {
+    pub(crate) pages: Vec<Page>,
+    pub(crate) guests: Vec<Guest>,
 }
 
 /// A step of somebody.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub(crate) enum Step {
     /// The host creates a VM with its slot.
     Create(usize),
     /// The host donates pages: guest, first page, number, contents kept.
@@ -100,7 +100,7 @@ pub enum Step {
 
 /// What a step says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Said {
+pub(crate) enum Said {
     /// It was done; so many pages.
     Done(usize),
     /// It was refused.
@@ -112,7 +112,7 @@ pub enum Said {
 }
 
 impl Model {
-    pub fn new(pages: usize) -> Self {
+    pub(crate) fn new(pages: usize) -> Self {
         let page = Page {
             owner: Owner::Host,
             shared: false,
@@ -131,16 +131,16 @@ impl Model {
     }
 
     /// Who reaches a page: the host if it is its own or shared with it.
-    pub fn host_reaches(&self, page: usize) -> bool {
+    pub(crate) fn host_reaches(&self, page: usize) -> bool {
         self.pages[page].owner == Owner::Host || self.pages[page].shared
     }
 
     /// A living guest reaches what is its own.
-    pub fn guest_reaches(&self, guest: usize, page: usize) -> bool {
+    pub(crate) fn guest_reaches(&self, guest: usize, page: usize) -> bool {
         self.lives(guest) && self.pages[page].owner == Owner::Guest(guest)
     }
 
-    pub fn lives(&self, guest: usize) -> bool {
+    pub(crate) fn lives(&self, guest: usize) -> bool {
         matches!(self.guests[guest].life, Life::Building | Life::Sealed)
     }
 
@@ -162,7 +162,7 @@ impl Model {
     }
 
     /// Does a step; says how it went.
-    pub fn step(&mut self, step: Step) -> Said {
+    pub(crate) fn step(&mut self, step: Step) -> Said {
         match step {
             Step::Create(guest) => self.create(guest),
             Step::Donate(guest, first, count, keep) => self.donate(guest, first, count, keep),
@@ -348,7 +348,7 @@ impl Model {
     }
 
     /// What must hold whatever happened: the promises, apart from the steps.
-    pub fn promises(&self) -> Result<(), String> {
+    pub(crate) fn promises(&self) -> Result<(), String> {
         for (number, page) in self.pages.iter().enumerate() {
             let wrong = |what: &str| Err(format!("page {number}: {what}: {page:?}"));
             if page.owner == Owner::Host && page.shared {
@@ -379,7 +379,7 @@ impl Model {
     }
 
     /// All that later steps can depend on, the same for worlds that only differ in names.
-    pub fn key(&self) -> Key {
+    pub(crate) fn key(&self) -> Key {
         let key = |swap: bool| {
             let name = |guest: usize| if swap { GUESTS - 1 - guest } else { guest };
             let page = |(number, page): (usize, &Page)| {
@@ -409,4 +409,4 @@ impl Model {
 }
 
 /// See [`Model::key`].
-pub type Key = (Vec<(Page, Vec<Option<Note>>)>, Vec<Life>);
+pub(crate) type Key = (Vec<(Page, Vec<Option<Note>>)>, Vec<Life>);

@@ -35,13 +35,13 @@ const IPA: u64 = 0x4000_0000;
 const UNPROTECTED: u8 = 9;
 
 /// Tables of the host and of the guests.
-pub struct Machines {
+pub(crate) struct Machines {
     host: FakeMachine,
     guests: Vec<FakeMachine>,
 }
 
 impl Machines {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let guest = || FakeMachine::new(Arch::arm_4k(1, 39, false), 8);
         Self {
             host: FakeMachine::new(Arch::arm_4k(1, 40, false), 16),
@@ -104,14 +104,14 @@ struct Slot<'a> {
 }
 
 /// What lives as long as a world.
-pub struct Ground {
+pub(crate) struct Ground {
     machines: Machines,
     words: Vec<AtomicU32>,
     pages: usize,
 }
 
 impl Ground {
-    pub fn new(pages: usize) -> Self {
+    pub(crate) fn new(pages: usize) -> Self {
         let words = (0..=pages).map(|_| AtomicU32::new(0)).collect();
         let machines = Machines::new();
         Self {
@@ -128,7 +128,7 @@ impl Ground {
     }
 
     /// States of all pages; the one behind the last is EL2's.
-    pub fn ownership(&self) -> Ownership<'_> {
+    pub(crate) fn ownership(&self) -> Ownership<'_> {
         let pages = PageStates::new(self.memory(), &self.words).expect("as many words as pages");
         let (host, el2) = (page_state::Owner::Host, page_state::Owner::Hypervisor);
         assert!(pages.transfer(range(self.pages, 1), host, el2));
@@ -137,7 +137,7 @@ impl Ground {
 }
 
 /// The library's state.
-pub struct World<'a> {
+pub(crate) struct World<'a> {
     ground: &'a Ground,
     ownership: &'a Ownership<'a>,
     host: HostMap<&'a FakeMachine>,
@@ -146,7 +146,7 @@ pub struct World<'a> {
 }
 
 impl<'a> World<'a> {
-    pub fn new(ground: &'a Ground, ownership: &'a Ownership<'a>) -> Self {
+    pub(crate) fn new(ground: &'a Ground, ownership: &'a Ownership<'a>) -> Self {
         let features = Features::decode(&IdRegisters {
             mmfr0: 0x10_1122,
             mmfr1: 0x1021_2122,
@@ -377,7 +377,7 @@ impl<'a> World<'a> {
     }
 
     /// Does a step. `before`: the model before it, which knows what the VM table would.
-    pub fn step(&mut self, step: Step, before: &Model) -> Said {
+    pub(crate) fn step(&mut self, step: Step, before: &Model) -> Said {
         let life = |guest: usize| before.guests[guest].life;
         match step {
             Step::Create(guest) if life(guest) == super::model::Life::Dead => Said::No,
@@ -413,7 +413,7 @@ impl<'a> World<'a> {
     }
 
     /// Compares everything with the model, the tables by an independent walk.
-    pub fn agrees(&self, model: &Model) -> Result<(), String> {
+    pub(crate) fn agrees(&self, model: &Model) -> Result<(), String> {
         let states = self.ownership.pages();
         for (number, page) in model.pages.iter().enumerate() {
             let here = range(number, 1);
@@ -471,7 +471,7 @@ impl<'a> World<'a> {
     }
 
     /// What the protocol checker of the tables found wrong.
-    pub fn violations(&self) -> Vec<String> {
+    pub(crate) fn violations(&self) -> Vec<String> {
         let machines = &self.ground.machines;
         let all = machines.guests.iter().chain([&machines.host]);
         all.flat_map(FakeMachine::finish).collect()
