@@ -153,6 +153,7 @@ impl SlotState {
 /// Why a vCPU came back, in `x1` of [`crate::Call::VcpuRun`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[non_exhaustive]
+#[repr(u64)]
 pub enum Exit {
     /// 0: the host has an interrupt, or should let others run.
     Interrupted,
