@@ -114,7 +114,7 @@ fn serror(run: &mut Running<'_>) -> Next {
 
 /// WFI; WFE does not trap.
 fn wait(run: &mut Running<'_>) -> Next {
-    run.state.context.regs.skip();
+    regs::skip_instruction();
     run.vcpu.counts.count(VmCounter::Waits);
     sleep(run)
 }
@@ -142,10 +142,7 @@ fn sleep(run: &mut Running<'_>) -> Next {
 /// Makes the guest continue in its own exception handler.
 fn inject(run: &mut Running<'_>, entry: &Entry) -> Next {
     run.vcpu.counts.count(VmCounter::Injected);
-    let regs = &mut run.state.context.regs;
-    regs::write_exception(entry, regs.pc, regs.pstate);
-    regs.pc = entry.pc;
-    regs.pstate = entry.spsr;
+    regs::inject(entry);
     Next::Resume
 }
 
@@ -224,7 +221,7 @@ fn protected(run: &mut Running<'_>, request: Request) -> Next {
                 Moved::Pages(pages) => [0, pages, 0, 0],
                 Moved::Refused => [smccc::INVALID_PARAMETER, 0, 0, 0],
                 Moved::After(exit) => {
-                    run.state.context.regs.repeat();
+                    regs::repeat_call();
                     return Next::Leave(exit);
                 }
             }
@@ -280,7 +277,7 @@ fn register(run: &mut Running<'_>, iss: u32) -> Next {
     if outcome == Outcome::Undefined {
         return undefined(run);
     }
-    run.state.context.regs.skip();
+    regs::skip_instruction();
     match outcome {
         Outcome::Read(value) => {
             run.state.context.regs.set(trapped.rt, value);
@@ -440,7 +437,7 @@ fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
     let access = match decoded(ipa, abort, syndrome) {
         Decoded::Access(access) => access,
         Decoded::SkipMaintenance => {
-            run.state.context.regs.skip();
+            regs::skip_instruction();
             return Next::Resume;
         }
         Decoded::ExternalAbort => return external_abort(run, abort, syndrome.esr),
@@ -448,9 +445,8 @@ fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
     run.vcpu.counts.count(VmCounter::MmioInHost);
     let size = access.size();
     if let MmioAccess::Write { rt, .. } = access {
-        let regs = &mut run.state.context.regs;
-        let value = access.stored(regs.get(rt));
-        regs.skip();
+        let value = access.stored(run.state.context.regs.get(rt));
+        regs::skip_instruction();
         return Next::Leave(Exit::MmioWrite { ipa, size, value });
     }
     run.state.load = Some(PendingLoad(access));
@@ -474,7 +470,7 @@ fn in_gic(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
     let access = match decoded(ipa, abort, syndrome) {
         Decoded::Access(access) => access,
         Decoded::SkipMaintenance => {
-            run.state.context.regs.skip();
+            regs::skip_instruction();
             return Some(Next::Resume);
         }
         Decoded::ExternalAbort => return Some(external_abort(run, abort, syndrome.esr)),
@@ -505,7 +501,7 @@ fn in_gic(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
             Kicks::NONE
         }
     };
-    regs.skip();
+    regs::skip_instruction();
     let _: Next = kick(run, kicks);
     Some(if run.lists_are_loaded() {
         Next::Resume

@@ -1,83 +1,67 @@
 // Entering a guest and coming back: a call that returns at the guest's next exception.
 //
-// While a guest is loaded VBAR_EL2 points to guest_vectors. The stack holds EL2's callee-saved
-// registers and, on top of them, the address of the guest's: GuestRegs of world.rs.
+// While a guest is loaded VBAR_EL2 points to guest_vectors. While it runs SP_EL2 points to its
+// registers, GuestRegs of world.rs, where EL2's own stack pointer is kept: nothing but this file runs
+// in between. PC and PSTATE of the guest stay in ELR_EL2 and SPSR_EL2. Of the registers that a call
+// must preserve only those are kept here that inline assembly can't name as lost.
 
-.equ GUEST_PC, 248
-.equ GUEST_FRAME, 112                   // x19..x30, the registers' address, padding
+.equ GUEST_EL2_SP, 264
+.equ GUEST_FRAME, 32                    // x29, x30, x19, padding
 
 .section .text.guest, "ax"
 
-// u64 guest_enter(GuestRegs *registers): the vector's number
+// u64 guest_enter(GuestRegs *registers): the vector's number. Loses x20 to x28, too.
 .global guest_enter
 guest_enter:
-    sub     sp, sp, #GUEST_FRAME
-    stp     x29, x30, [sp, #16]
-    stp     x19, x20, [sp, #32]
-    stp     x21, x22, [sp, #48]
-    stp     x23, x24, [sp, #64]
-    stp     x25, x26, [sp, #80]
-    stp     x27, x28, [sp, #96]
-    str     x0, [sp]
-    ldp     x1, x2, [x0, #GUEST_PC]
-    msr     elr_el2, x1
-    msr     spsr_el2, x2
-    ldp     x2, x3, [x0, #16]
-    ldp     x4, x5, [x0, #32]
-    ldp     x6, x7, [x0, #48]
-    ldp     x8, x9, [x0, #64]
-    ldp     x10, x11, [x0, #80]
-    ldp     x12, x13, [x0, #96]
-    ldp     x14, x15, [x0, #112]
-    ldp     x16, x17, [x0, #128]
-    ldp     x18, x19, [x0, #144]
-    ldp     x20, x21, [x0, #160]
-    ldp     x22, x23, [x0, #176]
-    ldp     x24, x25, [x0, #192]
-    ldp     x26, x27, [x0, #208]
-    ldp     x28, x29, [x0, #224]
-    ldr     x30, [x0, #240]
-    ldp     x0, x1, [x0]
+    stp     x29, x30, [sp, #-GUEST_FRAME]!
+    str     x19, [sp, #16]
+    mov     x1, sp
+    str     x1, [x0, #GUEST_EL2_SP]
+    mov     sp, x0
+    ldp     x2, x3, [sp, #16]
+    ldp     x4, x5, [sp, #32]
+    ldp     x6, x7, [sp, #48]
+    ldp     x8, x9, [sp, #64]
+    ldp     x10, x11, [sp, #80]
+    ldp     x12, x13, [sp, #96]
+    ldp     x14, x15, [sp, #112]
+    ldp     x16, x17, [sp, #128]
+    ldp     x18, x19, [sp, #144]
+    ldp     x20, x21, [sp, #160]
+    ldp     x22, x23, [sp, #176]
+    ldp     x24, x25, [sp, #192]
+    ldp     x26, x27, [sp, #208]
+    ldp     x28, x29, [sp, #224]
+    ldr     x30, [sp, #240]
+    ldp     x0, x1, [sp]
     eret
     dsb     nsh                         // no speculation past the exception return
     isb
 
-guest_left:                             // x0: vector, x1: registers; the guest's x0, x1 on the stack
-    stp     x2, x3, [x1, #16]
-    stp     x4, x5, [x1, #32]
-    stp     x6, x7, [x1, #48]
-    stp     x8, x9, [x1, #64]
-    stp     x10, x11, [x1, #80]
-    stp     x12, x13, [x1, #96]
-    stp     x14, x15, [x1, #112]
-    stp     x16, x17, [x1, #128]
-    stp     x18, x19, [x1, #144]
-    stp     x20, x21, [x1, #160]
-    stp     x22, x23, [x1, #176]
-    stp     x24, x25, [x1, #192]
-    stp     x26, x27, [x1, #208]
-    stp     x28, x29, [x1, #224]
-    str     x30, [x1, #240]
-    ldp     x2, x3, [sp], #16
-    stp     x2, x3, [x1]
-    mrs     x2, elr_el2
-    mrs     x3, spsr_el2
-    stp     x2, x3, [x1, #GUEST_PC]
-    ldp     x29, x30, [sp, #16]
-    ldp     x19, x20, [sp, #32]
-    ldp     x21, x22, [sp, #48]
-    ldp     x23, x24, [sp, #64]
-    ldp     x25, x26, [sp, #80]
-    ldp     x27, x28, [sp, #96]
-    add     sp, sp, #GUEST_FRAME
-    ret
-
 .macro from_guest, vector
-    .balign 128
-    stp     x0, x1, [sp, #-16]!
-    ldr     x1, [sp, #16]
+    .balign 128                         // 32 instructions
+    stp     x0, x1, [sp]
+    stp     x2, x3, [sp, #16]
+    stp     x4, x5, [sp, #32]
+    stp     x6, x7, [sp, #48]
+    stp     x8, x9, [sp, #64]
+    stp     x10, x11, [sp, #80]
+    stp     x12, x13, [sp, #96]
+    stp     x14, x15, [sp, #112]
+    stp     x16, x17, [sp, #128]
+    stp     x18, x19, [sp, #144]
+    stp     x20, x21, [sp, #160]
+    stp     x22, x23, [sp, #176]
+    stp     x24, x25, [sp, #192]
+    stp     x26, x27, [sp, #208]
+    stp     x28, x29, [sp, #224]
+    str     x30, [sp, #240]
     mov     x0, #\vector
-    b       guest_left
+    ldr     x1, [sp, #GUEST_EL2_SP]
+    mov     sp, x1
+    ldr     x19, [sp, #16]
+    ldp     x29, x30, [sp], #GUEST_FRAME
+    ret
 .endm
 
 .balign 2048

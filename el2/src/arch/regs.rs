@@ -106,6 +106,11 @@ pub(crate) fn skip_instruction() {
     ELR_EL2.set(ELR_EL2.get().wrapping_add(4));
 }
 
+/// Makes the interrupted code repeat its HVC, behind which ELR_EL2 stands.
+pub(crate) fn repeat_call() {
+    ELR_EL2.set(ELR_EL2.get().wrapping_sub(4));
+}
+
 /// What an injection into EL1 reads.
 pub(crate) fn interrupted(pan: bool, mte: bool) -> Interrupted {
     Interrupted {
@@ -117,7 +122,7 @@ pub(crate) fn interrupted(pan: bool, mte: bool) -> Interrupted {
     }
 }
 
-/// Makes the host continue in its own exception handler.
+/// Makes the host, or the guest that is loaded, continue in its own exception handler.
 pub(crate) fn inject(entry: &Entry) {
     ESR_EL1.set(entry.esr);
     pass_fault_address(entry);
@@ -125,15 +130,6 @@ pub(crate) fn inject(entry: &Entry) {
     SPSR_EL1.set(SPSR_EL2.get());
     ELR_EL2.set(entry.pc);
     SPSR_EL2.set(entry.spsr);
-}
-
-/// Makes a guest, whose PC and PSTATE are saved, continue in its own exception handler; the caller
-/// gives it the new ones.
-pub(crate) fn write_exception(entry: &Entry, pc: u64, pstate: u64) {
-    ESR_EL1.set(entry.esr);
-    pass_fault_address(entry);
-    ELR_EL1.set(pc);
-    SPSR_EL1.set(pstate);
 }
 
 fn pass_fault_address(entry: &Entry) {

@@ -14,17 +14,31 @@ use super::profiling::{self, Profiling};
 use super::regs::{mrs, msr};
 use super::tlb::{MMU_ON, NO_WALKS};
 
+/// Writes a register that governs EL1 and EL0 only, or says where an exception to EL2 returns to.
+macro_rules! set {
+    ($name:literal, $value:expr) => {
+        // SAFETY: EL2's own execution does not depend on it, and nothing runs at EL1 on this core
+        // until the switch is complete.
+        unsafe { msr!($name, $value) }
+    };
+}
+
 /// General registers, PC and PSTATE; guest.S knows the layout.
 #[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
+#[repr(C, align(16))]
 pub(crate) struct GuestRegs {
     /// x0 to x30.
     pub(crate) x: [u64; 31],
-    pub(crate) pc: u64,
-    pub(crate) pstate: u64,
+    /// While the vCPU is not loaded; else it is in ELR_EL2.
+    pc: u64,
+    /// While the vCPU is not loaded; else it is in SPSR_EL2.
+    pstate: u64,
+    /// EL2's stack pointer while the guest runs.
+    el2_sp: u64,
 }
 
-const _: () = assert!(core::mem::offset_of!(GuestRegs, pc) == 248);
+const _: () = assert!(core::mem::offset_of!(GuestRegs, x) == 0);
+const _: () = assert!(core::mem::offset_of!(GuestRegs, el2_sp) == 264);
 
 impl GuestRegs {
     /// Register `number` as an instruction names it: 31 is the zero register.
@@ -39,14 +53,21 @@ impl GuestRegs {
         }
     }
 
-    /// Steps over the instruction.
+    /// Makes a vCPU that is not loaded step over the instruction.
     pub(crate) fn skip(&mut self) {
         self.pc = self.pc.wrapping_add(4);
     }
 
-    /// Makes the guest repeat its HVC, behind which the PC stands.
-    pub(crate) fn repeat(&mut self) {
-        self.pc = self.pc.wrapping_sub(4);
+    /// Loads PC and PSTATE for the next entry.
+    fn load_return(&self) {
+        set!("elr_el2", self.pc);
+        set!("spsr_el2", self.pstate);
+    }
+
+    /// Saves them.
+    fn save_return(&mut self) {
+        self.pc = mrs!("elr_el2");
+        self.pstate = mrs!("spsr_el2");
     }
 }
 
@@ -342,15 +363,6 @@ const CNTHCTL_GUEST: u64 = 1;
 /// VMPIDR_EL2: RES1 bit 31.
 const MPIDR_RES1: u64 = 1 << 31;
 
-/// Writes a register that governs EL1 and EL0 only, or says where an exception to EL2 returns to.
-macro_rules! set {
-    ($name:literal, $value:expr) => {
-        // SAFETY: EL2's own execution does not depend on it, and nothing runs at EL1 on this core
-        // until the switch is complete.
-        unsafe { msr!($name, $value) }
-    };
-}
-
 fn isb() {
     // SAFETY: a barrier.
     unsafe { core::arch::asm!("isb", options(nostack, preserves_flags)) };
@@ -469,6 +481,7 @@ impl HostWorld {
             set!("s3_4_c12_c1_1", guest.deferred_error); // VDISR_EL2
             set!("s3_4_c5_c2_3", 0); // VSESR_EL2: a virtual SError without a syndrome
         }
+        guest.regs.load_return();
         load_walk_registers(features, guest.sctlr, guest.tcr);
         set_vectors((&raw const guest_vectors).addr() as u64);
     }
@@ -505,6 +518,7 @@ impl HostWorld {
     /// Saves the guest and loads the host.
     pub(crate) fn load_host(&mut self, features: &Features, guest: &mut Context) {
         self.return_fp(guest);
+        guest.regs.save_return();
         guest.timer = Timer::read();
         set!("cntv_ctl_el0", 0);
         guest.el1 = El1::read();
@@ -613,10 +627,30 @@ fn set_vectors(address: u64) {
 }
 
 /// Runs the guest until its next exception; gives the vector's number.
+#[inline]
 pub(crate) fn enter(guest: &mut Context) -> u64 {
+    let vector: u64;
     // SAFETY: the guest is loaded (the caller holds a `HostWorld`), behind its own stage 2; guest.S
-    // saves and restores what a call must preserve.
-    unsafe { guest_enter(&raw mut guest.regs) }
+    // restores what is not named here as lost. Most is: the compiler keeps little across an entry,
+    // and saving all that a call must preserve costs more.
+    unsafe {
+        core::arch::asm!(
+            "bl {enter}",
+            enter = sym guest_enter,
+            inout("x0") &raw mut guest.regs => vector,
+            out("x20") _,
+            out("x21") _,
+            out("x22") _,
+            out("x23") _,
+            out("x24") _,
+            out("x25") _,
+            out("x26") _,
+            out("x27") _,
+            out("x28") _,
+            clobber_abi("C"),
+        );
+    }
+    vector
 }
 
 /// Writes HCR_EL2 of the guest that is loaded.
@@ -708,6 +742,7 @@ pub(crate) fn reload(features: &Features, guest: &Context) {
         guest.software.write();
     }
     set_hcr(guest.hcr);
+    guest.regs.load_return();
     load_walk_registers(features, guest.sctlr, guest.tcr);
 }
 
