@@ -331,13 +331,20 @@ impl Running<'_> {
     }
 
     /// Takes the core's list registers back, if they are loaded.
+    #[inline]
     pub(crate) fn save_interrupts(&mut self) {
-        if !core::mem::take(&mut self.state.lists_loaded) {
-            return;
+        if core::mem::take(&mut self.state.lists_loaded) {
+            self.save_lists();
         }
+    }
+
+    fn save_lists(&mut self) {
         let index = self.index();
         let gic = &self.hypervisor.gic;
         gic.leave(&mut self.state.gic);
+        if self.state.gic.shows_nothing() {
+            return;
+        }
         gic.timer_was_ended(self.cpu, &self.state.gic);
         let kicks = self.vm.vgic.save(index, &self.state.gic);
         for other in kicks.iter() {
@@ -353,8 +360,7 @@ impl Running<'_> {
         let index = self.index();
         let fired = regs::virtual_timer_fired();
         if fired || self.state.timer_in_flight {
-            self.set_ppi(abi::GUEST_TIMER_PPI, fired);
-            self.state.timer_in_flight = self.vm.vgic.timer_in_flight(index);
+            self.state.timer_in_flight = self.vm.vgic.set_timer(index, fired);
         }
         let Some(deadline) = self.state.physical_timer.deadline() else {
             if self.state.physical_line {
@@ -376,12 +382,11 @@ impl Running<'_> {
 
     fn set_physical_line(&mut self, level: bool) {
         self.state.physical_line = level;
-        self.set_ppi(PHYSICAL_TIMER_PPI, level);
-    }
-
-    /// The only vCPU that it concerns is this one, which loads its interrupts before it goes on.
-    fn set_ppi(&self, intid: u32, level: bool) {
-        let _: Kicks = self.vm.vgic.set_ppi(self.index(), intid, level);
+        // The only vCPU that it concerns is this one, which loads its interrupts before it goes on.
+        let _: Kicks = self
+            .vm
+            .vgic
+            .set_ppi(self.index(), PHYSICAL_TIMER_PPI, level);
     }
 
     /// Whether the EL2 timer has ended a guest's run for the guest's physical timer.

@@ -88,26 +88,25 @@ fn isb() {
     unsafe { core::arch::asm!("isb", options(nostack, preserves_flags)) };
 }
 
-/// Reads or writes list register n of ICH_LR<n>_EL2: their numbers are in the instruction.
-macro_rules! list_registers {
-    ($do:ident, $n:expr) => {
-        match $n {
-            0 => $do!("s3_4_c12_c12_0"),
-            1 => $do!("s3_4_c12_c12_1"),
-            2 => $do!("s3_4_c12_c12_2"),
-            3 => $do!("s3_4_c12_c12_3"),
-            4 => $do!("s3_4_c12_c12_4"),
-            5 => $do!("s3_4_c12_c12_5"),
-            6 => $do!("s3_4_c12_c12_6"),
-            7 => $do!("s3_4_c12_c12_7"),
-            8 => $do!("s3_4_c12_c13_0"),
-            9 => $do!("s3_4_c12_c13_1"),
-            10 => $do!("s3_4_c12_c13_2"),
-            11 => $do!("s3_4_c12_c13_3"),
-            12 => $do!("s3_4_c12_c13_4"),
-            13 => $do!("s3_4_c12_c13_5"),
-            14 => $do!("s3_4_c12_c13_6"),
-            _ => $do!("s3_4_c12_c13_7"),
+/// Does something with each of the first `$used` list registers ICH_LR<n>_EL2 and its value in memory.
+/// Their numbers are in the instruction, so this is a sequence, which ends early.
+macro_rules! each_list {
+    ($interface:expr, $do:ident) => {{
+        let used = usize::from($interface.used);
+        each_list!($interface, used, $do, 0 "s3_4_c12_c12_0", 1 "s3_4_c12_c12_1", 2 "s3_4_c12_c12_2",
+            3 "s3_4_c12_c12_3", 4 "s3_4_c12_c12_4", 5 "s3_4_c12_c12_5", 6 "s3_4_c12_c12_6",
+            7 "s3_4_c12_c12_7", 8 "s3_4_c12_c13_0", 9 "s3_4_c12_c13_1", 10 "s3_4_c12_c13_2",
+            11 "s3_4_c12_c13_3", 12 "s3_4_c12_c13_4", 13 "s3_4_c12_c13_5", 14 "s3_4_c12_c13_6",
+            15 "s3_4_c12_c13_7")
+    }};
+    ($interface:expr, $used:ident, $do:ident, $($n:literal $name:literal),+) => {
+        'all: {
+            $(
+                if $n >= $used {
+                    break 'all;
+                }
+                $do!($name, $interface.lists[$n]);
+            )+
         }
     };
 }
@@ -487,42 +486,18 @@ impl V3 {
 }
 
 fn enter_lists(interface: &CpuInterface) {
-    for (n, list) in interface
-        .lists
-        .iter()
-        .enumerate()
-        .take(interface.used.into())
-    {
-        macro_rules! write {
-            ($name:literal) => {
-                set!($name, *list)
-            };
-        }
-        list_registers!(write, n);
-    }
+    each_list!(interface, set);
     set!("s3_4_c12_c11_0", u64::from(interface.hcr)); // ICH_HCR_EL2
 }
 
 fn leave_lists(interface: &mut CpuInterface) {
+    macro_rules! take {
+        ($name:literal, $value:expr) => {
+            $value = mrs!($name);
+            set!($name, 0);
+        };
+    }
     interface.hcr = mrs!("s3_4_c12_c11_0") as u32;
     set!("s3_4_c12_c11_0", 0);
-    for (n, list) in interface
-        .lists
-        .iter_mut()
-        .enumerate()
-        .take(interface.used.into())
-    {
-        macro_rules! read {
-            ($name:literal) => {
-                mrs!($name)
-            };
-        }
-        macro_rules! clear {
-            ($name:literal) => {
-                set!($name, 0)
-            };
-        }
-        *list = list_registers!(read, n);
-        list_registers!(clear, n);
-    }
+    each_list!(interface, take);
 }

@@ -59,12 +59,13 @@ impl Irq {
         }
     }
 
-    pub(super) const fn line(self) -> bool {
-        self.has(LINE)
-    }
-
     pub(super) const fn is_active(self) -> bool {
         self.has(ACTIVE)
+    }
+
+    /// Asserted by its line, or active.
+    pub(super) const fn is_in_flight(self) -> bool {
+        self.has(LINE) || self.has(ACTIVE)
     }
 
     pub(super) const fn is_edge(self) -> bool {

@@ -43,13 +43,26 @@ impl CpuInterface {
 }
 
 impl CpuInterface {
+    /// Whether the registers that were read back have nothing to say: none was in use, and nothing
+    /// was ended without one.
+    #[inline]
+    #[must_use]
+    pub const fn shows_nothing(&self) -> bool {
+        self.used == 0 && self.hcr >> HCR_EOI_COUNT == 0
+    }
+
     /// Whether the registers that were read back show that the guest has ended `intid`. With a
     /// physical interrupt behind it, that one was deactivated by the hardware then.
     #[must_use]
     pub fn has_ended(&self, intid: u32, version: GicVersion) -> bool {
-        let used = self.lists.iter().take(usize::from(self.used));
-        let mut lists = used.map(|list| List::decode(*list, version));
-        lists.any(|(number, pending, active)| number == intid as usize && !pending && !active)
+        let used = self.lists.get(..usize::from(self.used)).unwrap_or(&[]);
+        for list in used {
+            let (number, pending, active) = List::decode(*list, version);
+            if number == intid as usize && !pending && !active {
+                return true;
+            }
+        }
+        false
     }
 }
 
@@ -273,7 +286,7 @@ impl Vgic {
     /// Takes back what the list registers say after the vCPU has left the guest.
     pub fn save(&self, vcpu: usize, interface: &CpuInterface) -> Kicks {
         let ended = interface.hcr >> HCR_EOI_COUNT;
-        if interface.used == 0 && ended == 0 {
+        if interface.shows_nothing() {
             return Kicks::NONE;
         }
         let mut kicks = Kicks::NONE;

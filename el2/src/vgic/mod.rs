@@ -55,7 +55,7 @@ impl Kicks {
 
     /// Indices of the vCPUs.
     pub fn iter(self) -> impl Iterator<Item = usize> {
-        (0..VCPUS).filter(move |index| self.0 & 1 << index != 0)
+        bits(u64::from(self.0))
     }
 
     fn add(&mut self, vcpu: u8) {
@@ -147,6 +147,16 @@ impl Vgic {
         self.change(vcpu, intid as usize, |irq| irq.set_line(level))
     }
 
+    /// Sets the line of the virtual timer's interrupt; says whether it is asserted or active now: the
+    /// physical one must not fire meanwhile. The caller, on whose core the vCPU is, loads it anew.
+    #[must_use]
+    pub fn set_timer(&self, vcpu: usize, level: bool) -> bool {
+        let number = GUEST_TIMER_PPI as usize;
+        let mut state = self.state.lock();
+        let _: Kicks = self.change_in(&mut state, vcpu, number, |irq| irq.set_line(level));
+        state.irq(vcpu, number).is_in_flight()
+    }
+
     /// Whether an interrupt could be delivered to this vCPU: what ends its WFI. The guest's own
     /// priority mask is not looked at: it may wake for nothing, as the architecture allows.
     pub fn has_pending(&self, vcpu: usize) -> bool {
@@ -168,8 +178,8 @@ impl Vgic {
         if !self.is_busy(vcpu) {
             return false;
         }
-        let irq = *self.state.lock().irq(vcpu, GUEST_TIMER_PPI as usize);
-        irq.line() || irq.is_active()
+        let state = self.state.lock();
+        state.irq(vcpu, GUEST_TIMER_PPI as usize).is_in_flight()
     }
 
     /// ICC_SGI1R_EL1 of a GICv3 guest: affinities are vCPU n = 0.0.0.n (IHI 0069H 12.2.19).
@@ -192,8 +202,9 @@ impl Vgic {
 
     /// Makes an SGI pending on each vCPU of `targets`.
     fn send_sgi(&self, from: usize, number: usize, targets: u8) -> Kicks {
+        let present = 0xff >> (VCPUS - usize::from(self.vcpus));
         let mut kicks = Kicks::NONE;
-        for target in (0..usize::from(self.vcpus)).filter(|n| targets & 1 << n != 0) {
+        for target in bits(u64::from(targets & present)) {
             let changed = self.change(target, number, |irq| irq.add_source(from));
             kicks.0 |= changed.0;
         }

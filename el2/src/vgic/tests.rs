@@ -249,6 +249,17 @@ fn the_timers_interrupt_is_backed_by_the_physical_one() {
 }
 
 #[test]
+fn the_timers_interrupt_is_in_flight_while_its_line_is_high_or_it_is_active() {
+    let vgic = enabled(V3, 1);
+    assert!(vgic.set_timer(0, true) && vgic.timer_in_flight(0));
+    let mut cpu = Cpu::new(0, V3, 4);
+    assert_eq!(cpu.acknowledge(&vgic), Some(27));
+    assert!(vgic.set_timer(0, false) && vgic.timer_in_flight(0));
+    cpu.end(&vgic, 27);
+    assert!(!vgic.set_timer(0, false) && !vgic.timer_in_flight(0));
+}
+
+#[test]
 fn list_registers_tell_that_the_timers_interrupt_was_ended() {
     for version in [V2, V3] {
         let vgic = enabled(version, 1);
