@@ -55,7 +55,8 @@ mod run {
     use crate::{call, console, linux, monitor, scenario};
 
     /// A guest for machines that were given none: tests/guests/payload.
-    static DEMO: &[u8] = include_bytes!(env!("RAVELIN_DEMO", "build it with scripts/build.sh"));
+    pub(crate) static DEMO: &[u8] =
+        include_bytes!(env!("RAVELIN_DEMO", "build it with scripts/build.sh"));
     /// Its vCPUs, at most.
     const DEMO_VCPUS: usize = 4;
 

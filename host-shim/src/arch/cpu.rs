@@ -124,6 +124,15 @@ pub(crate) fn start(
     turn_on(number, mpidr, settings)
 }
 
+/// Turns this core off, which [`start`] has turned on, the only one; it can be turned on again.
+pub(crate) fn retire() -> ! {
+    WORK.store(0, Ordering::Release);
+    // Comes back only if it was denied; then who waits for it waits in vain.
+    let denied = psci::cpu_off::<Hvc>();
+    debug_assert!(denied.is_ok());
+    super::halt()
+}
+
 /// Makes core `number` turn itself off and waits up to a second until PSCI says so.
 pub(crate) fn turn_off(number: usize, mpidr: u64) -> Result<(), &'static str> {
     let mailbox = MAILBOXES.get(number).ok_or("no such core")?;
@@ -131,6 +140,11 @@ pub(crate) fn turn_off(number: usize, mpidr: u64) -> Result<(), &'static str> {
         return Err("AFFINITY_INFO does not say that it is on");
     }
     mailbox.order.store(TURN_OFF, Ordering::Release);
+    wait_for_off(mpidr)
+}
+
+/// Waits until PSCI says that a core is off, two seconds at most.
+pub(crate) fn wait_for_off(mpidr: u64) -> Result<(), &'static str> {
     wait(
         || {
             psci::affinity_info::<Hvc>(mpidr, psci::LowestAffinityLevel::All)

@@ -295,14 +295,7 @@ fn lost_tables(memory: &Memory) -> Result<(), &'static str> {
     words(vm.create_slot(DEVICE, TABLES, nowhere))?;
     words(vm.create_vcpu(0))?;
     words(vm.start_vcpu(0, RAM, TABLES))?;
-    let exits = [(); 3].map(|()| {
-        loop {
-            match vm.run(0, 0, false) {
-                Ok(Exit::Interrupted) => {}
-                exit => break exit,
-            }
-        }
-    });
+    let exits = [(); 3].map(|()| next_exit(vm));
     end(vm)?;
     let wrote = |at, value| {
         Ok(Exit::MmioWrite {
@@ -343,6 +336,6 @@ fn access_flag(memory: &Memory) -> Result<(), &'static str> {
     expect(set == wrote(8, 0x400), "the flag is not set")
 }
 
-fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
+pub(super) fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
     if good { Ok(()) } else { Err(otherwise) }
 }

@@ -8,9 +8,12 @@ mod guests;
 mod isolation;
 mod lock_cost;
 mod memory;
+mod payload;
 mod protection;
+mod race;
 mod remote;
 mod storm;
+mod types;
 
 use crate::call;
 use crate::console::line;
@@ -19,13 +22,14 @@ use crate::report::Report;
 
 type Scenario = fn(&Machine, &mut Report);
 
-const ALL: [(&str, Scenario); 9] = [
+const ALL: [(&str, Scenario); 10] = [
     ("abi", abi_calls::run),
     ("firmware", firmware::run),
     ("memory", memory::run),
     ("isolation", isolation::run),
     ("cores", cores::run),
     ("guests", guests::run),
+    ("memory-of-guests", memory_of_guests),
     ("protection", protection::run),
     ("storm", storm::run),
     ("any-call", any_call::run),
@@ -54,6 +58,15 @@ pub(crate) fn run(machine: &Machine, which: &str, report: &mut Report) {
             report.check(name, Err("there is no such scenario"));
         }
     }
+}
+
+/// What the lock and the memory types of guests do while they run.
+fn memory_of_guests(machine: &Machine, report: &mut Report) {
+    let Some(memory) = payload::Memory::find(machine) else {
+        return report.check("memory-of-guests", Err("there is no free memory"));
+    };
+    types::run(machine, &memory, report);
+    race::run(machine, &memory, report);
 }
 
 /// What a bare board does that was not asked for anything: it shows that EL2 is there.

@@ -1,7 +1,8 @@
 //! The memory attributes that stage 1 and stage 2 make together, as EL2 measures them by AT S12E1R.
 //!
 //! `s2-ram=N` and `s2-device=N` say which MemAttr the stage-2 descriptors should have, `fwb=1` that FEAT_S2FWB is in
-//! use. What they should combine to is typed from the Arm ARM (D8.6.6, tables for HCR_EL2.FWB 0 and 1).
+//! use. What they should combine to is typed from the Arm ARM (D8.6.6, tables for HCR_EL2.FWB 0 and 1). In `run=edges`
+//! the host says it instead, which makes devices come and go meanwhile.
 
 use crate::arch::cpu;
 use crate::arch::mem;
@@ -51,6 +52,49 @@ pub fn run(arguments: &Arguments, report: &mut Report) {
     }
 }
 
+/// Where the host is asked what to look at next: 0 for nothing more, else bit 0 says that FEAT_S2FWB is in use, and
+/// four bits each from 4 on are the MemAttr of [`PLACES`].
+const MAILBOX: u64 = 0x0b00_0000;
+/// RAM (an offset in it), memory of a flagged slot, a device, and one with write combining.
+const PLACES: [(&str, u64); 4] = [
+    ("RAM", 0x4080_0000),
+    ("flagged RAM", 0x5000_0000),
+    ("device", 0x0c00_0000),
+    ("write-combining device", 0x0c01_0000),
+];
+
+/// Probes all places, again and again, as the host changes what is expected.
+pub fn edges(_: &Arguments, report: &mut Report) {
+    loop {
+        let order = mem::read32(MAILBOX);
+        if order == 0 {
+            return;
+        }
+        for ((what, address), shift) in PLACES.into_iter().zip([4, 8, 12, 16]) {
+            let _: u64 = mem::read32(address); // the leaf exists from here on
+            let expected = expected(order & 1 != 0, order >> shift & 0xf);
+            report.expect(what, Some(measured(address)), expected.map(with_share));
+        }
+    }
+}
+
+/// Attribute and shareability of an address under each type of stage 1; `None` if EL2 knows none.
+fn measured(address: u64) -> [Option<(u64, u64)>; 5] {
+    Attribute::ALL.map(|attribute| {
+        let [status, found, share, _] = cpu::hvc([PROBE, mmu::alias(address, attribute), 0, 0]);
+        (status == 0).then_some((found, share))
+    })
+}
+
+fn with_share(attributes: [u64; 5]) -> [Option<(u64, u64)>; 5] {
+    attributes.map(|attribute| Some((attribute, shareability(attribute))))
+}
+
+/// Inner shareable where both stages are cacheable, else outer (D8.6.7).
+fn shareability(attribute: u64) -> u64 {
+    if matches!(attribute, WB | WT) { 3 } else { 2 }
+}
+
 fn probe(what: &str, address: u64, expected: Option<[u64; 5]>, report: &mut Report) {
     let Some(expected) = expected else {
         return report.check("MemAttr is a known one", false);
@@ -61,8 +105,6 @@ fn probe(what: &str, address: u64, expected: Option<[u64; 5]>, report: &mut Repo
             "attribute {what} {attribute:?} {found:#04x} SH {share}"
         ));
         report.expect(what, (status, found), (0, expected));
-        // Inner shareable where both stages are cacheable, else outer (D8.6.7).
-        let cacheable = matches!(found, WB | WT);
-        report.expect("shareability", share, if cacheable { 3 } else { 2 });
+        report.expect("shareability", share, shareability(found));
     }
 }

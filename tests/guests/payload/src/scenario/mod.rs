@@ -25,6 +25,7 @@ pub const ALL: &[(&str, Run)] = &[
     ("attributes", attributes::run),
     ("bench", bench::run),
     ("code", memory::code),
+    ("edges", attributes::edges),
     ("faults", memory::faults),
     ("flood", power::flood),
     ("fp", fp::run),

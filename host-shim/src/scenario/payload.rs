@@ -1,0 +1,200 @@
+//! A VM that runs the payload which is linked in (`tests/guests/payload`) while the host changes
+//! what is around it: the guest reads [`MAILBOX`], and the host does something before it answers.
+
+use abi::{ErrorCode, Exit, SlotWord, VmConfig};
+use board::{AddrRange, Gic, PAGE_SIZE, Placement, highest_free};
+use vmm::platform::{RAM, UART};
+use vmm::{image, tree};
+
+use super::guests::{end, words};
+use crate::arch::{heap, mem};
+use crate::console::line;
+use crate::machine::Machine;
+use crate::vm::Vm;
+
+/// IPA of a word at which the guest asks how to go on.
+pub(super) const MAILBOX: u64 = 0x0b00_0000;
+/// Bytes of the guest's RAM.
+pub(super) const RAM_SIZE: u64 = 16 << 20;
+const BLOCK: u64 = 2 << 20;
+/// Bytes of the heap that the device tree is built in.
+const HEAP: u64 = 0x1_0000;
+/// The slot of the guest's RAM.
+pub(super) const RAM_SLOT: SlotWord = SlotWord {
+    id: 0,
+    device: false,
+    flags: 0,
+};
+
+/// Free memory for such VMs, one after the other.
+pub(super) struct Memory {
+    /// 2 MiB for another slot.
+    pub(super) other: AddrRange,
+    /// The guest's RAM.
+    pub(super) ram: AddrRange,
+    /// What is donated to the VM.
+    pub(super) state: AddrRange,
+    gic_v3: bool,
+}
+
+impl Memory {
+    /// Finds it; once, because a part of it becomes heap. Other scenarios use what is above.
+    pub(super) fn find(machine: &Machine) -> Option<Self> {
+        let want = Placement {
+            size: 3 * BLOCK + RAM_SIZE,
+            align: BLOCK,
+            limit: 1 << 40,
+        };
+        let range = highest_free(&machine.board.memory, &machine.board.reserved, want)?;
+        let part = |at: u64, size: u64| AddrRange::with_size(range.start() + at, size);
+        heap::give(part(0, HEAP)?);
+        Some(Self {
+            other: part(BLOCK, BLOCK)?,
+            ram: part(2 * BLOCK, RAM_SIZE)?,
+            state: part(2 * BLOCK + RAM_SIZE, BLOCK)?,
+            gic_v3: matches!(machine.board.gic, Some(Gic::V3 { .. })),
+        })
+    }
+}
+
+/// The VM.
+pub(super) struct Guest {
+    pub(super) vm: Vm,
+    console: Console,
+}
+
+/// Why the guest came back.
+pub(super) enum Event {
+    /// It waits for the answer of its mailbox.
+    Asks,
+    /// It has powered off after this many checks, all of which passed.
+    Off(u32),
+}
+
+impl Guest {
+    /// Loads the payload with this command line, which is ready to run.
+    pub(super) fn create(memory: &Memory, bootargs: &str) -> Result<Self, &'static str> {
+        let config = VmConfig {
+            vcpus: 1,
+            protected: false,
+        };
+        let vm = words(Vm::create(config, memory.state))?;
+        let guest = Self {
+            vm,
+            console: Console::default(),
+        };
+        match guest.fill(memory, bootargs) {
+            Ok(()) => Ok(guest),
+            Err(why) => end(vm).and(Err(why)),
+        }
+    }
+
+    fn fill(&self, memory: &Memory, bootargs: &str) -> Result<(), &'static str> {
+        let payload = crate::run::DEMO;
+        let layout = image::layout(payload, 0, RAM_SIZE).map_err(|_| "the payload does not fit")?;
+        let tree = tree::build(&tree::Guest {
+            vcpus: 1,
+            memory: RAM_SIZE,
+            gic_v3: memory.gic_v3,
+            bootargs,
+            ramdisk: None,
+            seed: None,
+            virtio: 0,
+        });
+        let tree = tree.map_err(|_| "the guest's device tree can't be built")?;
+        let ram = mem::bytes_mut(memory.ram);
+        for (at, bytes) in [(0, &tree[..]), (layout.kernel as usize, payload)] {
+            let place = ram.get_mut(at..).and_then(|ram| ram.get_mut(..bytes.len()));
+            mem::copy(bytes, place.ok_or("the payload does not fit")?);
+        }
+        words(self.vm.create_slot(RAM_SLOT, RAM, memory.ram))?;
+        words(self.vm.create_vcpu(0))?;
+        words(self.vm.start_vcpu(0, RAM + layout.kernel, RAM))
+    }
+
+    /// Runs it until it asks, or has powered off; `answer` is what its last question wants.
+    pub(super) fn go_on(&mut self, answer: u32) -> Result<Event, &'static str> {
+        let mut loaded = u64::from(answer);
+        loop {
+            let exit = match self.vm.run(0, loaded, false) {
+                Err(refused) if matches!(refused.code, ErrorCode::Again | ErrorCode::Busy) => {
+                    continue;
+                }
+                result => words(result)?,
+            };
+            loaded = 0;
+            match exit {
+                Exit::MmioRead { ipa: MAILBOX, .. } => return Ok(Event::Asks),
+                Exit::MmioWrite {
+                    ipa: UART, value, ..
+                } => self.console.put(value.to_le_bytes()[0]),
+                // The UART's flags: it takes what is sent at once.
+                Exit::MmioRead { .. }
+                | Exit::MmioWrite { .. }
+                | Exit::Interrupted
+                | Exit::WaitForInterrupt { .. } => {}
+                Exit::SystemOff => return self.console.verdict().map(Event::Off),
+                other => {
+                    line(format_args!("  unexpected {other:?}"));
+                    return Err("the guest did something else");
+                }
+            }
+        }
+    }
+}
+
+/// What the guest prints.
+struct Console {
+    text: [u8; 160],
+    length: usize,
+    /// Checks by its closing line.
+    closed: Option<(u32, u32)>,
+}
+
+impl Default for Console {
+    fn default() -> Self {
+        Self {
+            text: [0; 160],
+            length: 0,
+            closed: None,
+        }
+    }
+}
+
+impl Console {
+    fn put(&mut self, byte: u8) {
+        if byte != b'\n' {
+            if let Some(place) = self.text.get_mut(self.length) {
+                *place = byte;
+                self.length += 1;
+            }
+            return;
+        }
+        let text = core::str::from_utf8(&self.text[..self.length]).unwrap_or("");
+        // What passed is too much to show.
+        if !text.ends_with(" ok") {
+            line(format_args!("  guest: {text}"));
+        }
+        self.closed = closing(text).or(self.closed);
+        self.length = 0;
+    }
+
+    fn verdict(&self) -> Result<u32, &'static str> {
+        match self.closed {
+            Some((passed, 0)) => Ok(passed),
+            Some(_) => Err("the guest's checks failed"),
+            None => Err("the guest did not say what it found"),
+        }
+    }
+}
+
+/// The numbers of "N passed, N failed".
+fn closing(text: &str) -> Option<(u32, u32)> {
+    let (passed, failed) = text.strip_suffix(" failed")?.split_once(" passed, ")?;
+    passed.parse().ok().zip(failed.parse().ok())
+}
+
+/// Pages of 4 KiB of a device, at `address`.
+pub(super) fn device_page(address: u64) -> Result<AddrRange, &'static str> {
+    AddrRange::with_size(address, PAGE_SIZE).ok_or("the device's address is absurd")
+}
