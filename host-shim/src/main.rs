@@ -117,7 +117,7 @@ mod run {
             return;
         }
         let vcpus = machine.board.cpus.len().min(DEMO_VCPUS);
-        let result = monitor::run(machine, || Ok(vec![fit::demo(DEMO, vcpus as u8)]));
+        let result = monitor::run(machine, || Ok(vec![Ok(fit::demo(DEMO, vcpus as u8))]));
         report.check("demo_powers_off", result);
     }
 

@@ -116,24 +116,28 @@ pub fn blob(bytes: &[u8]) -> Result<&[u8], FitError> {
         .ok_or(FitError::Truncated)
 }
 
-/// The guests of a FIT, in its order; none if it only has a host.
+/// A guest, or why it can't be.
+pub type Guest<'a> = Result<GuestConfig<'a>, FitError>;
+
+/// The guests of a FIT, in its order; none if it only has a host. What is wrong with one does not
+/// concern the others.
 ///
 /// # Errors
 ///
-/// [`FitError`].
-pub fn guests(bytes: &[u8]) -> Result<Vec<GuestConfig<'_>>, FitError> {
+/// [`FitError`] of the whole file.
+pub fn guests(bytes: &[u8]) -> Result<Vec<Guest<'_>>, FitError> {
     let fit = Fdt::new(blob(bytes)?).map_err(|_| FitError::Corrupt)?;
     let configurations = fit
         .find_node("/configurations")
         .ok_or(FitError::NoConfigurations)?;
-    configurations
+    let guests = configurations
         .children()
         .filter(|node| text(node, "ravelin,role") == Some("guest"))
-        .map(|node| guest(fit, &node))
-        .collect()
+        .map(|node| guest(fit, &node));
+    Ok(guests.collect())
 }
 
-fn guest<'a>(fit: Fdt<'a>, node: &FdtNode<'a>) -> Result<GuestConfig<'a>, FitError> {
+fn guest<'a>(fit: Fdt<'a>, node: &FdtNode<'a>) -> Guest<'a> {
     let kernel = text(node, "kernel").and_then(|name| data(fit, name));
     let optional = |property, missing| match text(node, property) {
         None => Ok(None),
@@ -217,7 +221,7 @@ mod tests {
     fn defaults_are_one_vcpu_and_locked_memory() {
         let fit = fit(|w| w.property_string("kernel", "kernel").unwrap());
         let guests = guests(&fit).unwrap();
-        let guest = &guests[0];
+        let guest = guests[0].as_ref().unwrap();
         assert_eq!((guest.name, guest.kernel), ("one", &b"kernel's bytes"[..]));
         assert_eq!((guest.vcpus, guest.memory), (1, 256 << 20));
         assert!(guest.lock && !guest.protected && !guest.noncoherent);
@@ -237,7 +241,7 @@ mod tests {
             w.property_null("ravelin,non-coherent").unwrap();
             w.property_null("ravelin,protected").unwrap();
         });
-        let guest = guests(&fit).unwrap().remove(0);
+        let guest = guests(&fit).unwrap().remove(0).unwrap();
         assert_eq!((guest.vcpus, guest.memory), (8, 64 << 20));
         assert!(!guest.lock && guest.protected && guest.noncoherent);
         assert_eq!(guest.bootargs, "quiet");
@@ -284,7 +288,8 @@ mod tests {
             ),
         ];
         for (configure, error) in cases {
-            assert_eq!(guests(&fit(configure)).unwrap_err(), error);
+            let fit = fit(configure);
+            assert_eq!(guests(&fit).unwrap()[0].as_ref().unwrap_err(), &error);
         }
     }
 

@@ -15,7 +15,7 @@ use alloc::vec::Vec;
 
 use board::{AddrRange, Gic, MAX_RESERVED, PAGE_SIZE, Placement, RangeList, Tree, highest_free};
 use spin::{Mutex, Once};
-use vmm::fit::GuestConfig;
+use vmm::fit::{self, FitError};
 use vmm::virtio::block::Disk;
 
 use crate::arch::mmu::Settings;
@@ -75,7 +75,7 @@ static VMM: Once<Vmm> = Once::new();
 /// Runs the guests of the FIT until all have ended; says how that went, or why it could not begin.
 pub(crate) fn run(
     machine: &Machine,
-    configs: impl FnOnce() -> Result<Vec<GuestConfig<'static>>, &'static str>,
+    configs: impl FnOnce() -> Result<Vec<fit::Guest<'static>>, &'static str>,
 ) -> Result<(), &'static str> {
     let gic = machine
         .board
@@ -102,15 +102,18 @@ pub(crate) fn run(
     let wanted = configs.len();
     let mut next_core = boot_core;
     for (config, number) in configs.into_iter().zip(1..) {
-        let guest = Guest::create(
-            number,
-            config,
-            &gic,
-            &mut memory,
-            &cores,
-            &mut next_core,
-            &mut host_disk,
-        );
+        let create = |config| {
+            Guest::create(
+                number,
+                config,
+                &gic,
+                &mut memory,
+                &cores,
+                &mut next_core,
+                &mut host_disk,
+            )
+        };
+        let guest = config.map_err(wrong).and_then(create);
         // The others run all the same.
         match guest {
             Ok(guest) => guests.push(guest),
@@ -147,6 +150,12 @@ fn host_disk(machine: &Machine) -> Option<Box<dyn Disk>> {
     let disk = disk::find(&tree.virtio_mmio())?;
     line(format_args!("host: a disk of {} sectors", disk.sectors()));
     Some(disk)
+}
+
+/// Says what is wrong with a configuration of the FIT.
+fn wrong(error: FitError) -> &'static str {
+    line(format_args!("host: {error}"));
+    "its configuration can't be used"
 }
 
 /// Turns on the cores that have vCPUs.

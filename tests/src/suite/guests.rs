@@ -8,7 +8,7 @@ use crate::machine::{Board, Entry, Gic, Machine, Software};
 use crate::payload::Payloads;
 use crate::process::{Reply, Transcript};
 use crate::runner::{Context, Scenario};
-use crate::{files, verdict};
+use crate::{device_tree, files, verdict};
 use anyhow::{Result, ensure};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -148,11 +148,9 @@ pub(super) fn all(machine: &Machine, payloads: &Arc<Payloads>) -> Vec<Scenario> 
         all.push(one(payload, secret, kind));
     }
     all.push(together(machine, payloads));
-    if machine.board == Board::Virt {
-        // They type at the monitor's prompt, which QEMU's raspi4b with its two UARTs does not pass on.
-        all.push(spinning(machine, payloads));
-        all.push(maintenance(machine, payloads));
-    }
+    all.push(spinning(machine, payloads));
+    all.push(resetting(machine, payloads));
+    all.push(maintenance(machine, payloads));
     all
 }
 
@@ -212,25 +210,88 @@ fn together(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
 }
 
 /// A VM that never gives its CPU back, its interrupts masked, beside one that needs its time, and the monitor's
-/// prompt. All share the machine's only core.
+/// prompt. All share one core.
 fn spinning(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
-    let machine = Machine {
-        cpus: 1,
-        ..machine.clone()
-    };
+    let machine = one_core(machine);
     let payloads = Arc::clone(payloads);
+    let cpus = machine.cpus;
     Scenario::new(name(&machine, "guest-spinning"), move |context| {
-        let vms = [payload("spin", 1, 0), payload("timer", 1, 23)].map(|one| (one, LOCKED));
-        let mut boot = boot(&machine, &payloads, context, &vms)?;
-        boot.extra = &["-echr", "0x14"]; // Ctrl-A is for the monitor, not for QEMU.
-        boot.replies = vec![reply("host: VM 2: powered off", "vm stop 1")];
-        let transcript = boot.run(context, "console")?;
-        verdict::no_alarm(&transcript)?;
+        let vms = [payload("spin", cpus, 0), payload("timer", 1, 23)];
+        let transcript = beside_endless(&machine, &payloads, context, vms)?;
         verdict::line_with(&transcript, "[vm1] spinning")?;
-        verdict::line_with(&transcript, "[vm2] 24 passed, 0 failed")?;
-        verdict::line_with(&transcript, "host: VM 1: stopped")?;
-        verdict::ended_well(&transcript)
+        Ok(())
     })
+    .for_cpus(cpus)
+}
+
+/// A VM that resets itself for ever, beside another on the same core, which runs on to its end.
+fn resetting(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
+    let machine = one_core(machine);
+    let payloads = Arc::clone(payloads);
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "guest-resetting"), move |context| {
+        let for_ever = Payload {
+            // Its counter has eight bits.
+            arguments: "resets=1000",
+            ..payload("reset", cpus, 0)
+        };
+        let vms = [for_ever, payload("gic", 1, 23)];
+        let transcript = beside_endless(&machine, &payloads, context, vms)?;
+        let resets = transcript.lines.iter();
+        let resets = resets.filter(|line| line.contains("host: VM 1: reset"));
+        ensure!(
+            resets.count() > RESETS,
+            "the VM did not reset again and again"
+        );
+        verdict::line_with(&transcript, &format!("[vm1] boot {RESETS}"))?;
+        Ok(())
+    })
+    .for_cpus(cpus)
+}
+
+/// Resets that a VM in a loop makes at least.
+const RESETS: usize = 3;
+
+/// Only one core, on boards that can have that; the first vCPUs of all VMs are on one in any case, if those before
+/// the last have as many vCPUs as the machine CPUs.
+fn one_core(machine: &Machine) -> Machine {
+    let cpus = match machine.board {
+        Board::Virt => 1,
+        Board::Raspi4b => machine.cpus,
+    };
+    Machine {
+        cpus,
+        ..machine.clone()
+    }
+}
+
+/// Runs a VM that never ends, and one that does; then the monitor stops the first.
+fn beside_endless(
+    machine: &Machine,
+    payloads: &Payloads,
+    context: &Context,
+    vms: [Payload; 2],
+) -> Result<Transcript> {
+    let passed = format!("[vm2] {} passed, 0 failed", vms[1].checks + 1);
+    let vms = vms.map(|one| (one, LOCKED));
+    let mut boot = boot(machine, payloads, context, &vms)?;
+    typed(machine, &mut boot);
+    boot.replies = vec![reply("host: VM 2: powered off", "vm stop 1")];
+    let transcript = boot.run(context, "console")?;
+    verdict::no_alarm(&transcript)?;
+    verdict::line_with(&transcript, &passed)?;
+    verdict::line_with(&transcript, "host: VM 1: stopped")?;
+    verdict::ended_well(&transcript)?;
+    Ok(transcript)
+}
+
+/// Lets what is typed reach the monitor.
+fn typed(machine: &Machine, boot: &mut Boot<'_>) {
+    boot.extra = &["-echr", "0x14"]; // Ctrl-A is for the monitor, not for QEMU.
+    if machine.board == Board::Raspi4b {
+        // Its two UARTs share the terminal; input goes to the mini UART, which Debian's own tree names.
+        boot.software.dtb = Some(crate::machine::debian_dtb("bcm2711-rpi-4-b.dtb"));
+    }
 }
 
 /// Locked memory owes its cache maintenance once, at the first run, and once more after a reset; nothing where the
@@ -242,7 +303,7 @@ fn maintenance(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
         // With its caches off: turning them on is a flush of its own.
         let vms = [(payload("spin-uncached", 1, 0), LOCKED)];
         let mut boot = boot(&machine, &payloads, context, &vms)?;
-        boot.extra = &["-echr", "0x14"]; // Ctrl-A is for the monitor, not for QEMU.
+        typed(&machine, &mut boot);
         boot.replies = vec![
             reply("spinning", "vm stat 1"),
             reply("table pages", "vm reset 1"),
@@ -273,40 +334,69 @@ pub(super) fn too_big(machine: &Machine) -> Scenario {
     let cpus = machine.cpus;
     Scenario::new(name(&machine, "guest-too-big"), move |context| {
         let kernel = files::read(&files::build("guests/payload"), "run `make build`")?;
-        let hello = Guest {
-            kernel: &kernel,
-            ramdisk: None,
-            arguments: "run=hello",
-            memory_mib: 16,
-            vcpus: 1,
-            lock: true,
-            noncoherent: false,
-            protected: false,
-            disk: fit::Disk::None,
-        };
+        let hello = hello(&kernel);
         let large = vec![0; 3 << 20];
         let too_big = Guest {
             kernel: &large,
             memory_mib: 2,
             ..hello
         };
-        let fit = context.folder.join("guests.fit");
-        files::write(&fit, &fit::guests(&[too_big, hello])?)?;
-        let mut boot = Boot::shim(&machine, "");
-        boot.software.initrd = Some(fit);
-        let transcript = boot.run(context, "console")?;
-        verdict::no_alarm(&transcript)?;
-        for line in [
-            "VM 1: kernel and ramdisk need 4 MiB",
-            "VM 1 is left out",
-            "[vm2] hello from EL1",
-            "only 1 of 2 guests powered off",
-        ] {
-            verdict::line_with(&transcript, line)?;
-        }
-        verdict::ended_well(&transcript)
+        let lines = ["VM 1: kernel and ramdisk need 4 MiB", "VM 1 is left out"];
+        beside_hello(&machine, context, &fit::guests(&[too_big, hello])?, &lines)
     })
     .for_cpus(cpus)
+}
+
+/// A configuration that names no kernel is told and left out; the other VM runs.
+pub(super) fn without_kernel(machine: &Machine) -> Scenario {
+    let machine = machine.clone();
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "guest-without-kernel"), move |context| {
+        let kernel = files::read(&files::build("guests/payload"), "run `make build`")?;
+        let hello = hello(&kernel);
+        let lost = Guest {
+            kernel: b"to be removed",
+            ..hello
+        };
+        let mut tree = device_tree::parse(&fit::guests(&[lost, hello])?)?;
+        device_tree::remove(&mut tree, "/images/kernel")?;
+        let lines = [
+            "a configuration names no kernel with data",
+            "VM 1 is left out: its configuration can't be used",
+        ];
+        beside_hello(&machine, context, &tree.to_dtb(), &lines)
+    })
+    .for_cpus(cpus)
+}
+
+/// The payload that says hello, in a small VM.
+fn hello(kernel: &[u8]) -> Guest<'_> {
+    Guest {
+        kernel,
+        ramdisk: None,
+        arguments: "run=hello",
+        memory_mib: 16,
+        vcpus: 1,
+        lock: true,
+        noncoherent: false,
+        protected: false,
+        disk: fit::Disk::None,
+    }
+}
+
+/// Runs a FIT whose second VM says hello and whose first can't be: these lines say why.
+fn beside_hello(machine: &Machine, context: &Context, fit: &[u8], lines: &[&str]) -> Result<()> {
+    let path = context.folder.join("guests.fit");
+    files::write(&path, fit)?;
+    let mut boot = Boot::shim(machine, "");
+    boot.software.initrd = Some(path);
+    let transcript = boot.run(context, "console")?;
+    verdict::no_alarm(&transcript)?;
+    let others = ["[vm2] hello from EL1", "only 1 of 2 guests powered off"];
+    for line in lines.iter().chain(&others) {
+        verdict::line_with(&transcript, line)?;
+    }
+    verdict::ended_well(&transcript)
 }
 
 /// What is typed at the monitor's prompt when the cue has come.

@@ -52,6 +52,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     }
     all.extend(bad_inputs(payloads));
     all.push(guests::too_big(&a76(Gic::V3, 2)));
+    all.push(guests::without_kernel(&a76(Gic::V3, 2)));
     all
 }
 
