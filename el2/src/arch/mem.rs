@@ -166,6 +166,13 @@ pub(crate) fn release_core(word: u64, entry: u64) {
 fn each_line(range: AddrRange, operate: impl Fn(u64)) {
     let line = 4 << ((super::regs::mrs!("ctr_el0") >> 16) & 0xf);
     let mut address = range.start() - range.start() % line;
+    // Eight at a time: a guest's memory has millions.
+    while address.saturating_add(8 * line) <= range.end() {
+        for _ in 0..8 {
+            operate(address);
+            address += line;
+        }
+    }
     while address < range.end() {
         operate(address);
         address += line;
