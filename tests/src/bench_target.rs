@@ -24,6 +24,8 @@ const TARGET_BOOT_PERCENT: f64 = 5.0;
 /// median over three sizes counts.
 const BOOT_SIZES: [u32; 3] = [256, 272, 288];
 const PAYLOAD_MIB: u64 = 128;
+/// RAM of the machine on which our host measures, in MiB.
+const HOST_MIB: u32 = 4096;
 
 /// An operation.
 #[derive(Debug, Clone, Copy)]
@@ -31,12 +33,23 @@ struct Operation {
     /// The payload's name of it.
     name: &'static str,
     title: &'static str,
-    /// The VM's memory is locked, or else mapped on demand.
-    locked: bool,
+    /// Where it is measured.
+    source: Source,
     /// Most instructions that it may take; `None`: shown only.
     target: Option<u64>,
     /// The same on Bao, Xen, KVM with VHE, without, and as pKVM; `None`: not measured.
     peers: [Option<u64>; 5],
+}
+
+/// Who measures an operation.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    /// The payload in a VM whose memory is locked.
+    Locked,
+    /// The payload in a VM whose memory is mapped on demand.
+    OnDemand,
+    /// Our host's own scenarios.
+    Host,
 }
 
 const fn operation(
@@ -48,9 +61,22 @@ const fn operation(
     Operation {
         name,
         title,
-        locked: true,
+        source: Source::Locked,
         target,
         peers,
+    }
+}
+
+/// An operation that our host's own scenarios measure.
+const fn host(
+    name: &'static str,
+    title: &'static str,
+    target: Option<u64>,
+    peers: [Option<u64>; 5],
+) -> Operation {
+    Operation {
+        source: Source::Host,
+        ..operation(name, title, target, peers)
     }
 }
 
@@ -64,7 +90,7 @@ const PEERS: [&str; 5] = [
 ];
 
 /// What is shown, in this order.
-const OPERATIONS: [Operation; 10] = [
+const OPERATIONS: [Operation; 15] = [
     operation(
         "hypercall",
         "null hypercall (PSCI_VERSION)",
@@ -83,6 +109,7 @@ const OPERATIONS: [Operation; 10] = [
         Some(1500),
         [None, None, Some(6821), Some(6394), Some(7583)],
     ),
+    host("switch", "to the host and back", None, [None; 5]),
     operation("sysreg", "trapped system register", None, [None; 5]),
     operation(
         "eoi",
@@ -109,7 +136,7 @@ const OPERATIONS: [Operation; 10] = [
         [None, Some(23), None, None, None],
     ),
     Operation {
-        locked: false,
+        source: Source::OnDemand,
         ..operation(
             "first-touch",
             "first touch of a page on demand",
@@ -117,11 +144,30 @@ const OPERATIONS: [Operation; 10] = [
             [None, None, Some(8623), Some(9070), Some(10751)],
         )
     },
+    host(
+        "page-fault",
+        "4 KiB page fault, tables there",
+        Some(1500),
+        [None, None, Some(8623), Some(9070), Some(10751)],
+    ),
     operation(
         "second-touch",
         "second touch",
         Some(23),
         [Some(23), Some(23), Some(23), Some(23), Some(23)],
+    ),
+    host("lock-page", "lock by pages, for each", Some(60), [None; 5]),
+    host(
+        "lock-blocks",
+        "lock of 1 GiB by 2 MiB blocks",
+        Some(2000),
+        [None; 5],
+    ),
+    host(
+        "lock-one-block",
+        "lock of 1 GiB by one block",
+        Some(2000),
+        [None; 5],
     ),
 ];
 
@@ -192,11 +238,12 @@ fn measure(cpu: &'static str, payloads: &Payloads) -> Result<Measurement> {
     println!("{cpu}: microbenchmarks, then Linux's boot, bare and as a guest ...");
     let locked = microbench(cpu, &context, true)?;
     let on_demand = microbench(cpu, &context, false)?;
+    let by_host = measured_by_host(cpu, &context)?;
     let operations = OPERATIONS.iter().map(|operation| {
-        let figures = if operation.locked {
-            &locked
-        } else {
-            &on_demand
+        let figures = match operation.source {
+            Source::Locked => &locked,
+            Source::OnDemand => &on_demand,
+            Source::Host => &by_host,
         };
         let value = figures.get(operation.name).copied();
         value.with_context(|| format!("no line 'bench {} N'", operation.name))
@@ -247,9 +294,21 @@ fn microbench(cpu: &str, context: &Context, lock: bool) -> Result<BTreeMap<Strin
     Ok(figures(&transcript.lines))
 }
 
-/// The lines `bench NAME VALUE`.
+/// What our host measures itself; it takes a GiB of memory that begins at such a boundary.
+fn measured_by_host(cpu: &str, context: &Context) -> Result<BTreeMap<String, u64>> {
+    let machine = Machine {
+        memory_mib: HOST_MIB,
+        ..machine(cpu, 2)
+    };
+    let transcript = Boot::shim(&machine, "shim.run=lock-cost,switch-cost").run(context, "host")?;
+    verdict::closes(&transcript, 5)?;
+    Ok(figures(&transcript.lines))
+}
+
+/// The lines `bench NAME VALUE`, of our host or of a guest whose lines it passes on.
 fn figures(lines: &[String]) -> BTreeMap<String, u64> {
     let figure = |line: &String| {
+        let line = line.strip_prefix("  guest: ").unwrap_or(line);
         let (name, value) = line.strip_prefix("bench ")?.split_once(' ')?;
         Some((name.to_owned(), value.parse().ok()?))
     };
@@ -322,8 +381,16 @@ mod tests {
 
     #[test]
     fn only_whole_figures_are_read() {
-        let lines = ["bench a 1", "bench b x", "bench c", "no bench d 2"].map(str::to_owned);
-        assert_eq!(figures(&lines), BTreeMap::from([("a".to_owned(), 1)]));
+        let lines = [
+            "bench a 1",
+            "bench b x",
+            "bench c",
+            "no bench d 2",
+            "  guest: bench e 3",
+        ]
+        .map(str::to_owned);
+        let expected = [("a".to_owned(), 1), ("e".to_owned(), 3)];
+        assert_eq!(figures(&lines), BTreeMap::from(expected));
     }
 
     #[test]

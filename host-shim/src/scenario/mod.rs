@@ -13,6 +13,7 @@ mod protection;
 mod race;
 mod remote;
 mod storm;
+mod switch_cost;
 mod types;
 
 use crate::call;
@@ -36,7 +37,11 @@ const ALL: [(&str, Scenario); 10] = [
 ];
 
 /// Only when asked for by name: what measures, or takes long.
-const MEASUREMENTS: [(&str, Scenario); 2] = [("lock-cost", lock_cost::run), ("soak", storm::soak)];
+const MEASUREMENTS: [(&str, Scenario); 3] = [
+    ("lock-cost", lock_cost::run),
+    ("switch-cost", switch_cost::run),
+    ("soak", storm::soak),
+];
 
 /// Runs the scenarios that the comma-separated list names, or `all`.
 pub(crate) fn run(machine: &Machine, which: &str, report: &mut Report) {

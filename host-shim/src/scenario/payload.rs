@@ -7,7 +7,7 @@ use vmm::platform::{RAM, UART};
 use vmm::{image, tree};
 
 use super::guests::{end, words};
-use crate::arch::{heap, mem};
+use crate::arch::{heap, mem, ticks_per_second};
 use crate::console::line;
 use crate::machine::Machine;
 use crate::vm::Vm;
@@ -34,6 +34,8 @@ pub(super) struct Memory {
     pub(super) ram: AddrRange,
     /// What is donated to the VM.
     pub(super) state: AddrRange,
+    /// What is donated to another VM.
+    pub(super) more_state: AddrRange,
     gic_v3: bool,
 }
 
@@ -41,7 +43,7 @@ impl Memory {
     /// Finds it; once, because a part of it becomes heap. Other scenarios use what is above.
     pub(super) fn find(machine: &Machine) -> Option<Self> {
         let want = Placement {
-            size: 3 * BLOCK + RAM_SIZE,
+            size: 4 * BLOCK + RAM_SIZE,
             align: BLOCK,
             limit: 1 << 40,
         };
@@ -52,9 +54,17 @@ impl Memory {
             other: part(BLOCK, BLOCK)?,
             ram: part(2 * BLOCK, RAM_SIZE)?,
             state: part(2 * BLOCK + RAM_SIZE, BLOCK)?,
+            more_state: part(3 * BLOCK + RAM_SIZE, BLOCK)?,
             gic_v3: matches!(machine.board.gic, Some(Gic::V3 { .. })),
         })
     }
+}
+
+/// Instructions that the counter's ticks are where an instruction takes a nanosecond (QEMU's
+/// `-icount shift=0`).
+pub(super) fn instructions(ticks: u64) -> u64 {
+    const SECOND: u64 = 1_000_000_000;
+    ticks * (SECOND / ticks_per_second())
 }
 
 /// The VM.
@@ -74,6 +84,15 @@ pub(super) enum Event {
 impl Guest {
     /// Loads the payload with this command line, which is ready to run.
     pub(super) fn create(memory: &Memory, bootargs: &str) -> Result<Self, &'static str> {
+        Self::create_in(memory, memory.ram, bootargs)
+    }
+
+    /// The same with this part of the memory as RAM.
+    pub(super) fn create_in(
+        memory: &Memory,
+        ram: AddrRange,
+        bootargs: &str,
+    ) -> Result<Self, &'static str> {
         let config = VmConfig {
             vcpus: 1,
             protected: false,
@@ -83,18 +102,19 @@ impl Guest {
             vm,
             console: Console::default(),
         };
-        match guest.fill(memory, bootargs) {
+        match guest.fill(memory, ram, bootargs) {
             Ok(()) => Ok(guest),
             Err(why) => end(vm).and(Err(why)),
         }
     }
 
-    fn fill(&self, memory: &Memory, bootargs: &str) -> Result<(), &'static str> {
+    fn fill(&self, memory: &Memory, range: AddrRange, bootargs: &str) -> Result<(), &'static str> {
         let payload = crate::run::DEMO;
-        let layout = image::layout(payload, 0, RAM_SIZE).map_err(|_| "the payload does not fit")?;
+        let layout =
+            image::layout(payload, 0, range.size()).map_err(|_| "the payload does not fit")?;
         let tree = tree::build(&tree::Guest {
             vcpus: 1,
-            memory: RAM_SIZE,
+            memory: range.size(),
             gic_v3: memory.gic_v3,
             bootargs,
             ramdisk: None,
@@ -102,12 +122,12 @@ impl Guest {
             virtio: 0,
         });
         let tree = tree.map_err(|_| "the guest's device tree can't be built")?;
-        let ram = mem::bytes_mut(memory.ram);
+        let ram = mem::bytes_mut(range);
         for (at, bytes) in [(0, &tree[..]), (layout.kernel as usize, payload)] {
             let place = ram.get_mut(at..).and_then(|ram| ram.get_mut(..bytes.len()));
             mem::copy(bytes, place.ok_or("the payload does not fit")?);
         }
-        words(self.vm.create_slot(RAM_SLOT, RAM, memory.ram))?;
+        words(self.vm.create_slot(RAM_SLOT, RAM, range))?;
         words(self.vm.create_vcpu(0))?;
         words(self.vm.start_vcpu(0, RAM + layout.kernel, RAM))
     }

@@ -15,7 +15,9 @@ pub(super) fn markdown(measurements: &[Measurement]) -> String {
          * IPI: from the write of the SGI register until the other vCPU, which polls its interface, has acknowledged it.\n\
          * Timer: from the compare value until the handler has run, the vCPU awake.\n\
          * First touch on demand: the average over 4,096 pages in sequence. One fault maps 2 MiB where the host's memory allows\n\
-         it, and without FEAT_S2FWB (cortex-a76) cleans those lines.\n\n\
+         it, and without FEAT_S2FWB (cortex-a76) cleans those lines. One page: of memory that begins off a block's boundary.\n\
+         * To the host and back: a read of a device, by a guest that makes no other; the host runs it on at once.\n\
+         * Lock: the host's call. 1 GiB by one block where the host's memory begins at a boundary of 1 GiB, else by 512 of 2 MiB.\n\n\
          ![chart](target.svg)\n\n",
     );
     let mut header = String::from("| operation | target |");

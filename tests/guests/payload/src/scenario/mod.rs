@@ -22,6 +22,7 @@ type EarlyRun = fn(&Arguments, Option<Tree>, &mut Report);
 /// With the MMU on.
 pub const ALL: &[(&str, Run)] = &[
     ("hello", hello::run),
+    ("ask", bench::ask),
     ("attributes", attributes::run),
     ("bench", bench::run),
     ("code", memory::code),
