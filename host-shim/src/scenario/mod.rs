@@ -8,6 +8,7 @@ mod guests;
 mod isolation;
 mod lock_cost;
 mod memory;
+mod overlap;
 mod payload;
 mod protection;
 mod race;
@@ -72,6 +73,7 @@ fn memory_of_guests(machine: &Machine, report: &mut Report) {
     };
     types::run(machine, &memory, report);
     race::run(machine, &memory, report);
+    overlap::run(&memory, report);
 }
 
 /// What a bare board does that was not asked for anything: it shows that EL2 is there.
