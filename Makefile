@@ -91,6 +91,10 @@ image: build ## the SD card's folder: make image BOARD=rpi4|rpi5
 doc: setup ## the crates' documentation, in target/doc
 	@. scripts/lib.sh && load_env && "$$CARGO" doc --workspace --no-deps
 
+.PHONY: tcb
+tcb: build ## how much code runs at EL2, and every unsafe in it: docs/tcb.md, docs/unsafe.md
+	@$(RAVELIN) tcb
+
 lint: build ## formatting, clippy and documentation with warnings denied
 	@scripts/lint.sh
 

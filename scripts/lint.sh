@@ -20,3 +20,5 @@ for crate in el2 host-shim; do
 done
 step "doc"
 RUSTDOCFLAGS="-D warnings" "$CARGO" doc --workspace --no-deps --quiet
+step "unsafe (a reason for each, and docs/unsafe.md up to date)"
+scripts/ravelin.sh tcb --check

@@ -4,7 +4,8 @@
 //!   [`fit`], [`device_tree`], [`launcher`], [`sdcard`].
 //! * Emulator: [`machine`] describes one, [`process`] runs it under a time limit and keeps its console,
 //!   [`verdict`] says what must come out, [`runner`] runs many and reports.
-//! * [`suite`] lists the scenarios, [`bench_boot`] measures the boot, [`symbolise`] reads backtraces.
+//! * [`suite`] lists the scenarios, [`bench_boot`] measures the boot, [`symbolise`] reads backtraces,
+//!   [`tcb`] counts what runs at EL2.
 
 pub mod bench_boot;
 pub mod bench_target;
@@ -25,4 +26,5 @@ pub mod runner;
 pub mod sdcard;
 pub mod suite;
 pub mod symbolise;
+pub mod tcb;
 pub mod verdict;

@@ -8,7 +8,7 @@ use ravelin_tests::runner::{self, Options};
 use ravelin_tests::symbolise::Symboliser;
 use ravelin_tests::{
     bench_boot, bench_target, device_tree, files, fit, image, interactive, kernel_image, map_svg,
-    sdcard, suite,
+    sdcard, suite, tcb,
 };
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
@@ -83,6 +83,8 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
                 map_svg::draw(&String::from_utf8_lossy(&text))?.as_bytes(),
             )?;
         }
+        Command::Tcb { check: true } => tcb::check()?,
+        Command::Tcb { check: false } => tcb::write()?,
         Command::Sdcard { board } => {
             println!("{}: see README.txt there", sdcard::write(board)?.display())
         }

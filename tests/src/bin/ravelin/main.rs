@@ -69,6 +69,12 @@ enum Command {
         /// Picture to write
         out: PathBuf,
     },
+    /// Count what runs at EL2 and list its unsafe code: docs/tcb.md, docs/unsafe.md and the README's row
+    Tcb {
+        /// Write nothing; fail if an unsafe has no SAFETY comment or docs/unsafe.md is out of date
+        #[arg(long)]
+        check: bool,
+    },
     /// Write the folder that goes onto a Raspberry Pi's SD card
     Sdcard {
         /// Which board
