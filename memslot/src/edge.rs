@@ -133,6 +133,22 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         Ok(released)
     }
 
+    /// Removes an importer and lets `release` take its root back from the table, in one section.
+    ///
+    /// # Errors
+    /// [`Error::CountUnbalanced`] if there is none. Whatever `release` returns; the importer
+    /// still counts then.
+    pub fn detach_importer_with<R>(
+        &self,
+        release: impl FnOnce(&mut T) -> Result<R, Error>,
+    ) -> Result<R, Error> {
+        let mut mmu = self.mmu.write();
+        let importers = mmu.importers.checked_sub(1).ok_or(Error::CountUnbalanced)?;
+        let released = release(&mut mmu.table)?;
+        mmu.importers = importers;
+        Ok(released)
+    }
+
     fn change_count(&self, slots: &mut SlotTable, change: Change) -> Result<Edge, Error> {
         let mut mmu = self.mmu.write();
         if change == Change::Register && mmu.importers > 0 {

@@ -449,3 +449,20 @@ fn x86_a_vcpu_with_other_registers_replaces_the_leaf() {
     let write_through = Some((MemType::WriteThrough, Combine::HonourGuest));
     assert_eq!(x86_touch(&vm, A_BASE, &other), write_through);
 }
+
+#[test]
+fn an_importer_leaves_only_when_its_root_is_taken_back() {
+    let vm = fwb();
+    vm.mem.attach_importer(|_| Ok(())).unwrap();
+    let failed = vm
+        .mem
+        .detach_importer_with::<()>(|_| Err(Error::OutOfMemory));
+    assert_eq!(failed, Err(Error::OutOfMemory));
+    assert_eq!(vm.mem.register_device(NonSnooping), Err(Error::InUse(1)));
+    assert_eq!(vm.mem.detach_importer_with(|_| Ok(7)), Ok(7));
+    assert_eq!(
+        vm.mem.detach_importer_with(|_| Ok(7)),
+        Err(Error::CountUnbalanced)
+    );
+    assert_eq!(vm.mem.register_device(NonSnooping), Ok(Edge::Started));
+}
