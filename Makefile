@@ -1,7 +1,7 @@
 # Ravelin's front door. `make` lists what there is; every target sets up what it needs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test test-host test-virt test-raspi4b test-boards bench bench-boot bench-target bench-host image doc lint clean
+.PHONY: help setup build run build-x86 test test-host test-virt test-raspi4b test-x86 test-boards bench bench-boot bench-target bench-host image doc lint clean
 
 # Settings of `make run` and `make image`; RUST_ROUTE is for every target.
 BOARD ?= virt
@@ -54,7 +54,11 @@ run: build ## boot Linux in a VM on the emulator, to a shell; its poweroff ends 
 		--arguments '$(ARGS)' --guest '$(GUEST)' $(if $(INITRD),--initrd '$(INITRD)') $(if $(DISK),--disk '$(DISK)') --cmdline '$(CMDLINE)' --vcpus $(VCPUS) \
 		--guest-memory $(GUEST_MEM) --vms $(VMS) --lock $(LOCK) --noncoherent $(NONCOHERENT) --protected $(PROTECTED)
 
-test: test-host test-emulator ## everything: the host's tests, then the emulators'
+build-x86: setup ## the x86 hypervisor's disk image: build/ravelin-x86.img
+	@scripts/setup-x86.sh
+	@scripts/build-x86.sh
+
+test: test-host test-emulator test-x86 ## everything: the host's tests, then the emulators'
 
 test-host: setup ## tests that need no machine: unit, property, loom, miri
 	@scripts/test-host.sh
@@ -68,6 +72,9 @@ test-virt: build ## boot every combination of CPU and GIC on QEMU's virt
 
 test-raspi4b: build ## boot QEMU's raspi4b with Debian's Pi 4 device tree
 	@$(RAVELIN) test raspi4b --filter '$(FILTER)'
+
+test-x86: build-x86 ## the x86 hypervisor on Bochs: exits, memory types, shoot-down, CPUs that lack something
+	@$(RAVELIN) test x86 --filter '$(FILTER)'
 
 test-boards: setup ## what EL2 reads in the real Pi 4 and Pi 5 device trees
 	@scripts/test-boards.sh

@@ -18,6 +18,8 @@ for crate in el2 host-shim; do
     step "clippy ($crate, $BARE_TARGET)"
     scripts/cargo-bare.sh clippy --quiet -p "ravelin-$crate" --target "$BARE_TARGET" -- -D warnings
 done
+step "clippy (vmx, x86_64-unknown-none)"
+scripts/cargo-bare.sh clippy --quiet -p ravelin-vmx --target x86_64-unknown-none -- -D warnings
 step "doc"
 RUSTDOCFLAGS="-D warnings" "$CARGO" doc --workspace --no-deps --quiet
 step "unsafe (a reason for each, and docs/unsafe.md up to date)"

@@ -28,6 +28,9 @@ step "reference model"
 step "loom el2"
 RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom "$CARGO" test --quiet --release -p ravelin-el2 --lib models::
 
+step "loom vmx"
+RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom "$CARGO" test --quiet --release -p ravelin-vmx --lib models::
+
 # The rustup proxy for `+nightly`, not the cargo that set-up chose.
 if [ "$RUST_ROUTE" = rustup ] && rustup run nightly cargo miri --version >/dev/null 2>&1; then
     step "miri"

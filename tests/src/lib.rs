@@ -6,6 +6,8 @@
 //!   [`verdict`] says what must come out, [`runner`] runs many and reports.
 //! * [`suite`] lists the scenarios, [`bench_boot`] measures the boot, [`symbolise`] reads backtraces,
 //!   [`tcb`] counts what runs at EL2.
+//! * [`x86`]: the x86 machine's disk image and its emulator.
+//! * [`suite`] lists the scenarios, [`bench_boot`] measures the boot, [`symbolise`] reads backtraces.
 
 pub mod bench_boot;
 pub mod bench_target;
@@ -28,3 +30,4 @@ pub mod suite;
 pub mod symbolise;
 pub mod tcb;
 pub mod verdict;
+pub mod x86;

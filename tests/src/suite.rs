@@ -7,6 +7,7 @@ mod raspi4b;
 mod shim;
 mod virt;
 mod vm_linux;
+mod x86;
 
 use crate::emulate;
 use crate::payload::{self, Payloads};
@@ -24,6 +25,8 @@ pub enum Suite {
     Virt,
     /// QEMU's `raspi4b` with Debian's Pi 4 device tree.
     Raspi4b,
+    /// The x86 hypervisor on Bochs.
+    X86,
 }
 
 /// The suite's scenarios, longest first where that shortens the whole.
@@ -31,6 +34,9 @@ pub enum Suite {
 /// # Errors
 /// The image or the payloads have not been built.
 pub fn scenarios(suite: Suite) -> Result<Vec<Scenario>> {
+    if suite == Suite::X86 {
+        return Ok(x86::scenarios());
+    }
     let image = emulate::ravelin_image();
     ensure!(
         image.exists(),
@@ -44,6 +50,9 @@ pub fn scenarios(suite: Suite) -> Result<Vec<Scenario>> {
 /// The same without looking whether anything is built: for listing.
 #[must_use]
 pub fn list(suite: Suite, payloads: &Arc<Payloads>) -> Vec<Scenario> {
+    if suite == Suite::X86 {
+        return x86::scenarios();
+    }
     let mut all = Vec::new();
     if suite != Suite::Raspi4b {
         all.extend(virt::scenarios(payloads));

@@ -6,6 +6,7 @@ use clap::Args;
 use ravelin_tests::payload::{self, Payloads};
 use ravelin_tests::runner::{self, Options};
 use ravelin_tests::symbolise::Symboliser;
+use ravelin_tests::x86::disk::{self, File};
 use ravelin_tests::{
     bench_boot, bench_target, device_tree, files, fit, image, interactive, kernel_image, map_svg,
     sdcard, suite, tcb,
@@ -62,6 +63,18 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
             &out,
             &image::flatten(&files::read(&elf, "build it first")?)?,
         )?,
+        Command::X86Disk {
+            elf,
+            out,
+            arguments,
+        } => {
+            let arguments = File {
+                name: "arguments",
+                bytes: arguments.as_bytes(),
+            };
+            let elf = files::read(&elf, "run `make build-x86` first")?;
+            report(&out, &disk::build(&elf, &[arguments])?)?;
+        }
         Command::KernelImage { kernel, out } => {
             report(
                 &out,

@@ -26,6 +26,16 @@ enum Command {
         /// Flat image to write
         out: PathBuf,
     },
+    /// Turn the x86 hypervisor's ELF file into the disk image that a PC boots
+    X86Disk {
+        /// ELF file to read
+        elf: PathBuf,
+        /// Disk image to write
+        out: PathBuf,
+        /// What the hypervisor is told
+        #[arg(long, default_value = "")]
+        arguments: String,
+    },
     /// Turn Debian's kernel file (raw, gzip or EFI zboot) into a raw arm64 Image
     KernelImage {
         /// Kernel file to read

@@ -1,0 +1,44 @@
+//! The x86 hypervisor on Bochs.
+
+use crate::runner::Scenario;
+use crate::verdict;
+use crate::x86::bochs::{Machine, PENRYN, RYZEN, SANDY_BRIDGE, SKYLAKE};
+
+/// Checks that the hypervisor makes on one CPU, and on more.
+const CHECKS_ALONE: u32 = 32;
+const CHECKS: u32 = 38;
+
+/// Every scenario's name begins with `x86/`.
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![
+        checks(SKYLAKE, 4),
+        checks(SKYLAKE, 2),
+        checks(SKYLAKE, 1),
+        checks(SANDY_BRIDGE, 2),
+        refuses(PENRYN, "the CPU has no EPT"),
+        refuses(RYZEN, "the CPU has no VMX"),
+    ]
+}
+
+/// The hypervisor's own scenarios, with guests of its own.
+fn checks(model: &'static str, cpus: u32) -> Scenario {
+    Scenario::new(format!("x86/checks/{model}/smp{cpus}"), move |context| {
+        let transcript = Machine::new(model, cpus, "run=checks").run(context, &[])?;
+        let ready = format!("{cpus} CPUs in VMX root operation");
+        verdict::line_with(&transcript, &ready)?;
+        if model == SANDY_BRIDGE {
+            verdict::line_with(&transcript, "no accessed and dirty flags in EPT")?;
+            verdict::line_with(&transcript, "no 1 GiB pages in EPT")?;
+        }
+        let checks = if cpus > 1 { CHECKS } else { CHECKS_ALONE };
+        verdict::closes(&transcript, checks)
+    })
+}
+
+/// A CPU that lacks what the hypervisor needs: one line says what, and nothing runs.
+fn refuses(model: &'static str, reason: &'static str) -> Scenario {
+    Scenario::new(format!("x86/refuses/{model}"), move |context| {
+        let transcript = Machine::new(model, 1, "run=checks").run(context, &[])?;
+        verdict::fatal(&transcript, &[reason])
+    })
+}

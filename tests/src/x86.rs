@@ -1,0 +1,4 @@
+//! The x86 machine: its disk image, and the emulator that runs it.
+
+pub mod bochs;
+pub mod disk;

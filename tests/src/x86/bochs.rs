@@ -1,0 +1,129 @@
+//! Bochs: configuration, command line, and the run of one machine.
+
+use super::disk::{self, File};
+use crate::files;
+use crate::process::{self, Reply, Run, Transcript};
+use crate::runner::Context;
+use crate::verdict;
+use anyhow::Result;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The CPU model with everything that the hypervisor can use.
+pub const SKYLAKE: &str = "corei7_skylake_x";
+/// EPT without accessed and dirty flags and without 1 GiB pages.
+pub const SANDY_BRIDGE: &str = "corei7_sandy_bridge_2600k";
+/// VMX without EPT.
+pub const PENRYN: &str = "core2_penryn_t9600";
+/// No VMX at all.
+pub const RYZEN: &str = "ryzen";
+
+/// The hypervisor's ELF file.
+#[must_use]
+pub fn elf() -> PathBuf {
+    files::build("ravelin-x86.elf")
+}
+
+/// One machine.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Bochs's name of the CPU.
+    pub model: &'static str,
+    /// CPUs, 1 to 8.
+    pub cpus: u32,
+    /// RAM in MiB.
+    pub memory: u32,
+    /// What the hypervisor is told.
+    pub arguments: String,
+    /// Wall-clock limit.
+    pub timeout: Duration,
+    /// What is typed on the console.
+    pub replies: Vec<Reply>,
+}
+
+impl Machine {
+    /// A machine with 256 MiB that is given two minutes.
+    #[must_use]
+    pub fn new(model: &'static str, cpus: u32, arguments: &str) -> Self {
+        Self {
+            model,
+            cpus,
+            memory: 256,
+            arguments: arguments.into(),
+            timeout: Duration::from_secs(120),
+            replies: Vec::new(),
+        }
+    }
+
+    /// Boots it from a disk image of its own with these files; the console goes to `console.log` in the folder.
+    ///
+    /// # Errors
+    /// The hypervisor is not built, or Bochs cannot be started.
+    pub fn run(&self, context: &Context, payload: &[File<'_>]) -> Result<Transcript> {
+        let folder = &context.folder;
+        let mut all = vec![File {
+            name: "arguments",
+            bytes: self.arguments.as_bytes(),
+        }];
+        all.extend(payload);
+        let elf = files::read(&elf(), "run `make build-x86`")?;
+        let image = folder.join("disk.img");
+        files::write(&image, &disk::build(&elf, &all)?)?;
+        // A killed Bochs leaves its lock behind, and the next one would not start.
+        let _ = std::fs::remove_file(folder.join("disk.img.lock"));
+        let configuration = folder.join("bochsrc");
+        files::write(&configuration, self.configuration(folder).as_bytes())?;
+        let script = folder.join("debugger");
+        files::write(&script, b"c\nq\n")?;
+        process::run(&Run {
+            program: "/bin/sh".into(),
+            args: arguments(&configuration, &script),
+            timeout: self.timeout * context.patience,
+            log: folder.join("console.log"),
+            replies: self.replies.clone(),
+            stop_at: vec![verdict::HALTED.into()],
+        })
+    }
+
+    /// 50 million instructions are a second; nothing depends on the host's clock.
+    fn configuration(&self, folder: &Path) -> String {
+        let path = |name: &str| folder.join(name).display().to_string();
+        format!(
+            "config_interface: textconfig\n\
+             display_library: sdl2\n\
+             cpu: model={model}, count={cpus}, ips=50000000, reset_on_triple_fault=0, ignore_bad_msrs=0\n\
+             memory: guest={memory}, host={memory}\n\
+             romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot\n\
+             vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest\n\
+             ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14\n\
+             ata0-master: type=disk, path=\"{disk}\", mode=flat\n\
+             boot: disk\n\
+             com1: enabled=1, mode=file, dev=/dev/stdout\n\
+             clock: sync=none, time0=1\n\
+             sound: driver=dummy\n\
+             plugin_ctrl: iodebug=1\n\
+             log: {log}\n\
+             panic: action=fatal\n\
+             error: action=report\n\
+             info: action=ignore\n\
+             debug: action=ignore\n",
+            model = self.model,
+            cpus = self.cpus,
+            memory = self.memory,
+            disk = path("disk.img"),
+            log = path("bochs.txt"),
+        )
+    }
+}
+
+/// A shell's arguments that become Bochs. No display is needed, nor used; Bochs's own messages do not mix with the
+/// console.
+fn arguments(configuration: &Path, script: &Path) -> Vec<String> {
+    let file = |path: &Path| path.display().to_string();
+    let mut bochs: Vec<_> = ["bochs", "-q", "-f"].map(String::from).into();
+    bochs.extend([file(configuration), "-rc".into(), file(script)]);
+    let bochs = process::quote(&bochs);
+    let errors = process::quote(&[file(&script.with_file_name("bochs-errors.txt"))]);
+    let command = format!("SDL_VIDEODRIVER=dummy exec {bochs} 2>{errors}");
+    vec!["-c".into(), command]
+}
