@@ -7,7 +7,6 @@
 //! * [`suite`] lists the scenarios, [`bench_boot`] measures the boot, [`symbolise`] reads backtraces,
 //!   [`tcb`] counts what runs at EL2.
 //! * [`x86`]: the x86 machine's disk image and its emulator.
-//! * [`suite`] lists the scenarios, [`bench_boot`] measures the boot, [`symbolise`] reads backtraces.
 
 pub mod bench_boot;
 pub mod bench_target;
