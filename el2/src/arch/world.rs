@@ -680,10 +680,36 @@ pub(crate) fn translate_stage1(address: u64) -> Option<u64> {
     Some(par & 0x000f_ffff_ffff_f000)
 }
 
+/// What an exception that EL2 takes from itself while a guest is loaded changes: the guest's return
+/// state, and the thread registers that vectors.S uses.
+#[derive(Clone, Copy, Debug)]
+struct Interrupted {
+    pc: u64,
+    pstate: u64,
+    threads: (u64, u64),
+}
+
+impl Interrupted {
+    fn save() -> Self {
+        Self {
+            pc: mrs!("elr_el2"),
+            pstate: mrs!("spsr_el2"),
+            threads: (mrs!("tpidr_el0"), mrs!("tpidrro_el0")),
+        }
+    }
+
+    fn restore(self) {
+        set!("elr_el2", self.pc);
+        set!("spsr_el2", self.pstate);
+        set!("tpidr_el0", self.threads.0);
+        set!("tpidrro_el0", self.threads.1);
+    }
+}
+
 /// What one of guest.S's translations gives. PAR_EL1 is the guest's, and comes back.
 fn translated(how: unsafe extern "C" fn(u64) -> u64, address: u64) -> Option<u64> {
     let saved = mrs!("par_el1");
-    let threads = (mrs!("tpidr_el0"), mrs!("tpidrro_el0"));
+    let interrupted = Interrupted::save();
     // SAFETY: an address translation instruction reads tables only; an exception of its own comes
     // back as a failed translation (`failed_translation`).
     let par = unsafe { how(address) };
@@ -691,23 +717,19 @@ fn translated(how: unsafe extern "C" fn(u64) -> u64, address: u64) -> Option<u64
     if par & 1 == 0 {
         return Some(par);
     }
-    // The exception, if there was one, has used them; see vectors.S.
-    set!("tpidr_el0", threads.0);
-    set!("tpidrro_el0", threads.1);
+    interrupted.restore();
     None
 }
 
 /// Waits for the accesses of the guest that is loaded. Where one of them has ended in an SError that
 /// no exception level has taken yet, that is the guest's: in the host it would be the host's end.
 pub(crate) fn settle_errors(guest: &mut Context) {
-    let threads = (mrs!("tpidr_el0"), mrs!("tpidrro_el0"));
+    let interrupted = Interrupted::save();
     // SAFETY: opens PSTATE.A for two instructions; the exception comes back (`expected_serror`).
     if unsafe { take_serror() } == 0 {
         return;
     }
-    // The exception has used them; see vectors.S.
-    set!("tpidr_el0", threads.0);
-    set!("tpidrro_el0", threads.1);
+    interrupted.restore();
     guest.hcr |= hcr::VSE;
     set_hcr(guest.hcr);
 }

@@ -9,7 +9,7 @@ use crate::verdict;
 use anyhow::{Result, ensure};
 
 /// Checks that `shim.run=all` makes at least.
-const SCENARIO_CHECKS: u32 = 81;
+const SCENARIO_CHECKS: u32 = 65;
 /// Checks of a machine that is given nothing to run.
 const REPORT_CHECKS: u32 = 2;
 /// Frames of a panic's backtrace that must have a function's name.
