@@ -1,12 +1,12 @@
 //! What locking costs, for `make bench-target`: `bench NAME VALUE`, in ticks of the counter, which
 //! under QEMU's `-icount shift=0` are instructions at 1 GHz. Not a part of `all`.
 
-use abi::{SlotWord, VmConfig};
+use abi::{DonationKind, SlotWord, VmConfig};
 use board::{AddrRange, PAGE_SIZE, Placement, highest_free};
 
 use super::guests::{end, words};
 use super::payload::instructions;
-use crate::arch::gic;
+use crate::arch::{gic, mem};
 use crate::console::line;
 use crate::machine::Machine;
 use crate::report::Report;
@@ -25,6 +25,80 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
     report.check("lock_by_one_block", measure(machine, 0, true));
     report.check("lock_by_blocks", measure(machine, SHIFTED, true));
     report.check("lock_by_pages", measure(machine, SHIFTED, false));
+    report.check("donation", donation(machine));
+}
+
+/// What it costs to give a protected guest its memory: by the largest pieces, for each page; and what
+/// wiping and cleaning the same memory costs here, which is a part of it.
+fn donation(machine: &Machine) -> Result<(), &'static str> {
+    const SIZE: u64 = 256 << 20;
+    let want = Placement {
+        size: SIZE + STATE,
+        align: SHIFTED,
+        limit: 1 << 40,
+    };
+    let range = highest_free(&machine.board.memory, &machine.board.reserved, want)
+        .ok_or("it takes 258 MiB of free memory")?;
+    let (ram, state) = (
+        AddrRange::with_size(range.start(), SIZE).ok_or("wraps")?,
+        AddrRange::with_size(range.start() + SIZE, STATE).ok_or("wraps")?,
+    );
+    let config = VmConfig {
+        vcpus: 1,
+        protected: true,
+    };
+    let word = SlotWord {
+        id: 0,
+        device: false,
+        flags: 0,
+    };
+    let before = gic::now();
+    mem::bytes_mut(ram).fill(0);
+    mem::clean_invalidate_to_poc(ram);
+    let wipe = gic::now() - before;
+    let vm = words(Vm::create(config, state))?;
+    words(vm.create_slot(word, IPA, ram))?;
+    let kind = DonationKind::Zeros;
+    let step = kind.max_pages();
+    let mut calls = (IPA..IPA + SIZE).step_by((step * PAGE_SIZE) as usize);
+    let before = gic::now();
+    let result = calls.try_for_each(|ipa| words(vm.donate_memory(ipa, step, kind)));
+    let ticks = gic::now() - before;
+    end(vm)?;
+    result?;
+    let pages = SIZE / PAGE_SIZE;
+    let (all, wiping) = (instructions(ticks) / pages, instructions(wipe) / pages);
+    line(format_args!("bench donate-wiped {all}"));
+    line(format_args!("bench donate {}", all.saturating_sub(wiping)));
+    hashed(ram, state)
+}
+
+/// The same with contents that are measured, for 4 MiB.
+fn hashed(ram: AddrRange, state: AddrRange) -> Result<(), &'static str> {
+    const SIZE: u64 = 4 << 20;
+    let config = VmConfig {
+        vcpus: 1,
+        protected: true,
+    };
+    let word = SlotWord {
+        id: 0,
+        device: false,
+        flags: 0,
+    };
+    let ram = AddrRange::with_size(ram.start(), SIZE).ok_or("wraps")?;
+    let vm = words(Vm::create(config, state))?;
+    words(vm.create_slot(word, IPA, ram))?;
+    let kind = DonationKind::Contents;
+    let step = kind.max_pages();
+    let mut calls = (IPA..IPA + SIZE).step_by((step * PAGE_SIZE) as usize);
+    let before = gic::now();
+    let result = calls.try_for_each(|ipa| words(vm.donate_memory(ipa, step, kind)));
+    let ticks = gic::now() - before;
+    end(vm)?;
+    result?;
+    let value = instructions(ticks) / (SIZE / PAGE_SIZE);
+    line(format_args!("bench donate-hashed {value}"));
+    Ok(())
 }
 
 fn measure(machine: &Machine, shift: u64, blocks: bool) -> Result<(), &'static str> {

@@ -154,7 +154,7 @@ impl Model {
             .all(|n| page(n).is_some_and(|p| p.owner == Owner::Guest(guest) && p.shared == shared))
     }
 
-    fn to_host(&mut self, page: usize) {
+    fn give_back(&mut self, page: usize) {
         let page = &mut self.pages[page];
         page.owner = Owner::Host;
         page.shared = false;
@@ -263,7 +263,7 @@ impl Model {
             return Said::No;
         }
         self.guests[guest].notes[page] = Some(Note::Relinquished);
-        self.to_host(page);
+        self.give_back(page);
         Said::Done(1)
     }
 
@@ -271,7 +271,7 @@ impl Model {
         match self.pages[page].owner {
             Owner::Guest(guest) if self.lives(guest) => {
                 self.guests[guest].notes[page] = Some(Note::Poisoned);
-                self.to_host(page);
+                self.give_back(page);
                 Said::Done(1)
             }
             _ => Said::No,
@@ -337,7 +337,7 @@ impl Model {
                 continue;
             };
             let stop = (start..end).find(|n| !is_its(n)).unwrap_or(end);
-            (start..stop).for_each(|page| self.to_host(page));
+            (start..stop).for_each(|page| self.give_back(page));
             if stop < end {
                 self.guests[guest].donations.push((stop, end - stop));
             }
