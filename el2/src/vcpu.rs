@@ -13,7 +13,7 @@ use spin::{Mutex, MutexGuard};
 
 use crate::arch::cpu::CpuData;
 use crate::arch::world::{self, Context, HostWorld, hcr};
-use crate::arch::{cpu, regs};
+use crate::arch::{cpu, firmware, regs};
 use crate::exits;
 use crate::hypervisor::Hypervisor;
 use crate::vm::Vm;
@@ -217,6 +217,9 @@ impl Vcpu {
         let VcpuState { host, context, .. } = &mut *running.state;
         world::settle_errors(context);
         host.load_host(features, context);
+        if let Some(id) = hypervisor.mitigations.between_worlds() {
+            firmware::call(u64::from(id), [0; 7]);
+        }
         self.running_on.store(NOWHERE, Ordering::Relaxed);
         self.block(vm, exit)
     }

@@ -72,6 +72,21 @@ pub struct Mitigations {
     pub workaround_3: Mitigation,
 }
 
+impl Mitigations {
+    /// The call of firmware that keeps what one world has taught the core's predictors from the next
+    /// one; `None` where the cores need none, or firmware has none. WORKAROUND_3 does what
+    /// WORKAROUND_1 does, and more (DEN 0028 7.6).
+    #[must_use]
+    #[inline]
+    pub const fn between_worlds(&self) -> Option<u32> {
+        match (self.workaround_3, self.workaround_1) {
+            (Mitigation::Firmware, _) => Some(WORKAROUND_3),
+            (_, Mitigation::Firmware) => Some(WORKAROUND_1),
+            _ => None,
+        }
+    }
+}
+
 /// What the calls read.
 pub struct Environment<'a, M: Fn(u64) -> bool> {
     /// Power states of the VM.

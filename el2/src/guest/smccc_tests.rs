@@ -103,6 +103,22 @@ fn workarounds_say_what_the_core_needs_and_do_it() {
 }
 
 #[test]
+fn predictors_are_cleared_between_worlds_where_firmware_can() {
+    assert_eq!(Mitigations::default().between_worlds(), None);
+    assert_eq!(ALL_BY_FIRMWARE.between_worlds(), Some(0x8000_8000));
+    let both = Mitigations {
+        workaround_3: Mitigation::Firmware,
+        ..ALL_BY_FIRMWARE
+    };
+    assert_eq!(both.between_worlds(), Some(0x8000_3fff));
+    let none_needed = Mitigations {
+        workaround_1: Mitigation::NotNeeded,
+        ..Mitigations::default()
+    };
+    assert_eq!(none_needed.between_worlds(), None);
+}
+
+#[test]
 fn csv2_says_that_workaround_1_is_not_needed() {
     let csv2 = |id, argument| with(1, ALL_BY_FIRMWARE, false, [id, argument, 0, 0]);
     assert_eq!(csv2(0x8000_0001, 0x8000_8000), one(1));
