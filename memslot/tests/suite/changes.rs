@@ -236,7 +236,7 @@ fn a_new_slot_is_unlocked_whatever_its_description_says() {
     };
     vm.mem.create_slot(described).unwrap();
     assert_eq!(vm.mem.slot(A).unwrap().lock, None);
-    assert_eq!(vm.mem.delete_slot(A), Ok(()));
+    assert_eq!(vm.mem.delete_slot(A).map(|slot| slot.id), Ok(A));
 }
 
 #[test]

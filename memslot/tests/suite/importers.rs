@@ -145,7 +145,7 @@ fn every_removal_reaches_the_importer() {
     type Removal = fn(&Vm);
     let removals: [(&str, Removal); 6] = [
         ("unmap", |vm| vm.mem.host_unmap(pages(BASE, 1)).unwrap()),
-        ("delete", |vm| vm.mem.delete_slot(A).unwrap()),
+        ("delete", |vm| _ = vm.mem.delete_slot(A).unwrap()),
         ("move", |vm| {
             vm.mem.move_slot(A, gfn(BASE + 0x1000)).unwrap()
         }),
