@@ -275,4 +275,35 @@ mod tests {
         let all = list.insert(&[GfnRange::ALL]).unwrap();
         assert_eq!(drain(&list, all), [[GfnRange::ALL]]);
     }
+
+    /// One vCPU's pass is under way while another waits for the next: the waiting one is asked to
+    /// relax, and then does its own pass.
+    #[test]
+    fn who_waits_relaxes_and_then_zaps_its_own() {
+        let (list, relaxed) = (&ZapList::new(), &Mutex::new(false));
+        let passes = &Mutex::new(vec![]);
+        let first = list.insert(&[r(0, 1)]).unwrap();
+        std::thread::scope(|scope| {
+            let mut waiter = None;
+            list.complete(
+                first,
+                |_| {
+                    // The pass has started: what is queued from here on is for the next.
+                    let second = list.insert(&[r(4, 5)]).unwrap();
+                    waiter = Some(scope.spawn(move || {
+                        let zap = |batch: &[GfnRange]| passes.lock().push(batch.to_vec());
+                        list.complete(second, zap, || *relaxed.lock() = true);
+                    }));
+                    let start = std::time::Instant::now();
+                    while !*relaxed.lock() {
+                        assert!(start.elapsed().as_secs() < 20, "nobody relaxes");
+                        std::thread::yield_now();
+                    }
+                },
+                || panic!("the first has nobody to wait for"),
+            );
+            waiter.unwrap().join().unwrap();
+        });
+        assert_eq!(*passes.lock(), [[r(4, 5)]]);
+    }
 }

@@ -18,7 +18,7 @@ const A: SlotId = SlotId(1);
 /// 32 MiB from address 0 on.
 const PAGES: u64 = 0x2000;
 const VCPUS: [u64; 4] = [0, 1, 2, 3];
-const ROUNDS: u64 = if cfg!(miri) { 1 } else { 4 };
+const ROUNDS: u64 = 4;
 const ALL_WB: u64 = 0x0606_0606_0606_0606;
 
 type Vm = Real<Ept, EptPolicy>;

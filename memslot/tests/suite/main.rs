@@ -3,7 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 // What Miri leaves out maps thousands of pages or runs hundreds of random cases. The unsafe code
-// below is `stage2`'s; `importers` and `boots` bring Miri to it by way of this crate.
+// below is `stage2`'s; `importers` brings Miri to it by way of this crate.
+#[cfg(not(miri))]
 mod boots;
 mod caches;
 mod changes;
@@ -25,4 +26,5 @@ mod real;
 mod rules;
 mod runs;
 mod unlock;
+#[cfg(not(miri))]
 mod withhold;
