@@ -95,8 +95,7 @@ fn build<F: TableFormat, P: MemTypePolicy>(
     policy: P,
     frames: FakeFrames,
 ) -> Real<F, P> {
-    let tables = if cfg!(miri) { 16 } else { 96 };
-    let fake = Arc::new(FakeMachine::new(arch, tables));
+    let fake = Arc::new(FakeMachine::new(arch, 96));
     let machine = Machine {
         fake,
         caches: Arc::new(CacheModel::new()),
