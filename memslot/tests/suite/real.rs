@@ -12,7 +12,7 @@ use memslot::mtrr::Msr;
 use memslot::policy::{ArmPolicy, CdQuirk, EptPolicy, VcpuTypes};
 use memslot::slot::{LockGranule, SlotId};
 use stage2::testing::Event;
-use stage2::{ArmStage2, Combine, Level, MemType, Perms};
+use stage2::{ArmStage2, Combine, Level, MemType, Pa, PaRange, Perms};
 
 /// 4 MiB at 1 GiB, aligned frames.
 const A: SlotId = SlotId(1);
@@ -215,6 +215,23 @@ fn a_lock_does_no_maintenance_and_the_first_run_does_it_in_one_piece_per_chunk()
     drop(vm.mem.enter().unwrap());
     assert_eq!(data(vm.machine.fake.take_events()), 2);
     assert_eq!(vm.machine.caches.traffic().data_lines, PAGES * 64);
+}
+
+#[test]
+fn the_run_after_a_reset_invalidates_fetches_of_executable_pages_alone() {
+    let vm = big(FWB);
+    vm.lock(&LockRequest::new(A, RW)).unwrap();
+    drop(vm.mem.enter().unwrap());
+    vm.fault(BASE + 2, Access::Fetch, FaultKind::Permission, &())
+        .map(drop)
+        .unwrap();
+    vm.mem.reset().unwrap();
+    drop(vm.machine.fake.take_events());
+    drop(vm.mem.enter().unwrap());
+    let events = vm.machine.fake.take_events();
+    let page = PaRange::new(Pa::new((FRAME + 2) << 12), 1 << 12).unwrap();
+    assert_eq!(events, [Event::Fetch(page)]);
+    assert_eq!(vm.violations(), [""; 0]);
 }
 
 #[test]
