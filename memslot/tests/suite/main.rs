@@ -25,6 +25,7 @@ mod observers;
 mod properties;
 #[cfg(not(miri))]
 mod real;
+#[cfg(not(miri))]
 mod rules;
 mod runs;
 mod unlock;
