@@ -113,31 +113,14 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// # Errors
     /// [`Error::CountUnbalanced`] if there is none.
     pub fn detach_importer(&self) -> Result<(), Error> {
-        self.release_importer(|_| Ok(()))
-    }
-
-    /// Removes an importer: `release`, which takes the root away from it, and with the last one
-    /// ends the export, in one section with the count.
-    ///
-    /// # Errors
-    /// [`Error::CountUnbalanced`] if there is none, and `release` is not called then. Whatever
-    /// `release` returns; the importer still counts then.
-    pub fn release_importer<R>(
-        &self,
-        release: impl FnOnce(&mut T) -> Result<R, Error>,
-    ) -> Result<R, Error> {
-        let mut mmu = self.mmu.write();
-        let importers = mmu.importers.checked_sub(1).ok_or(Error::CountUnbalanced)?;
-        let released = release(&mut mmu.table)?;
-        mmu.importers = importers;
-        Ok(released)
+        self.detach_importer_with(|_| Ok(()))
     }
 
     /// Removes an importer and lets `release` take its root back from the table, in one section.
     ///
     /// # Errors
-    /// [`Error::CountUnbalanced`] if there is none. Whatever `release` returns; the importer
-    /// still counts then.
+    /// [`Error::CountUnbalanced`] if there is none, and `release` is not called then. Whatever
+    /// `release` returns; the importer still counts then.
     pub fn detach_importer_with<R>(
         &self,
         release: impl FnOnce(&mut T) -> Result<R, Error>,

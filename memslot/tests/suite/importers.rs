@@ -87,7 +87,7 @@ fn export(vm: &Vm) -> (&'static Iommu, ExportedRoot) {
 
 /// Takes the only importer away and ends the export.
 fn unexport(vm: &Vm, listener: &Iommu, root: ExportedRoot) -> Result<(), Error> {
-    vm.mem.release_importer(|table| {
+    vm.mem.detach_importer_with(|table| {
         table.unregister(listener)?;
         table.unexport(root).map_err(|(_, error)| error.into())
     })
@@ -252,7 +252,7 @@ fn a_root_that_another_importer_walks_is_not_taken_back() {
         .attach_importer(|table| Ok(table.register(&root, importer(second))?))
         .unwrap();
     let mut kept = None;
-    let refused = vm.mem.release_importer(|table| {
+    let refused = vm.mem.detach_importer_with(|table| {
         table.unregister(first)?;
         table.unexport(root).map_err(|(root, error)| {
             kept = Some(root);
