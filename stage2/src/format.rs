@@ -141,6 +141,7 @@ pub unsafe trait TableFormat: core::fmt::Debug {
     }
 
     /// Reads a word.
+    #[inline]
     fn decode(&self, raw: u64, level: Level) -> Entry {
         match self.kind(raw, level) {
             WordKind::Invalid => SoftWord::decode(raw).entry(),

@@ -109,7 +109,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             let page = self.page_entry(ipa);
             if let Some(here) = page.filter(Position::is_empty) {
                 self.check_aligned(ipa | request.pa.get())?;
-                return self.fill_slot(request, &here);
+                return self.fill_slot(request, &here, request.pa);
             }
         }
         self.map_anywhere(request)
@@ -122,7 +122,8 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         self.check_input(&range)?;
         let here = self.descend(request.ipa.get());
         if here.is_empty() && self.is_one_leaf(request, here.level) {
-            return self.fill_slot(request, &here);
+            let last = request.pa.get() | (request.size - self.geometry().page_size());
+            return self.fill_slot(request, &here, Pa::new(last));
         }
         self.map_range(request, range)
     }
@@ -135,11 +136,16 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         request.size == size && aligned && levels.has(level)
     }
 
-    /// Makes the one leaf of a request, aligned for it, in an entry that is empty.
+    /// Makes the one leaf of a request, aligned for it, in an entry that is empty. `last` is the
+    /// last page of its output.
     #[inline(always)]
-    fn fill_slot(&self, request: &MapRequest, here: &Position<'_>) -> Result<MapOutcome, MapError> {
+    fn fill_slot(
+        &self,
+        request: &MapRequest,
+        here: &Position<'_>,
+        last: Pa,
+    ) -> Result<MapOutcome, MapError> {
         let pa = request.pa.get();
-        let last = Pa::new(pa | (request.size - self.geometry().page_size()));
         let (attrs, owed) = self.encode_leaves(&request.attrs, last, request.cmo)?;
         self.clean_before_make(PaRange::from_bounds(pa, pa + request.size), owed);
         let leaf = self.format.leaf_word(attrs, request.pa, here.level);

@@ -99,7 +99,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     ///
     /// # Errors
     /// [`MapError::OutOfInput`] past the input size.
-    #[inline]
+    #[inline(always)]
     pub fn lookup(&self, ipa: Ipa) -> Result<Lookup, MapError> {
         if ipa.get() >= self.geometry().input_end() {
             let even = ipa.get() & !1; // the last byte has no range of its own

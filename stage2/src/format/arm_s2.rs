@@ -284,6 +284,9 @@ impl ArmStage2 {
     #[inline]
     fn address_field(&self, pa: Pa) -> u64 {
         let pa = pa.get();
+        if pa & self.in_place == pa {
+            return pa;
+        }
         match self.address {
             AddressField::Narrow => pa & ADDRESS_47,
             AddressField::Lpa2 => pa & ADDRESS_49 | (pa >> 50 & 0b11) << 8,
