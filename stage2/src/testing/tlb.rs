@@ -57,10 +57,14 @@ impl FakeTlb {
     /// An invalidation of a range. With a level, only translations of that level go, and no walk
     /// step does.
     pub fn invalidate(&mut self, start: u64, end: u64, level: Option<i8>) {
-        self.leaves.retain(|_, cached| {
-            let hit = cached.at < end && cached.at + cached.size > start;
-            !(hit && level.is_none_or(|level| level == cached.level))
-        });
+        let hit: Vec<u64> = self
+            .overlapping(start, end)
+            .filter(|cached| level.is_none_or(|level| level == cached.level))
+            .map(|cached| cached.at)
+            .collect();
+        for at in hit {
+            self.leaves.remove(&at);
+        }
         if level.is_none() {
             self.walks
                 .retain(|_, (at, size)| !(*at < end && *at + *size > start));

@@ -6,6 +6,26 @@ use stage2::{
 
 use crate::kit::*;
 
+/// The entry is the one of the page and of no other: not of the last page of all, whose table
+/// is there, too.
+#[test]
+fn a_fault_beside_tables_elsewhere_takes_its_own_entry() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    let end = 1 << 39;
+    map(&mut space, end - 2 * PAGE, PAGE, GIB);
+    map(&mut space, PAGE, PAGE, 2 * GIB);
+    let low = fault_at(5 * PAGE + 7, 5 * PAGE, PAGE);
+    assert_eq!(space.fault(&low), Ok(FaultOutcome::Mapped(Level::PAGE)));
+    let expected = [
+        (PAGE, 3, 2 * GIB),
+        (5 * PAGE, 3, 5 * PAGE),
+        (end - 2 * PAGE, 3, GIB),
+    ];
+    assert_eq!(mapped(&machine), expected);
+    assert_clean(&machine);
+}
+
 fn fault_at(ipa: u64, window: u64, size: u64) -> FaultRequest {
     FaultRequest::new(
         Ipa::new(ipa),

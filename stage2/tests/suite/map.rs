@@ -228,6 +228,36 @@ fn requests_that_make_no_sense_change_nothing() {
     assert_eq!(mapped(&machine), []);
 }
 
+/// The short way of single pages checks as much as the long one.
+#[test]
+fn pages_beside_others_are_checked_too() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, 0, PAGE, 0);
+    let before = machine.snapshot();
+    let mut refused = |request: MapRequest| space.map(&request).unwrap_err();
+    let (odd_in, odd_out) = (request(PAGE + 8, PAGE, PAGE), request(PAGE, PAGE, PAGE + 8));
+    assert!(matches!(refused(odd_in), MapError::Unaligned(_)));
+    assert!(matches!(refused(odd_out), MapError::Unaligned(_)));
+    for pa in [1 << 40, !0xfff] {
+        let bits = 40;
+        let out = EncodeError::OutOfRange {
+            pa: Pa::new(pa),
+            bits,
+        };
+        assert_eq!(refused(request(PAGE, PAGE, pa)), MapError::Encode(out));
+    }
+    let past = request((1 << 39) + PAGE, PAGE, PAGE);
+    assert!(matches!(refused(past), MapError::OutOfInput(_)));
+    let forced = MapRequest {
+        attrs: LeafAttrs::forced_write_back(Perms::RW),
+        ..request(PAGE, PAGE, PAGE)
+    };
+    assert!(matches!(refused(forced), MapError::Encode(_)));
+    assert_eq!(machine.snapshot(), before);
+    assert_clean(&machine);
+}
+
 #[test]
 fn the_last_page_of_input_and_output_can_be_mapped() {
     let machine = machine(8);
