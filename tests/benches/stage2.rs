@@ -1,7 +1,7 @@
 //! The page-table core beside its peers: the same work, the same table memory, one process.
 //!
-//! `cargo bench -p ravelin-tests --bench stage2` prints a table; with a path behind `--`, it
-//! writes the table and a plot there. `ROW=name CASE=name` runs one measurement once, for
+//! `cargo bench -p ravelin-tests --bench stage2` runs it under criterion; with a path behind
+//! `--`, it writes tables and a plot there. `ROW=name CASE=name` runs one measurement once, for
 //! `valgrind --tool=callgrind --toggle-collect='*measured*'`.
 
 #![expect(
@@ -12,24 +12,28 @@
 )]
 
 mod stage2_memory;
+mod stage2_ours;
 mod stage2_peers;
 mod stage2_report;
 
 use std::hint::black_box;
+use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use stage2::{
-    Blocks, FaultRequest, Ipa, IpaRange, LeafAttrs, Level, MapRequest, Pa, Perms, Stage2,
+use criterion::Criterion;
+use stage2_memory::Machine;
+use stage2_ours::{
+    Faults, Lookup, MapBlocks, MapEach, MapLargest, MapPages, MapRandom, Protect, Split, Unmap,
+    Zap, apart, disjoint, half, same, timed,
 };
-use stage2_memory::{Machine, arm};
-use stage2_peers::{AarchPaging, Multiarch};
+use stage2_peers::{AarchPaging, LongMode, Multiarch};
 use stage2_report::{Report, Row};
 
 pub const GIB: u64 = 1 << 30;
 pub const BLOCK: u64 = 2 << 20;
 pub const PAGE: u64 = 4096;
 pub const PAGES: u64 = GIB / PAGE;
-const RUNS: u32 = 15;
 
 /// The only frame that instruction counts include.
 #[inline(never)]
@@ -40,248 +44,134 @@ pub fn measured<T>(work: impl FnOnce() -> T) -> T {
 /// One case of a row: prepares, then measures.
 pub type Case = fn() -> Duration;
 
-fn time<T>(work: impl FnOnce() -> T) -> Duration {
+pub fn time<T>(work: impl FnOnce() -> T) -> Duration {
     let start = Instant::now();
     black_box(measured(work));
     start.elapsed()
 }
 
-/// The best of some runs: noise only ever adds.
-fn best(case: Case) -> Duration {
-    (0..RUNS).map(|_| case()).min().unwrap_or_default()
-}
-
-type Space = Stage2<stage2::ArmStage2, &'static Machine>;
-
-fn space() -> Space {
-    let machine = Machine::fresh();
-    Stage2::new(arm(), machine, ()).expect("a root fits")
-}
-
-fn request(ipa: u64, size: u64, blocks: Blocks) -> MapRequest {
-    let attrs = LeafAttrs::normal(Perms::RWX);
-    MapRequest::new(Ipa::new(ipa), size, Pa::new(4 * GIB + ipa), attrs).with_blocks(blocks)
-}
-
-fn gigabyte() -> IpaRange {
-    IpaRange::new(Ipa::new(0), GIB).expect("not empty")
-}
-
-fn mapped(blocks: Blocks) -> Space {
-    let mut space = space();
-    space
-        .map(&request(0, GIB, blocks))
-        .expect("memory suffices");
-    space
-}
-
-fn ours_map(blocks: Blocks) -> Duration {
-    let mut space = space();
-    let request = request(0, GIB, blocks);
-    time(|| space.map(black_box(&request)))
-}
-
-fn ours_map_single() -> Duration {
-    let mut space = space();
-    time(|| {
-        for page in 0..PAGES {
-            let one = request(page * PAGE, PAGE, Blocks::Largest);
-            space.map(black_box(&one)).expect("memory suffices");
-        }
-    })
-}
-
-fn ours_unmap() -> Duration {
-    let mut space = mapped(Blocks::Never);
-    time(|| space.unmap(gigabyte()))
-}
-
-fn ours_zap() -> Duration {
-    let mut space = mapped(Blocks::Never);
-    time(|| space.zap_exclusive(gigabyte()))
-}
-
-fn ours_protect() -> Duration {
-    let mut space = mapped(Blocks::Never);
-    time(|| space.write_protect(gigabyte()))
-}
-
-fn ours_split() -> Duration {
-    let mut space = mapped(Blocks::UpTo(Level::L2));
-    time(|| space.split(gigabyte(), Level::PAGE))
-}
-
-/// Pages in an order that no prefetcher guesses: a permutation by an odd multiplier.
+/// Every page once, each far from the one before: a permutation by an odd multiplier.
 pub fn shuffled() -> impl Iterator<Item = u64> {
     (0..PAGES).map(|n| (n.wrapping_mul(0x9e37_79b1) & (PAGES - 1)) * PAGE)
 }
 
-fn ours_lookup() -> Duration {
-    let space = mapped(Blocks::Never);
-    time(|| {
-        let mut sum = 0;
-        for at in shuffled() {
-            if let Ok(found) = space.lookup(Ipa::new(black_box(at)))
-                && let stage2::Entry::Leaf { pa, .. } = found.entry
-            {
-                sum += pa.get();
-            }
-        }
-        sum
-    })
-}
-
-fn fault_page(space: &Space, at: u64) {
-    let attrs = LeafAttrs::normal(Perms::RWX);
-    let request = FaultRequest::new(Ipa::new(at), gigabyte(), Pa::new(4 * GIB), attrs)
-        .with_blocks(Blocks::Never);
-    black_box(space.fault(black_box(&request))).expect("memory suffices");
-}
-
-fn ours_faults() -> Duration {
-    let space = space();
-    time(|| shuffled().for_each(|at| fault_page(&space, at)))
-}
-
-/// Two threads; with `shift` 0 both fault the same pages, otherwise one half each.
-fn two_threads(disjoint: bool) -> Duration {
-    let space = space();
-    let half = |n: u64| {
-        let space = &space;
-        move || {
-            for at in shuffled().filter(|at| !disjoint || at / (GIB / 2) == n) {
-                fault_page(space, at);
-            }
-        }
-    };
-    time(|| {
-        std::thread::scope(|scope| {
-            scope.spawn(half(0));
-            scope.spawn(half(1));
-        });
-    })
-}
-
-/// One thread doing what each of the two does, for the ratio.
-fn half_faults() -> Duration {
-    let space = space();
-    time(|| {
-        shuffled()
-            .filter(|at| at / (GIB / 2) == 0)
-            .for_each(|at| fault_page(&space, at))
-    })
-}
-
 /// The floor: that many descriptors into zeroed tables, nothing else.
 fn floor(count: usize) -> Duration {
-    let machine = Machine::fresh();
-    let tables = machine.zeroed(count);
+    let words = Machine::fresh().zeroed(count);
     time(|| {
         let mut raw = (4 * GIB) | 0x7ff;
-        for word in tables {
-            word.store(raw, std::sync::atomic::Ordering::Relaxed);
+        for word in words {
+            word.store(raw, Ordering::Relaxed);
             raw += PAGE;
         }
     })
 }
 
-fn rows() -> Vec<Row> {
-    let row = |name, entries, cases: &[(&'static str, Case)]| Row::new(name, entries, cases);
-    let pages = PAGES;
+/// The floor of a look-up: reading a descriptor for each page, in the same order.
+fn read_floor() -> Duration {
+    let words = Machine::fresh().zeroed(PAGES as usize);
+    time(|| {
+        let index = |at: u64| (black_box(at) / PAGE) as usize % words.len();
+        shuffled().fold(0, |sum: u64, at| {
+            sum.wrapping_add(words[index(at)].load(Ordering::Relaxed))
+        })
+    })
+}
+
+fn map_rows() -> Vec<Row> {
+    let (ours, floored) = ("ours", "floor");
+    let (aarch, multi, long) = ("aarch64-paging", "multiarch", "x86_64");
     vec![
-        row(
-            "map-4k",
-            pages,
-            &[
-                ("ours", || ours_map(Blocks::Never)),
-                ("aarch64-paging", || AarchPaging::map(PAGE)),
-                ("multiarch", || Multiarch::map(PAGE)),
-                ("floor", || floor(262_144)),
-            ],
-        ),
-        row(
-            "map-2m",
-            512,
-            &[
-                ("ours", || ours_map(Blocks::UpTo(Level::L2))),
-                ("aarch64-paging", || AarchPaging::map(BLOCK)),
-                ("multiarch", || Multiarch::map(BLOCK)),
-                ("floor", || floor(512)),
-            ],
-        ),
-        row(
-            "map-largest",
-            1,
-            &[
-                ("ours", || ours_map(Blocks::Largest)),
-                ("aarch64-paging", || AarchPaging::map(GIB)),
-                ("multiarch", || Multiarch::map(GIB)),
-                ("floor", || floor(1)),
-            ],
-        ),
-        row(
-            "map-4k-single",
-            pages,
-            &[
-                ("ours", ours_map_single),
-                ("aarch64-paging", AarchPaging::map_single),
-                ("multiarch", Multiarch::map_single),
-            ],
-        ),
-        row(
-            "unmap",
-            pages,
-            &[
-                ("ours", ours_unmap),
-                ("aarch64-paging", AarchPaging::unmap),
-                ("multiarch", Multiarch::unmap),
-            ],
-        ),
-        row(
-            "lookup",
-            pages,
-            &[
-                ("ours", ours_lookup),
-                ("aarch64-paging", AarchPaging::lookup),
-                ("multiarch", Multiarch::lookup),
-            ],
-        ),
-        row(
-            "fault-4k",
-            pages,
-            &[
-                ("ours", ours_faults),
-                ("aarch64-paging", AarchPaging::faults),
-                ("multiarch", Multiarch::faults),
-            ],
-        ),
-        row(
-            "protect",
-            pages,
-            &[
-                ("ours", ours_protect),
-                ("aarch64-paging", AarchPaging::protect),
-                ("multiarch", Multiarch::protect),
-            ],
-        ),
-        row(
-            "zap",
-            pages,
-            &[("ours", ours_zap), ("aarch64-paging", AarchPaging::unmap)],
-        ),
-        row(
-            "split-512",
-            pages,
-            &[("ours", ours_split), ("aarch64-paging", AarchPaging::split)],
-        ),
-        row("threads-1-half", pages / 2, &[("ours", half_faults)]),
-        row(
-            "threads-2-disjoint",
-            pages,
-            &[("ours", || two_threads(true))],
-        ),
-        row("threads-2-same", pages, &[("ours", || two_threads(false))]),
+        Row::of::<MapPages>("map-4k", PAGES)
+            .case(ours, timed::<MapPages>)
+            .case(aarch, || AarchPaging::map(PAGE))
+            .case(multi, || Multiarch::map(PAGE))
+            .case(long, LongMode::map_pages)
+            .case(floored, || floor(262_144)),
+        Row::of::<MapBlocks>("map-2m", 512)
+            .case(ours, timed::<MapBlocks>)
+            .case(aarch, || AarchPaging::map(BLOCK))
+            .case(multi, || Multiarch::map(BLOCK))
+            .case(long, LongMode::map_blocks)
+            .case(floored, || floor(512)),
+        Row::of::<MapLargest>("map-largest", 1)
+            .case(ours, timed::<MapLargest>)
+            .case(aarch, || AarchPaging::map(GIB))
+            .case(multi, || Multiarch::map(GIB))
+            .case(long, LongMode::map_gigabyte)
+            .case(floored, || floor(1)),
+        Row::of::<MapEach>("map-4k-single", PAGES)
+            .case(ours, timed::<MapEach>)
+            .case(aarch, AarchPaging::map_single)
+            .case(multi, Multiarch::map_single)
+            .case(long, LongMode::map_pages),
+        Row::of::<MapRandom>("map-4k-random", PAGES)
+            .case(ours, timed::<MapRandom>)
+            .case(aarch, AarchPaging::faults)
+            .case(multi, Multiarch::faults)
+            .case(long, LongMode::faults),
+        Row::of::<Faults>("fault-4k", PAGES)
+            .case(ours, timed::<Faults>)
+            .case(aarch, AarchPaging::faults)
+            .case(multi, Multiarch::faults)
+            .case(long, LongMode::faults),
     ]
+}
+
+fn change_rows() -> Vec<Row> {
+    let ours = "ours";
+    let (aarch, multi, long) = ("aarch64-paging", "multiarch", "x86_64");
+    vec![
+        Row::of::<Unmap>("unmap", PAGES)
+            .case(ours, timed::<Unmap>)
+            .case(aarch, AarchPaging::unmap)
+            .case(multi, Multiarch::unmap)
+            .case(long, LongMode::unmap),
+        Row::of::<Protect>("protect", PAGES)
+            .case(ours, timed::<Protect>)
+            .case(aarch, AarchPaging::protect)
+            .case(multi, Multiarch::protect)
+            .case(long, LongMode::protect),
+        Row::of::<Zap>("zap", PAGES)
+            .case(ours, timed::<Zap>)
+            .case(aarch, AarchPaging::unmap),
+        Row::of::<Split>("split-512", PAGES)
+            .case(ours, timed::<Split>)
+            .case(aarch, AarchPaging::split),
+        Row::of::<Lookup>("lookup", PAGES)
+            .case(ours, timed::<Lookup>)
+            .case(aarch, AarchPaging::lookup)
+            .case(multi, Multiarch::lookup)
+            .case(long, LongMode::lookup)
+            .case("floor", read_floor),
+    ]
+}
+
+fn thread_rows() -> Vec<Row> {
+    [
+        ("threads-1-half", PAGES / 2, half as Case),
+        ("threads-2-disjoint", PAGES, disjoint),
+        ("threads-2-apart", PAGES, apart),
+        ("threads-2-same", PAGES, same),
+    ]
+    .map(|(name, entries, case)| Row::uncounted(name, entries).case("ours", case))
+    .into()
+}
+
+fn rows() -> Vec<Row> {
+    [map_rows(), change_rows(), thread_rows()]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// Few samples of little time: all rows together take a minute or two.
+fn harness() -> Criterion {
+    Criterion::default()
+        .sample_size(30)
+        .warm_up_time(Duration::from_millis(30))
+        .measurement_time(Duration::from_millis(400))
+        .without_plots()
 }
 
 fn main() {
@@ -290,15 +180,15 @@ fn main() {
         let chosen = rows
             .iter()
             .find(|r| r.name == row)
-            .and_then(|r| r.case(&case));
+            .and_then(|r| r.find(&case));
         println!("{:?}", chosen.map(|case| case()));
         return;
     }
-    let report = Report::measure(&rows, best);
+    let report = Report::measure(&rows, harness());
     println!("{report}");
     if let Some(folder) = std::env::args().skip(1).find(|arg| !arg.starts_with('-')) {
         report
-            .write(std::path::Path::new(&folder))
+            .write(Path::new(&folder))
             .expect("the folder can be written");
     }
 }

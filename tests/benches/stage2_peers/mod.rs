@@ -143,6 +143,10 @@ impl AarchPaging {
     }
 }
 
+mod long_mode;
+
+pub use long_mode::LongMode;
+
 struct Meta;
 
 /// As its own x86 metadata, without INVLPG, which user space cannot execute.
