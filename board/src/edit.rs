@@ -14,6 +14,7 @@ use dtoolkit::standard::NodeStandard;
 use dtoolkit::{Node, ToPropertyValue};
 use heapless::{String, Vec};
 
+use crate::info::MPIDR_AFFINITY;
 use crate::tree::number;
 use crate::{AddrRange, EditError};
 
@@ -112,7 +113,7 @@ fn set_cpus(tree: &mut TreeMut<'_>, usable: &[u64]) -> Result<(), EditError> {
         let Some(mpidr) = number(&node, "reg").filter(|_| is_cpu) else {
             continue;
         };
-        let up = usable.contains(&mpidr);
+        let up = usable.contains(&(mpidr & MPIDR_AFFINITY));
         cpu.remove_property("cpu-release-addr");
         replace(&mut cpu, "enable-method", "psci")?;
         replace(&mut cpu, "status", if up { "okay" } else { "fail" })?;

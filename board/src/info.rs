@@ -16,7 +16,7 @@ pub const MAX_RESERVED: usize = 64;
 /// Largest device tree in bytes: 2 MiB, the limit of the arm64 boot protocol.
 const MAX_TREE: u32 = 2 << 20;
 /// Affinity fields of MPIDR_EL1: Aff3 [39:32], Aff2..Aff0 [23:0] (Arm ARM D24.2, MPIDR_EL1).
-const MPIDR_AFFINITY: u64 = 0xff_00ff_ffff;
+pub(crate) const MPIDR_AFFINITY: u64 = 0xff_00ff_ffff;
 
 /// How firmware is called.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

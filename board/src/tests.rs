@@ -394,6 +394,18 @@ fn a_patched_tree_describes_the_same_board_less_el2() {
     }
 }
 
+/// Bit 31 of MPIDR_EL1 is one, and firmware may leave it in `reg`: it is no part of the affinity.
+#[test]
+fn a_cpu_whose_reg_is_its_whole_mpidr_stays_usable() {
+    let mut blob = virt(1);
+    let reg = prop(&blob, "/cpus/cpu@0", "reg").unwrap();
+    let at = reg.as_ptr().addr() - blob.as_ptr().addr();
+    blob[at] = 0x80;
+    assert_eq!(read(&blob).cpus[0].mpidr, 0);
+    let blob = patched(&blob, &[0]);
+    assert_eq!(prop(&blob, "/cpus/cpu@0", "status"), Some(&b"okay\0"[..]));
+}
+
 #[test]
 fn a_buffer_that_is_too_small_is_refused() {
     let blob = virt(1);
