@@ -10,7 +10,7 @@ use core::fmt::Write;
 
 use dtoolkit::fdt::Fdt;
 use dtoolkit::fdt_mut::{FdtMut, SliceBuffer};
-use dtoolkit::standard::NodeStandard;
+use dtoolkit::standard::{AddressSpaceProperties, NodeStandard};
 use dtoolkit::{Node, ToPropertyValue};
 use heapless::{String, Vec};
 
@@ -39,7 +39,8 @@ pub struct HostTree<'a> {
 /// # Errors
 ///
 /// [`EditError::NoRoom`] if the buffer is too small (8 KiB more than the original always do),
-/// [`EditError::NoNode`] if there is no `/cpus`.
+/// [`EditError::NoNode`] if there is no `/cpus`, [`EditError::Cells`] if what is reserved could not be
+/// read.
 pub fn patch_for_host(
     original: Fdt<'_>,
     buffer: &mut [u8],
@@ -134,25 +135,37 @@ fn replace(
     Ok(())
 }
 
+const RESERVED: &str = "/reserved-memory";
+
+/// Cell sizes of what is reserved: those of the root, which `/reserved-memory` must have, too
+/// (Devicetree Specification 3.5.1). Linux ignores all of one that has others.
+fn reserved_cells(original: Fdt<'_>) -> Result<AddressSpaceProperties, EditError> {
+    let root = original.root().address_space();
+    let node = original.find_node(RESERVED);
+    let own = node.map_or(root, |node| node.address_space());
+    let known = [own.address_cells, own.size_cells];
+    if own != root || known.iter().any(|cells| !(1..=2).contains(cells)) {
+        return Err(EditError::Cells(own.address_cells, own.size_cells));
+    }
+    Ok(own)
+}
+
 /// Adds `/reserved-memory/ravelin@ADDRESS` with `no-map`.
-///
-/// A `/reserved-memory` must use the root's cell sizes (Devicetree Specification 3.5.1).
 fn reserve_el2(buffer: &mut [u8], original: Fdt<'_>, el2: AddrRange) -> Result<(), EditError> {
-    const PARENT: &str = "/reserved-memory";
-    let cells = original.root().address_space();
-    if original.find_node(PARENT).is_none() {
-        add_child(buffer, "/", &PARENT[1..])?;
+    let cells = reserved_cells(original)?;
+    if original.find_node(RESERVED).is_none() {
+        add_child(buffer, "/", &RESERVED[1..])?;
         let mut tree = FdtMut::from_slice(buffer)?;
-        set(&mut tree, PARENT, "ranges", &b""[..])?;
-        set(&mut tree, PARENT, "#size-cells", cells.size_cells)?;
-        set(&mut tree, PARENT, "#address-cells", cells.address_cells)?;
+        set(&mut tree, RESERVED, "ranges", &b""[..])?;
+        set(&mut tree, RESERVED, "#size-cells", cells.size_cells)?;
+        set(&mut tree, RESERVED, "#address-cells", cells.address_cells)?;
     }
     let mut name = String::<32>::new();
     let mut path = String::<64>::new();
     let written =
-        write!(name, "ravelin@{:x}", el2.start()).and_then(|()| write!(path, "{PARENT}/{name}"));
+        write!(name, "ravelin@{:x}", el2.start()).and_then(|()| write!(path, "{RESERVED}/{name}"));
     debug_assert!(written.is_ok(), "16 hex digits fit");
-    add_child(buffer, PARENT, &name)?;
+    add_child(buffer, RESERVED, &name)?;
     let mut reg = Vec::<u8, 16>::new();
     push_cells(&mut reg, cells.address_cells, el2.start());
     push_cells(&mut reg, cells.size_cells, el2.size());

@@ -56,6 +56,10 @@ pub enum EditError {
     /// The node to be edited is not there.
     #[error("device tree has no node {0}")]
     NoNode(&'static str),
+    /// `/reserved-memory` does not have the root's cell sizes, or they are neither 1 nor 2: what is
+    /// reserved there would not be seen.
+    #[error("/reserved-memory can't be read with {0} and {1} cells")]
+    Cells(u32, u32),
     /// dtoolkit refused a property edit.
     #[error("device tree edit failed: {0}")]
     Property(dtoolkit::error::FdtMutError),

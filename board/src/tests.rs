@@ -406,6 +406,29 @@ fn a_cpu_whose_reg_is_its_whole_mpidr_stays_usable() {
     assert_eq!(prop(&blob, "/cpus/cpu@0", "status"), Some(&b"okay\0"[..]));
 }
 
+/// A `/reserved-memory` in which EL2's memory would not be seen by any host.
+#[test]
+fn reserved_memory_with_cells_of_its_own_is_refused() {
+    let mut fdt = FdtWriter::new().unwrap();
+    let root = fdt.begin_node("").unwrap();
+    fdt.property_u32("#address-cells", 2).unwrap();
+    fdt.property_u32("#size-cells", 2).unwrap();
+    let node = fdt.begin_node("reserved-memory").unwrap();
+    fdt.property_u32("#address-cells", 3).unwrap();
+    fdt.property_u32("#size-cells", 2).unwrap();
+    fdt.end_node(node).unwrap();
+    let node = fdt.begin_node("cpus").unwrap();
+    fdt.end_node(node).unwrap();
+    fdt.end_node(root).unwrap();
+    let blob = fdt.finish().unwrap();
+    let mut buffer = vec![0; blob.len() + 8192];
+    let tree = Tree::new(&blob).unwrap();
+    let el2 = range(0x5fe0_0000, 0x6000_0000);
+    let host = HostTree { el2, cpus: &[] };
+    let refused = patch_for_host(tree.fdt(), &mut buffer, &host);
+    assert_eq!(refused, Err(EditError::Cells(3, 2)));
+}
+
 #[test]
 fn a_buffer_that_is_too_small_is_refused() {
     let blob = virt(1);
