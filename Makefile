@@ -24,6 +24,7 @@ PROTECTED ?= 0
 LOG ?= info
 RUST_ROUTE ?= auto
 FILTER ?=
+SOAK ?= 600
 export RUST_ROUTE
 
 RAVELIN := scripts/ravelin.sh
@@ -75,6 +76,10 @@ test-raspi4b: build ## boot QEMU's raspi4b with Debian's Pi 4 device tree
 
 test-x86: build-x86 ## the x86 hypervisor on Bochs: exits, memory types, shoot-down, CPUs that lack something
 	@$(RAVELIN) test x86 --filter '$(FILTER)'
+
+.PHONY: soak
+soak: build ## what takes long: fuzzing for SOAK=600 seconds, then attacks from every core on the emulator
+	@SOAK='$(SOAK)' scripts/soak.sh
 
 test-boards: setup ## what EL2 reads in the real Pi 4 and Pi 5 device trees
 	@scripts/test-boards.sh

@@ -9,7 +9,10 @@ step() { printf '\n== test-host: %s\n' "$1"; }
 skip() { printf '\n== test-host: SKIPPED %s: %s\n' "$1" "$2"; }
 
 step "workspace"
-"$CARGO" test --workspace --quiet
+"$CARGO" test --workspace --exclude ravelin-fuzz --quiet
+
+step "fuzz (the corpus and bounded random inputs)"
+"$CARGO" test -p ravelin-fuzz --quiet
 
 step "boards"
 scripts/test-boards.sh

@@ -10,6 +10,7 @@ mod vm_linux;
 mod x86;
 
 use crate::emulate;
+use crate::machine::{Gic, Machine};
 use crate::payload::{self, Payloads};
 use crate::runner::Scenario;
 use anyhow::{Result, ensure};
@@ -27,6 +28,8 @@ pub enum Suite {
     Raspi4b,
     /// The x86 hypervisor on Bochs.
     X86,
+    /// What takes long: attacks from every core, many more than in `All`.
+    Soak,
 }
 
 /// The suite's scenarios, longest first where that shortens the whole.
@@ -50,17 +53,15 @@ pub fn scenarios(suite: Suite) -> Result<Vec<Scenario>> {
 /// The same without looking whether anything is built: for listing.
 #[must_use]
 pub fn list(suite: Suite, payloads: &Arc<Payloads>) -> Vec<Scenario> {
-    if suite == Suite::X86 {
-        return x86::scenarios();
+    let virt = || virt::scenarios(payloads);
+    let raspi4b = || raspi4b::scenarios(payloads);
+    match suite {
+        Suite::All => virt().into_iter().chain(raspi4b()).collect(),
+        Suite::Virt => virt(),
+        Suite::Raspi4b => raspi4b(),
+        Suite::X86 => x86::scenarios(),
+        Suite::Soak => vec![shim::soak(Machine::virt("max", Gic::V3, 4))],
     }
-    let mut all = Vec::new();
-    if suite != Suite::Raspi4b {
-        all.extend(virt::scenarios(payloads));
-    }
-    if suite != Suite::Virt {
-        all.extend(raspi4b::scenarios(payloads));
-    }
-    all
 }
 
 #[cfg(test)]
@@ -78,6 +79,18 @@ mod tests {
             names
                 .iter()
                 .all(|name| name.starts_with("virt/") || name.starts_with("raspi4b/"))
+        );
+    }
+
+    #[test]
+    fn soak_is_only_run_when_asked_for() {
+        let payloads = Arc::new(Payloads::default());
+        let soak = list(Suite::Soak, &payloads);
+        assert!(!soak.is_empty());
+        let all = list(Suite::All, &payloads);
+        assert!(
+            soak.iter()
+                .all(|one| all.iter().all(|other| one.name != other.name))
         );
     }
 

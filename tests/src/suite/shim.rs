@@ -7,11 +7,14 @@ use crate::runner::{Context, Scenario};
 use crate::symbolise::{Symboliser, frame_offset};
 use crate::verdict;
 use anyhow::{Result, ensure};
+use std::time::Duration;
 
 /// Checks that `shim.run=all` makes at least.
 const SCENARIO_CHECKS: u32 = 65;
 /// Checks of a machine that is given nothing to run.
 const REPORT_CHECKS: u32 = 2;
+/// Wall-clock limit of the soak: half a million calls and accesses on an emulator.
+const SOAK: Duration = Duration::from_secs(2 * 60 * 60);
 /// Frames of a panic's backtrace that must have a function's name.
 const NAMED_FRAMES: usize = 3;
 
@@ -34,6 +37,19 @@ pub(super) fn all(machine: Machine) -> Scenario {
         let transcript = Boot::shim(&machine, "shim.run=all").run(context, "console")?;
         boots(&transcript)?;
         verdict::closes(&transcript, SCENARIO_CHECKS)
+    })
+    .for_cpus(cpus)
+}
+
+/// Attacks from every core for as long as it takes.
+pub(super) fn soak(machine: Machine) -> Scenario {
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "soak"), move |context| {
+        let mut boot = Boot::shim(&machine, "shim.run=soak");
+        boot.timeout = SOAK;
+        let transcript = boot.run(context, "console")?;
+        boots(&transcript)?;
+        verdict::closes(&transcript, 1)
     })
     .for_cpus(cpus)
 }

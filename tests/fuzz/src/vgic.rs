@@ -1,0 +1,240 @@
+//! The virtual interrupt controller: accesses, lines and SGIs from all vCPUs, and what the hardware does to
+//! list registers while guests run.
+
+use arbitrary::{Result, Unstructured};
+use el2::vgic::{CpuInterface, GicVersion, Kicks, Vgic};
+
+/// The only interrupt with a physical one behind it: the virtual timer's.
+const TIMER: u64 = 27;
+/// ICH_HCR.EOIcount, GICH_HCR.EOIcount: the lowest bit.
+const EOI_COUNT: u32 = 27;
+
+struct Machine {
+    version: GicVersion,
+    vcpus: usize,
+    vgic: Vgic,
+    /// The virtual CPU interface of each vCPU that is in its guest.
+    loaded: Vec<Option<CpuInterface>>,
+    lists: u8,
+}
+
+/// Runs one input.
+pub(crate) fn run(data: &[u8]) {
+    let mut input = Unstructured::new(data);
+    let Ok(mut machine) = machine(&mut input) else {
+        return;
+    };
+    while !input.is_empty() {
+        if step(&mut input, &mut machine).is_err() {
+            return;
+        }
+    }
+    machine.drain();
+}
+
+fn machine(input: &mut Unstructured<'_>) -> Result<Machine> {
+    let version = *input.choose(&[GicVersion::V2, GicVersion::V3])?;
+    let vcpus = input.int_in_range(1..=8u8)?;
+    let machine = Machine {
+        version,
+        vcpus: vcpus.into(),
+        vgic: Vgic::new(version, vcpus),
+        loaded: vec![None; vcpus.into()],
+        lists: input.int_in_range(1..=16)?,
+    };
+    if input.arbitrary()? {
+        machine.enable_all();
+    }
+    Ok(machine)
+}
+
+fn step(input: &mut Unstructured<'_>, machine: &mut Machine) -> Result<()> {
+    let vcpu = input.choose_index(machine.vcpus)?;
+    let vgic = &machine.vgic;
+    let kicks = match input.int_in_range(0..=9u8)? {
+        0 => distributor(input, vgic, vcpu)?,
+        1 => redistributor(input, vgic, vcpu)?,
+        2 => vgic.sgi1r(vcpu, input.arbitrary()?),
+        3 => {
+            let kicks = vgic.set_spi(input.arbitrary::<u8>()?.into(), input.arbitrary()?);
+            kicks.unwrap_or(Kicks::NONE)
+        }
+        4 => vgic.set_ppi(vcpu, input.arbitrary::<u8>()?.into(), input.arbitrary()?),
+        5 | 6 => machine.enter_or_leave(vcpu),
+        7 | 8 => {
+            machine.guest_acts(vcpu, input)?;
+            Kicks::NONE
+        }
+        _ => {
+            machine.ask(vcpu, input.arbitrary()?);
+            Kicks::NONE
+        }
+    };
+    assert!(kicks.iter().all(|index| index < machine.vcpus), "{kicks:?}");
+    machine.check();
+    Ok(())
+}
+
+fn size(input: &mut Unstructured<'_>) -> Result<u8> {
+    Ok(*input.choose(&[4, 4, 4, 1, 2, 8])?)
+}
+
+fn distributor(input: &mut Unstructured<'_>, vgic: &Vgic, vcpu: usize) -> Result<Kicks> {
+    let offset = match input.int_in_range(0..=3u8)? {
+        0 => input.arbitrary::<u16>()?.into(),
+        // Registers of the first interrupts: the others are alike.
+        1 => u64::from(input.arbitrary::<u8>()?) << 7 & 0xf80,
+        _ => {
+            u64::from(input.arbitrary::<u8>()? & 0x1f) << 7
+                | u64::from(input.arbitrary::<u8>()? & 0xf)
+        }
+    };
+    let size = size(input)?;
+    let before = vgic.dist_read(vcpu, offset, size);
+    assert!(
+        size == 8 || before >> (8 * size) == 0,
+        "{before:#x} of {size} bytes"
+    );
+    Ok(vgic.dist_write(vcpu, offset, size, input.arbitrary()?))
+}
+
+fn redistributor(input: &mut Unstructured<'_>, vgic: &Vgic, of: usize) -> Result<Kicks> {
+    let offset =
+        u64::from(input.arbitrary::<u16>()?) | if input.arbitrary()? { 0x1_0000 } else { 0 };
+    let size = size(input)?;
+    let before = vgic.redist_read(of, offset, size);
+    assert!(
+        size == 8 || before >> (8 * size) == 0,
+        "{before:#x} of {size} bytes"
+    );
+    Ok(vgic.redist_write(of, offset, size, input.arbitrary()?))
+}
+
+impl Machine {
+    /// Both groups, every interrupt enabled.
+    fn enable_all(&self) {
+        let _: Kicks = self.vgic.dist_write(0, 0, 4, 3);
+        for offset in (0x100..0x180).step_by(4) {
+            let _: Kicks = self.vgic.dist_write(0, offset, 4, 0xffff_ffff);
+        }
+        for vcpu in 0..self.vcpus {
+            let _: Kicks = match self.version {
+                GicVersion::V2 => self.vgic.dist_write(vcpu, 0x100, 4, 0xffff_ffff),
+                GicVersion::V3 => self.vgic.redist_write(vcpu, 0x1_0100, 4, 0xffff_ffff),
+            };
+        }
+    }
+
+    fn enter_or_leave(&mut self, vcpu: usize) -> Kicks {
+        match self.loaded[vcpu].take() {
+            Some(interface) => self.vgic.save(vcpu, &interface),
+            None => {
+                let mut interface = CpuInterface::new(self.lists);
+                self.vgic.load(vcpu, &mut interface);
+                self.loaded[vcpu] = Some(interface);
+                Kicks::NONE
+            }
+        }
+    }
+
+    fn state_shift(&self) -> u32 {
+        match self.version {
+            GicVersion::V2 => 28,
+            GicVersion::V3 => 62,
+        }
+    }
+
+    /// The guest acknowledges (pending to active) or ends (no longer active) what is in a list register, or
+    /// ends something that is in none.
+    fn guest_acts(&mut self, vcpu: usize, input: &mut Unstructured<'_>) -> Result<()> {
+        let shift = self.state_shift();
+        let Some(interface) = &mut self.loaded[vcpu] else {
+            return Ok(());
+        };
+        let at = input.choose_index(16)?;
+        match interface
+            .lists
+            .get_mut(..interface.used.into())
+            .and_then(|used| used.get_mut(at))
+        {
+            Some(list) => match *list >> shift & 3 {
+                1 => *list ^= 3 << shift,
+                _ => *list &= !(2 << shift),
+            },
+            None if interface.hcr >> EOI_COUNT < 31 => interface.hcr += 1 << EOI_COUNT,
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn ask(&self, vcpu: usize, reset: bool) {
+        let _: bool = self.vgic.has_pending(vcpu);
+        let _: bool = self.vgic.timer_in_flight(vcpu);
+        if reset && self.loaded.iter().all(Option::is_none) {
+            self.vgic.reset();
+            assert!((0..self.vcpus).all(|vcpu| !self.vgic.has_pending(vcpu)));
+        }
+    }
+
+    /// No interrupt is in two list registers; those that are not in use are zero.
+    fn check(&self) {
+        let mut shared = Vec::new();
+        for interface in self.loaded.iter().flatten() {
+            let used = usize::from(interface.used);
+            assert!(used <= usize::from(self.lists));
+            assert!(interface.lists[used..].iter().all(|list| *list == 0));
+            let mut seen = Vec::new();
+            for list in &interface.lists[..used] {
+                let intid = list & 0x3ff;
+                assert!(!seen.contains(&intid), "{intid} is twice in one vCPU");
+                assert!(!shared.contains(&intid), "{intid} is in two vCPUs");
+                assert!(intid < 1020);
+                let hardware = match self.version {
+                    GicVersion::V2 => list >> 31 & 1,
+                    GicVersion::V3 => list >> 61 & 1,
+                };
+                assert!(
+                    hardware == 0 || intid == TIMER,
+                    "{list:#x} ends another interrupt"
+                );
+                seen.push(intid);
+            }
+            shared.extend(seen.into_iter().filter(|intid| *intid >= 32));
+        }
+    }
+
+    /// Guests that take whatever comes, with all lines low, come to an end: nothing is pending then.
+    fn drain(&mut self) {
+        for intid in 0..1020 {
+            let _: Result<Kicks, _> = self.vgic.set_spi(intid, false);
+            for vcpu in 0..self.vcpus {
+                let _: Kicks = self.vgic.set_ppi(vcpu, intid, false);
+            }
+        }
+        for vcpu in 0..self.vcpus {
+            if self.loaded[vcpu].is_some() {
+                let _: Kicks = self.enter_or_leave(vcpu);
+            }
+        }
+        self.enable_all();
+        for _ in 0..3 * (1020 + 32 * 8) {
+            if (0..self.vcpus).all(|vcpu| !self.take_all(vcpu)) {
+                break;
+            }
+        }
+        let waiting = (0..self.vcpus).find(|vcpu| self.vgic.has_pending(*vcpu));
+        assert_eq!(waiting, None, "an interrupt stays pending for ever");
+    }
+
+    /// One run of a guest that acknowledges and ends all it sees; whether it saw something.
+    fn take_all(&mut self, vcpu: usize) -> bool {
+        let shift = self.state_shift();
+        let mut interface = CpuInterface::new(self.lists);
+        self.vgic.load(vcpu, &mut interface);
+        for list in &mut interface.lists[..usize::from(interface.used)] {
+            *list &= !(3 << shift);
+        }
+        let _: Kicks = self.vgic.save(vcpu, &interface);
+        interface.used != 0
+    }
+}
