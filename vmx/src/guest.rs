@@ -25,7 +25,7 @@ use crate::arch::{
 };
 
 /// Longest stay in a guest, in microseconds: the bound on everything that waits for a vCPU.
-const SLICE: u64 = 1000;
+const SLICE: u64 = 10_000;
 
 /// A VM and the memory that its owner has given it.
 #[derive(Debug)]
@@ -173,6 +173,8 @@ pub(crate) enum Stop {
     Halted,
     /// The owner's deadline is over.
     Deadline,
+    /// The guest has asked for a reset of its machine.
+    Reset,
     /// The vCPU has ended.
     End(End),
 }
@@ -229,7 +231,8 @@ impl<'a> GuestCpu<'a> {
 
     /// Runs until the owner is needed, at most `microseconds` long.
     pub(crate) fn run(&mut self, ports: &mut dyn Ports, microseconds: u64) -> Stop {
-        let end = arch::cpu::timestamp() + microseconds * arch::time::hz() / 1_000_000;
+        let limit = microseconds.saturating_mul(arch::time::hz()) / 1_000_000;
+        let end = arch::cpu::timestamp().saturating_add(limit);
         self.vcpu.vmcs.make_current();
         self.fpu.load();
         self.msrs.load();
@@ -250,6 +253,9 @@ impl<'a> GuestCpu<'a> {
             return Some(Stop::Deadline);
         }
         ports.poll(now);
+        if ports.wants_reset() {
+            return Some(Stop::Reset);
+        }
         self.prepare_interrupts(ports, now);
         if self.vcpu.halted {
             return self

@@ -12,6 +12,8 @@
 //! | [`handle`] with [`cr`], [`msr`], [`cpuid`] | what happens at an exit |
 //! | [`vcpu`], [`start`], [`apic`] | a vCPU, the states in which it starts, its interrupts |
 //! | [`payload`] | the files behind the hypervisor in its disk image |
+//! | [`linux`] | the 64-bit boot protocol: a kernel's segments and its boot parameters |
+//! | [`pc`] | a 16550, two 8259, an 8254 and a clock |
 //! | [`ports`] | what a VM sees at its I/O ports |
 //! | [`vm`], [`frames`] | a VM: memory on the shared core, mailboxes, counters |
 //! | [`shootdown`] | invalidation on every CPU, complete when it returns |
@@ -31,8 +33,10 @@ pub mod exit;
 pub mod field;
 pub mod frames;
 pub mod handle;
+pub mod linux;
 pub mod msr;
 pub mod payload;
+pub mod pc;
 pub mod ports;
 pub mod shootdown;
 pub mod start;

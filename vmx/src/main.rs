@@ -18,9 +18,9 @@ mod arch;
 #[cfg(target_os = "none")]
 mod guest;
 #[cfg(target_os = "none")]
-mod panic;
+mod owner;
 #[cfg(target_os = "none")]
-mod suite;
+mod panic;
 
 #[cfg(target_os = "none")]
 use arch::serial::say;
@@ -29,6 +29,7 @@ use arch::serial::say;
 #[cfg(target_os = "none")]
 fn start() -> ! {
     use arch::{power, smp};
+    use owner::{linux, suite};
     use vmx::payload::Payload;
 
     say!("ravelin: x86, {} MiB of RAM", arch::total_memory() >> 20);
@@ -42,9 +43,12 @@ fn start() -> ! {
         arch::time::hz() / 1_000_000,
         cpu.capabilities.ept.output_bits
     );
-    let files = Payload::new(arch::payload::bytes());
-    match files.and_then(|files| files.argument("run")) {
+    let Some(files) = Payload::new(arch::payload::bytes()) else {
+        power::off(suite::run(&cpu))
+    };
+    match files.argument("run") {
         None | Some("checks") => power::off(suite::run(&cpu)),
+        Some("linux") => power::off(linux::run(&cpu, &files)),
         Some(other) => power::fatal(format_args!("cannot run '{other}'")),
     }
 }

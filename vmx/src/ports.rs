@@ -16,6 +16,10 @@ pub trait Ports {
     fn acknowledge(&mut self) -> Option<u8>;
     /// When [`Ports::poll`] must be called next at the latest.
     fn deadline(&self) -> Option<u64>;
+    /// Whether the guest has asked for a reset of its machine.
+    fn wants_reset(&self) -> bool {
+        false
+    }
 }
 
 /// A VM without devices: reads give ones, as an empty bus does.

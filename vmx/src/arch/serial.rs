@@ -5,7 +5,8 @@ use core::fmt;
 use super::cpu::{in8, out8};
 
 const COM1: u16 = 0x3f8;
-/// Line status: room for a byte; everything has left the wire.
+/// Line status: a byte has come; room for a byte; everything has left the wire.
+const DATA_READY: u8 = 1 << 0;
 const HOLDING_EMPTY: u8 = 1 << 5;
 const IDLE: u8 = 1 << 6;
 /// Looks at the line status before a missing or stuck UART is given up on.
@@ -39,9 +40,20 @@ pub(crate) fn init() {
     }
 }
 
+/// A byte that has come, if any.
+pub(crate) fn receive() -> Option<u8> {
+    (read(5) & DATA_READY != 0).then(|| read(0))
+}
+
 /// Waits until the last bit has left.
 pub(crate) fn drain() {
     let _ = (0..PATIENCE).find(|_| read(5) & IDLE != 0);
+}
+
+/// Sends bytes as they are.
+pub(crate) fn send(bytes: &[u8]) {
+    let _lock = LOCK.lock();
+    bytes.iter().for_each(|byte| send_one(*byte));
 }
 
 fn send_one(byte: u8) {
