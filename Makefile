@@ -1,7 +1,7 @@
 # Ravelin's front door. `make` lists what there is; every target sets up what it needs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build run build-x86 test test-host test-virt test-raspi4b test-x86 test-boards bench bench-boot bench-target bench-host image doc lint clean
+.PHONY: help setup build run build-x86 run-x86 test test-host test-virt test-raspi4b test-x86 test-boards bench bench-boot bench-target bench-host image doc lint clean
 
 # Settings of `make run` and `make image`; RUST_ROUTE is for every target.
 BOARD ?= virt
@@ -57,7 +57,11 @@ run: build ## boot Linux in a VM on the emulator, to a shell; its poweroff ends 
 
 build-x86: setup ## the x86 hypervisor's disk image: build/ravelin-x86.img
 	@scripts/setup-x86.sh
+	@scripts/setup-x86-payload.sh
 	@scripts/build-x86.sh
+
+run-x86: build-x86 ## boot Linux in a VM of the x86 hypervisor on Bochs, to a shell; its `poweroff -f` ends the run
+	@$(RAVELIN) x86-run --smp $(if $(filter command% environment%,$(origin SMP)),$(SMP),1)
 
 test: test-host test-emulator test-x86 ## everything: the host's tests, then the emulators'
 

@@ -2,3 +2,5 @@
 
 pub mod bochs;
 pub mod disk;
+pub mod kernel;
+pub mod linux;

@@ -2,15 +2,21 @@
 
 use crate::runner::Scenario;
 use crate::verdict;
-use crate::x86::bochs::{Machine, PENRYN, RYZEN, SANDY_BRIDGE, SKYLAKE};
+use crate::x86::bochs::{LINUX_MEMORY, Machine, PENRYN, RYZEN, SANDY_BRIDGE, SKYLAKE};
+use crate::x86::linux::Linux;
+use std::time::Duration;
 
 /// Checks that the hypervisor makes on one CPU, and on more.
 const CHECKS_ALONE: u32 = 32;
 const CHECKS: u32 = 38;
 
+/// Checks that the Linux guest makes.
+const LINUX_CHECKS: u32 = 7;
+
 /// Every scenario's name begins with `x86/`.
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
+        linux(),
         checks(SKYLAKE, 4),
         checks(SKYLAKE, 2),
         checks(SKYLAKE, 1),
@@ -32,6 +38,19 @@ fn checks(model: &'static str, cpus: u32) -> Scenario {
         }
         let checks = if cpus > 1 { CHECKS } else { CHECKS_ALONE };
         verdict::closes(&transcript, checks)
+    })
+}
+
+/// Debian's kernel in a VM, up to a shell's checks.
+fn linux() -> Scenario {
+    Scenario::new("x86/linux", |context| {
+        let mut machine = Machine::new(SKYLAKE, 1, "run=linux");
+        machine.memory = LINUX_MEMORY;
+        machine.timeout = Duration::from_secs(400);
+        let linux = Linux::prepare("selfcheck")?;
+        let transcript = machine.run(context, &linux.files())?;
+        verdict::line_with(&transcript, "ravelin: the guest stopped: ")?;
+        verdict::closes(&transcript, LINUX_CHECKS)
     })
 }
 

@@ -1,12 +1,15 @@
 //! Bochs: configuration, command line, and the run of one machine.
 
 use super::disk::{self, File};
+use super::linux::Linux;
 use crate::files;
 use crate::process::{self, Reply, Run, Transcript};
 use crate::runner::Context;
 use crate::verdict;
 use anyhow::Result;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 /// The CPU model with everything that the hypervisor can use.
@@ -18,17 +21,25 @@ pub const PENRYN: &str = "core2_penryn_t9600";
 /// No VMX at all.
 pub const RYZEN: &str = "ryzen";
 
+/// Starts Bochs with its environment.
+const SHELL: &str = "/bin/sh";
+
 /// The hypervisor's ELF file.
 #[must_use]
 pub fn elf() -> PathBuf {
     files::build("ravelin-x86.elf")
 }
 
+/// RAM in MiB for a machine with a Linux guest of 128 MiB: its memory is aligned to its size, beside the payload.
+pub const LINUX_MEMORY: u32 = 512;
+
 /// One machine.
 #[derive(Debug, Clone)]
 pub struct Machine {
     /// Bochs's name of the CPU.
-    pub model: &'static str,
+    pub model: String,
+    /// Where the serial line goes: Bochs's `com1` options.
+    pub line: String,
     /// CPUs, 1 to 8.
     pub cpus: u32,
     /// RAM in MiB.
@@ -44,9 +55,10 @@ pub struct Machine {
 impl Machine {
     /// A machine with 256 MiB that is given two minutes.
     #[must_use]
-    pub fn new(model: &'static str, cpus: u32, arguments: &str) -> Self {
+    pub fn new(model: &str, cpus: u32, arguments: &str) -> Self {
         Self {
-            model,
+            model: model.into(),
+            line: "mode=file, dev=/dev/stdout".into(),
             cpus,
             memory: 256,
             arguments: arguments.into(),
@@ -60,7 +72,18 @@ impl Machine {
     /// # Errors
     /// The hypervisor is not built, or Bochs cannot be started.
     pub fn run(&self, context: &Context, payload: &[File<'_>]) -> Result<Transcript> {
-        let folder = &context.folder;
+        process::run(&Run {
+            program: SHELL.into(),
+            args: self.prepare(&context.folder, payload)?,
+            timeout: self.timeout * context.patience,
+            log: context.folder.join("console.log"),
+            replies: self.replies.clone(),
+            stop_at: vec![verdict::HALTED.into()],
+        })
+    }
+
+    /// Writes disk image and configuration into the folder; the shell's arguments that start Bochs with them.
+    fn prepare(&self, folder: &Path, payload: &[File<'_>]) -> Result<Vec<String>> {
         let mut all = vec![File {
             name: "arguments",
             bytes: self.arguments.as_bytes(),
@@ -75,14 +98,7 @@ impl Machine {
         files::write(&configuration, self.configuration(folder).as_bytes())?;
         let script = folder.join("debugger");
         files::write(&script, b"c\nq\n")?;
-        process::run(&Run {
-            program: "/bin/sh".into(),
-            args: arguments(&configuration, &script),
-            timeout: self.timeout * context.patience,
-            log: folder.join("console.log"),
-            replies: self.replies.clone(),
-            stop_at: vec![verdict::HALTED.into()],
-        })
+        Ok(arguments(&configuration, &script))
     }
 
     /// 50 million instructions are a second; nothing depends on the host's clock.
@@ -98,7 +114,7 @@ impl Machine {
              ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14\n\
              ata0-master: type=disk, path=\"{disk}\", mode=flat\n\
              boot: disk\n\
-             com1: enabled=1, mode=file, dev=/dev/stdout\n\
+             com1: enabled=1, {line}\n\
              clock: sync=none, time0=1\n\
              sound: driver=dummy\n\
              plugin_ctrl: iodebug=1\n\
@@ -107,6 +123,7 @@ impl Machine {
              error: action=report\n\
              info: action=ignore\n\
              debug: action=ignore\n",
+            line = self.line,
             model = self.model,
             cpus = self.cpus,
             memory = self.memory,
@@ -114,6 +131,27 @@ impl Machine {
             log = path("bochs.txt"),
         )
     }
+}
+
+/// Boots Linux in a VM with the terminal as its console; its `poweroff -f` ends the run.
+///
+/// # Errors
+/// Something is not built, or Bochs cannot be started.
+pub fn interactive(model: &str, cpus: u32) -> Result<ExitCode> {
+    let mut machine = Machine::new(model, cpus, "run=linux");
+    machine.memory = LINUX_MEMORY;
+    if std::io::stdin().is_terminal() {
+        machine.line = "mode=term, dev=/dev/tty".into();
+    }
+    let linux = Linux::prepare("")?;
+    let folder = files::build("work/x86");
+    let arguments = machine.prepare(&folder, &linux.files())?;
+    let status = Command::new(SHELL).args(arguments).status()?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// A shell's arguments that become Bochs. No display is needed, nor used; Bochs's own messages do not mix with the

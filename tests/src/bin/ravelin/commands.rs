@@ -6,7 +6,9 @@ use clap::Args;
 use ravelin_tests::payload::{self, Payloads};
 use ravelin_tests::runner::{self, Options};
 use ravelin_tests::symbolise::Symboliser;
+use ravelin_tests::x86::bochs;
 use ravelin_tests::x86::disk::{self, File};
+use ravelin_tests::x86::kernel;
 use ravelin_tests::{
     bench_boot, bench_target, device_tree, files, fit, image, interactive, kernel_image, map_svg,
     sdcard, suite, tcb,
@@ -75,6 +77,11 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
             let elf = files::read(&elf, "run `make build-x86` first")?;
             report(&out, &disk::build(&elf, &[arguments])?)?;
         }
+        Command::X86Kernel { kernel, out } => {
+            let file = files::read(&kernel, "run `make build-x86` first")?;
+            report(&out, &kernel::unpack(&file)?)?;
+        }
+        Command::X86Run { smp, cpu } => return bochs::interactive(&cpu, smp),
         Command::KernelImage { kernel, out } => {
             report(
                 &out,

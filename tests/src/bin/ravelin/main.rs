@@ -36,6 +36,22 @@ enum Command {
         #[arg(long, default_value = "")]
         arguments: String,
     },
+    /// Unpack the vmlinux inside Debian's amd64 kernel file
+    X86Kernel {
+        /// Kernel file to read
+        kernel: PathBuf,
+        /// ELF file to write
+        out: PathBuf,
+    },
+    /// Boot the x86 hypervisor with a Linux guest on Bochs, with the terminal as the guest's console
+    X86Run {
+        /// CPUs of the machine
+        #[arg(long, default_value_t = 1)]
+        smp: u32,
+        /// Bochs's name of the CPU
+        #[arg(long, default_value = ravelin_tests::x86::bochs::SKYLAKE)]
+        cpu: String,
+    },
     /// Turn Debian's kernel file (raw, gzip or EFI zboot) into a raw arm64 Image
     KernelImage {
         /// Kernel file to read
