@@ -52,6 +52,7 @@ operations:
     .long op_vmxon - operations, op_wait - operations, op_halt - operations
     .long op_count - operations, op_nothing - operations, op_triple - operations
     .long op_touch - operations, op_wbinvd - operations, op_spin - operations
+    .long op_rounds - operations
 op_load:
     movq (%rbx), %rdx
     jmp done
@@ -137,6 +138,13 @@ op_wbinvd:
     jmp done
 op_spin:
     jmp op_spin
+op_rounds:                              # CPUID, as often as RCX says
+    movq %rcx, %rsi
+1:  xorl %eax, %eax
+    cpuid
+    decq %rsi
+    jnz 1b
+    jmp done
 guest_driven_end:
 
 # At the reset vector's page, 0xfffff000: what a ROM does.

@@ -68,6 +68,7 @@ pub(super) enum Op {
     Touch,
     Wbinvd,
     Spin,
+    Rounds,
 }
 
 /// How an operation ended.

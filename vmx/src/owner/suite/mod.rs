@@ -1,6 +1,7 @@
 //! Scenarios: each runs guests on this machine and checks what the hardware did, down to the EPT
 //! entries as the walker reads them.
 
+mod cost;
 mod exits;
 mod kit;
 mod memory;
@@ -23,7 +24,7 @@ pub(crate) fn run(cpu: &Cpu) -> Status {
     } else {
         &[]
     };
-    let lists = [exits::ALL, memory::ALL, policy::ALL, several];
+    let lists = [exits::ALL, memory::ALL, policy::ALL, several, cost::ALL];
     let (mut passed, mut failed) = (0, 0);
     for (name, scenario) in lists.into_iter().flatten() {
         match scenario(cpu) {
