@@ -21,7 +21,8 @@ use vmx::vcpu::Vcpu;
 use vmx::vm::{Vm, VmSettings};
 
 use crate::arch::{
-    self, Cpu, EptMachine, FRAME, FpuState, GuestRam, LoadedVmcs, MsrBitmap, SwappedMsrs,
+    self, Cpu, DebugRegisters, EptMachine, FRAME, FpuState, GuestRam, LoadedVmcs, MsrBitmap,
+    SwappedMsrs,
 };
 
 /// Longest stay in a guest, in microseconds: the bound on everything that waits for a vCPU.
@@ -188,6 +189,7 @@ pub(crate) struct GuestCpu<'a> {
     pub(crate) vcpu: Vcpu<LoadedVmcs>,
     fpu: Box<FpuState>,
     msrs: SwappedMsrs,
+    debug: DebugRegisters,
     vpid: u16,
 }
 
@@ -212,6 +214,7 @@ impl<'a> GuestCpu<'a> {
             vcpu,
             fpu: Box::new(FpuState::new()),
             msrs: SwappedMsrs::default(),
+            debug: DebugRegisters::default(),
             vpid,
         }
     }
@@ -236,11 +239,13 @@ impl<'a> GuestCpu<'a> {
         self.vcpu.vmcs.make_current();
         self.fpu.load();
         self.msrs.load();
+        self.debug.load();
         let stop = loop {
             if let Some(stop) = self.step(ports, end) {
                 break stop;
             }
         };
+        self.debug.save();
         self.msrs.save();
         self.fpu.save();
         stop
@@ -287,9 +292,10 @@ impl<'a> GuestCpu<'a> {
                 self.vcpu.set_input(width, value);
             }
             Request::Pause => arch::unblock_nmi(),
-            // Others look into their mailboxes before their next entry, at the latest when
-            // their slice is over.
-            Request::Message(_) | Request::Halt => {}
+            // Others look into their mailboxes before they enter. One that is about to enter
+            // misses the kick; then its slice is the bound.
+            Request::Message(_) => self.guest.shootdown.inside().for_each(arch::smp::kick),
+            Request::Halt => {}
         }
         None
     }

@@ -100,6 +100,12 @@ impl Shootdown {
         driven
     }
 
+    /// CPUs that are inside the guest now.
+    pub fn inside(&self) -> impl Iterator<Item = usize> {
+        let seats = self.seats.iter().enumerate();
+        seats.filter_map(|(cpu, seat)| seat.inside.load(Ordering::Relaxed).then_some(cpu))
+    }
+
     fn seat(&self, cpu: usize) -> &Seat {
         &self.seats[cpu.min(MAX_CPUS - 1)]
     }
@@ -149,6 +155,15 @@ mod tests {
         assert_eq!(driven, 1);
         assert_eq!(kicks.get(), 3);
         assert_eq!(waits.get(), 2 * KICK_AGAIN + 1);
+    }
+
+    #[test]
+    fn who_is_inside_is_known() {
+        let s = Shootdown::new();
+        s.enter(1, || {});
+        s.enter(3, || {});
+        s.leave(1);
+        assert_eq!(s.inside().collect::<std::vec::Vec<_>>(), [3]);
     }
 
     #[test]

@@ -52,7 +52,7 @@ operations:
     .long op_vmxon - operations, op_wait - operations, op_halt - operations
     .long op_count - operations, op_nothing - operations, op_triple - operations
     .long op_touch - operations, op_wbinvd - operations, op_spin - operations
-    .long op_rounds - operations
+    .long op_rounds - operations, op_debug - operations
 op_load:
     movq (%rbx), %rdx
     jmp done
@@ -138,6 +138,10 @@ op_wbinvd:
     jmp done
 op_spin:
     jmp op_spin
+op_debug:                               # DR0: what was there, then RBX
+    movq %dr0, %rdx
+    movq %rbx, %dr0
+    jmp done
 op_rounds:                              # CPUID, as often as RCX says
     movq %rcx, %rsi
 1:  xorl %eax, %eax

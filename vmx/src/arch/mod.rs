@@ -21,7 +21,7 @@ pub(crate) use memory::{FRAME, Frames, GuestRam, read_table, spoil_type, total a
 pub(crate) use root::{MsrBitmap, invept, invvpid};
 pub(crate) use smp::Cpu;
 pub(crate) use vmcs::LoadedVmcs;
-pub(crate) use world::{FpuState, SwappedMsrs, enter, unblock_nmi};
+pub(crate) use world::{DebugRegisters, FpuState, SwappedMsrs, enter, unblock_nmi};
 
 core::arch::global_asm!(include_str!("boot.S"), options(att_syntax));
 core::arch::global_asm!(include_str!("guests.S"), options(att_syntax));

@@ -80,3 +80,37 @@ impl SwappedMsrs {
         }
     }
 }
+
+/// DR0 to DR3 and DR6 of one vCPU; DR7 is in the VMCS, and an exit clears the machine's.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct DebugRegisters([u64; 5]);
+
+impl DebugRegisters {
+    /// Loads the guest's values.
+    pub(crate) fn load(&self) {
+        let [d0, d1, d2, d3, d6] = self.0;
+        // SAFETY: DR7 is clear outside guests, so no breakpoint is armed by this; DR6 was zero or
+        // read from the register.
+        unsafe {
+            asm!(
+                "mov dr0, {}", "mov dr1, {}", "mov dr2, {}", "mov dr3, {}", "mov dr6, {}",
+                in(reg) d0, in(reg) d1, in(reg) d2, in(reg) d3, in(reg) d6,
+                options(nomem, nostack, preserves_flags),
+            );
+        }
+    }
+
+    /// Saves the guest's values.
+    pub(crate) fn save(&mut self) {
+        let (d0, d1, d2, d3, d6): (u64, u64, u64, u64, u64);
+        // SAFETY: reading them has no effect.
+        unsafe {
+            asm!(
+                "mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3", "mov {}, dr6",
+                out(reg) d0, out(reg) d1, out(reg) d2, out(reg) d3, out(reg) d6,
+                options(nomem, nostack, preserves_flags),
+            );
+        }
+        self.0 = [d0, d1, d2, d3, d6];
+    }
+}

@@ -138,6 +138,11 @@ fn msrs(cpu: &Cpu) -> Check {
     ensure!(foreign == 0, "another VM's LSTAR {foreign:#x}");
     let own = g.must(Op::ReadMsr, 0, 0xc000_0082)?;
     ensure!(own == 0x1234_5678, "LSTAR {own:#x}");
+    g.must(Op::Debug, 0x4000, 0)?;
+    let foreign = other.must(Op::Debug, 0x5000, 0)?;
+    ensure!(foreign == 0, "another VM's DR0 {foreign:#x}");
+    let own = g.must(Op::Debug, 0, 0)?;
+    ensure!(own == 0x4000, "DR0 {own:#x}");
     Ok(())
 }
 

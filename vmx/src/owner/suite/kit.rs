@@ -69,6 +69,7 @@ pub(super) enum Op {
     Wbinvd,
     Spin,
     Rounds,
+    Debug,
 }
 
 /// How an operation ended.
