@@ -107,7 +107,11 @@ pub fn handle<V: Vmcs, P: Platform>(
     vcpu.redeliver();
     match exit {
         Exit::Memory(fault) => memory(vcpu, vm, &fault),
-        Exit::Interrupt(_) | Exit::Kick | Exit::Timer => Next::Ask(Request::Pause),
+        Exit::Kick => {
+            vcpu.allow_kicks();
+            Next::Ask(Request::Pause)
+        }
+        Exit::Interrupt(_) | Exit::Timer => Next::Ask(Request::Pause),
         Exit::InterruptWindow => Next::Resume,
         Exit::Control(access) => control(vcpu, vm, machine, access),
         Exit::ReadMsr | Exit::WriteMsr => model_specific(vcpu, vm, machine, exit),
@@ -462,6 +466,15 @@ pub(crate) mod tests {
         let loaded = Field::PDPTES.map(|field| v.vmcs.read(field));
         assert_eq!(loaded, [0x5021, 0x5029, 0x5031, 0x5039]);
         assert!(v.flush);
+    }
+
+    #[test]
+    fn a_kick_leaves_the_vcpu_open_to_the_next() {
+        let (vm, mut v) = (vm(), vcpu());
+        v.vmcs.write(Field::INTERRUPTIBILITY, 0b1001);
+        v.vmcs.write(Field::EXIT_EVENT, 0x8000_0202);
+        assert_eq!(exits(&mut v, &vm, 0, 0), Next::Ask(Request::Pause));
+        assert_eq!(v.vmcs.read(Field::INTERRUPTIBILITY), 1);
     }
 
     #[test]

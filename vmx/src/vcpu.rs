@@ -73,6 +73,8 @@ const HARDWARE_EXCEPTION: u64 = 3 << 8;
 const EVENT: u64 = VALID | 0xfff;
 /// Interruptibility: STI, MOV SS.
 const SHADOW: u64 = 0b11;
+/// Interruptibility: non-maskable interrupts.
+const NMI_BLOCKED: u64 = 1 << 3;
 /// RFLAGS.IF.
 const INTERRUPT_FLAG: u64 = 1 << 9;
 
@@ -165,6 +167,14 @@ impl<V: Vmcs> Vcpu<V> {
         self.vmcs.write(Field::ENTRY_EVENT, event & EVENT);
         self.vmcs.write(Field::ENTRY_EVENT_ERROR, error);
         self.vmcs.write(Field::ENTRY_INSTRUCTION_LENGTH, length);
+    }
+
+    /// Ends blocking of non-maskable interrupts, which an exit by one may leave in the state that
+    /// is entered again (Bochs 2.7 does). None is ever delivered to a guest, so it blocks none.
+    pub fn allow_kicks(&mut self) {
+        let state = self.vmcs.read(Field::INTERRUPTIBILITY);
+        self.vmcs
+            .write(Field::INTERRUPTIBILITY, state & !NMI_BLOCKED);
     }
 
     /// Whether the guest has interrupts enabled.
