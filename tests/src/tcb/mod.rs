@@ -1,6 +1,6 @@
 //! The trusted computing base in figures: how much code runs at EL2, and every `unsafe` in it.
 //!
-//! [`write`] makes `docs/tcb.md` and `docs/unsafe.md`; [`check`] fails if an `unsafe` has no reason or the
+//! [`write()`] makes `docs/tcb.md` and `docs/unsafe.md`; [`check`] fails if an `unsafe` has no reason or the
 //! inventory is not that of the sources. Lines are counted on the syntax tree (see `source`), for the packages,
 //! features and conditions that the image is built with; bytes are read from the image and its line table.
 
