@@ -26,7 +26,8 @@ const EXECUTION: u64 = 1 << 13;
 const REFUSED: u64 = 1 << 14;
 /// In a memory type: the data cache is owed.
 const OWES_DATA: u64 = 1 << 16;
-pub(super) const MARKS: u64 = EXECUTION | REFUSED | REFUSED << 1 | OWES_DATA;
+/// Marks that what can be said may bear.
+pub(super) const MARKS: u64 = EXECUTION | OWES_DATA;
 
 /// Stage-2 MemAttr (Arm ARM D8.6): what it says without and with forced write-back.
 mod mem_attr {

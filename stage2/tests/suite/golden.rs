@@ -402,3 +402,115 @@ fn a_raw_word_of_any_bits_decodes() {
         }
     }
 }
+
+const TYPES: [MemType; 9] = [
+    MemType::WriteBack,
+    MemType::WriteThrough,
+    MemType::WriteProtected,
+    MemType::NonCacheable,
+    MemType::Uncached,
+    MemType::Device(Device::NGnRnE),
+    MemType::Device(Device::NGnRE),
+    MemType::Device(Device::NGRE),
+    MemType::Device(Device::GRE),
+];
+
+/// Every combination of what a leaf can say.
+fn all_attrs() -> impl Iterator<Item = LeafAttrs> {
+    let perms = (0..16).map(Perms::from_bits_retain);
+    perms.flat_map(|perms| {
+        TYPES.into_iter().flat_map(move |mem| {
+            [Combine::HonourGuest, Combine::ForceStage2]
+                .into_iter()
+                .flat_map(move |combine| {
+                    [Age::Young, Age::Old].map(|age| {
+                        let sw = SwBits::try_new(perms.bits() ^ 0b1001).expect("four bits");
+                        LeafAttrs::new(perms, mem, combine)
+                            .with_age(age)
+                            .with_sw(sw)
+                    })
+                })
+        })
+    })
+}
+
+/// Returns how many of all combinations can be said. Reads back what each says, owes what it
+/// owes, and lets a walk tell tables from leaves.
+fn sayable<F: TableFormat>(format: &F, table: u64) -> usize {
+    let mut said = 0;
+    for attrs in all_attrs() {
+        let owing = format.encode_owing(&attrs);
+        assert_eq!(owing.map(|(raw, _)| raw), format.encode_attrs(&attrs));
+        let Ok((word, owed)) = owing else { continue };
+        said += 1;
+        assert_eq!(owed, attrs.maintenance());
+        for level in [Level::PAGE, Level::L2] {
+            let pa = Pa::new(format.geometry().slot_size(level) * 3);
+            let raw = format.leaf_word(word, pa, level);
+            let entry = Entry::Leaf { pa, attrs };
+            assert_eq!(format.decode(raw, level), entry);
+            assert_eq!(format.attrs_word(raw, level), word);
+            assert_eq!(format.maintenance(raw), owed);
+            assert!(level.is_page() || format.plain_table(raw).is_none());
+        }
+    }
+    let word = format.table_word(Pa::new(table));
+    assert_eq!(format.plain_table(word), Some(Pa::new(table)));
+    assert_eq!(format.plain_table(0), None);
+    said
+}
+
+#[test]
+fn all_that_can_be_said_reads_back_and_owes_what_it_should() {
+    let table = 0x12_3456_0000;
+    let joint = ArmFeatures {
+        execute: Execute::Joint,
+        ..FULL
+    };
+    let split = ArmFeatures {
+        execute: Execute::Split,
+        ..ArmFeatures::V8_0
+    };
+    let wide = ArmFeatures {
+        wide: WideAddresses::On,
+        ..FULL
+    };
+    // Types times permissions times ages: those that may be fetched, and those that may not.
+    let arm = |granule, bits, features| sayable(&arm(granule, bits, features), table);
+    assert_eq!(arm(Granule::K4, 40, ArmFeatures::V8_0), 2 * (2 * 8 + 5 * 4));
+    assert_eq!(arm(Granule::K4, 40, split), 2 * (2 * 16 + 5 * 4));
+    assert_eq!(arm(Granule::K16, 40, joint), 2 * (2 * 8 + 5 * 4));
+    assert_eq!(arm(Granule::K64, 52, FULL), 2 * (2 * 16 + 5 * 4));
+    assert_eq!(arm(Granule::K4, 52, wide), 2 * (2 * 16 + 5 * 4));
+    let ept = |offered| {
+        let format = Ept::new(&EptConfig {
+            output_bits: 46,
+            execute_only: offered,
+            gigabyte: offered,
+            access_dirty: offered,
+        });
+        sayable(&format.expect("a known shape"), table)
+    };
+    // Five types, honoured and forced: R, RW, RX, RWX, and X where it is offered.
+    assert_eq!(ept(Offered::No), 5 * 2 * 4);
+    assert_eq!(ept(Offered::Yes), 5 * 2 * 5 * 2);
+}
+
+/// A table whose address has high bits elsewhere is not plain, and is one all the same.
+#[test]
+fn tables_with_high_addresses_are_found_the_long_way() {
+    let wide = ArmFeatures {
+        wide: WideAddresses::On,
+        ..FULL
+    };
+    for (granule, features, pa) in [
+        (Granule::K4, wide, 1 << 50),
+        (Granule::K16, wide, 3 << 50),
+        (Granule::K64, FULL, 1 << 48),
+    ] {
+        let format = arm(granule, 52, features);
+        let word = format.table_word(Pa::new(pa));
+        assert_eq!(format.plain_table(word), None);
+        assert_eq!(format.decode(word, Level::L2), Entry::Table(Pa::new(pa)));
+    }
+}
