@@ -186,3 +186,20 @@ fn relax_adds_execution_with_instruction_cache_maintenance() {
     );
     assert_clean(&machine);
 }
+
+#[test]
+fn permissions_come_with_youth() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    let old = LeafAttrs::normal(Perms::READ).with_age(Age::Old);
+    let aged = stage2::MapRequest {
+        attrs: old,
+        ..request(0, PAGE, GIB)
+    };
+    space.map(&aged).unwrap();
+    let relaxed = space.relax_perms(Ipa::new(0), Perms::WRITE);
+    assert_eq!(relaxed, Ok(FaultOutcome::Relaxed));
+    let leaf = leaf_at(&machine, 0);
+    assert!(leaf.young && leaf.write);
+    assert_clean(&machine);
+}
