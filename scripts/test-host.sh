@@ -37,8 +37,12 @@ RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom "$CARGO" test --quiet --rele
 # The rustup proxy for `+nightly`, not the cargo that set-up chose.
 if [ "$RUST_ROUTE" = rustup ] && rustup run nightly cargo miri --version >/dev/null 2>&1; then
     step "miri"
-    env -u RUSTC -u CARGO CARGO_TARGET_DIR=target/miri MIRIFLAGS="-Zmiri-disable-isolation" \
-        rustup run nightly cargo miri test --quiet -p ravelin-stage2 -p ravelin-abi --lib
+    miri() {
+        env -u RUSTC -u CARGO CARGO_TARGET_DIR=target/miri MIRIFLAGS="-Zmiri-disable-isolation" \
+            rustup run nightly cargo miri test --quiet "$@"
+    }
+    miri -p ravelin-stage2 -p ravelin-abi --lib
+    miri -p ravelin-memslot --lib --test suite
 else
     skip "miri" "no nightly toolchain with miri here"
 fi
