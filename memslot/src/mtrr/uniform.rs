@@ -96,6 +96,8 @@ impl Search<'_> {
     }
 }
 
+// Arithmetic only: nothing for Miri to see, and long in it.
+#[cfg(not(miri))]
 #[cfg(test)]
 mod tests {
     use super::super::registers::Msr;
@@ -200,8 +202,6 @@ mod tests {
         assert_eq!(m.block_type(gfn(0x200), MIB2), Some(Uc));
     }
 
-    // Arithmetic only, and long in Miri.
-    #[cfg(not(miri))]
     #[test]
     fn masks_that_take_too_many_steps_count_as_mixed() {
         // Each pair, WB as the default, compares three bits of its own below 1 GiB: 4^6 pieces.
@@ -260,8 +260,6 @@ mod tests {
         })
     }
 
-    // Arithmetic only: nothing for Miri to see, and long in it.
-    #[cfg(not(miri))]
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(512))]
         #[test]

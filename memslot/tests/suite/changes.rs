@@ -207,6 +207,21 @@ fn a_page_between_two_written_ones_stays_as_it_is() {
     assert_eq!(vm.perms(A_BASE + 5), Some(Perms::READ));
     vm.relax(A_BASE + 5, Access::Write);
     assert_eq!(vm.mem.take_dirty_word(A, 0), Ok(1 << 5));
+    // Nor does the next word's first page, which is still in the log.
+    assert_eq!(vm.perms(A_BASE + 64), Some(Perms::RW));
+}
+
+#[test]
+fn pages_of_the_word_before_stay_writable() {
+    let vm = empty_vm(PLAIN, 64);
+    vm.mem
+        .create_slot(slot(A, A_BASE, 128, A_FRAME, LOG))
+        .unwrap();
+    vm.touch(A_BASE + 63, Access::Write);
+    vm.touch(A_BASE + 127, Access::Write);
+    assert_eq!(vm.mem.take_dirty_word(A, 1), Ok(1 << 63));
+    assert_eq!(vm.perms(A_BASE + 63), Some(Perms::RW));
+    assert_eq!(vm.perms(A_BASE + 127), Some(Perms::READ));
 }
 
 #[test]
