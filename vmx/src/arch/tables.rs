@@ -61,21 +61,9 @@ pub(super) fn load() {
     tables.task[10] = (stack_top >> 32) as u32;
     // No I/O permission map.
     tables.task[25] = 104 << 16;
-    let task = (&raw const tables.task).addr() as u64;
-    let base = (task & 0xff_ffff) << 16 | (task >> 24 & 0xff) << 56;
-    tables.gdt = [
-        0,
-        0x00af_9a00_0000_ffff,
-        0x00cf_9200_0000_ffff,
-        TSS | base | 103,
-        task >> 32,
-    ];
-    for n in 0..32 {
-        let handler = (&raw const exception_handlers).addr() as u64 + 16 * n as u64;
-        let stack = u64::from(ON_STACK.contains(&n));
-        tables.idt[2 * n] =
-            handler & 0xffff | CODE << 16 | stack << 32 | GATE | (handler >> 16 & 0xffff) << 48;
-        tables.idt[2 * n + 1] = handler >> 32;
+    tables.gdt = segments((&raw const tables.task).addr() as u64);
+    for (n, gate) in tables.idt.chunks_exact_mut(2).enumerate() {
+        gate.copy_from_slice(&exception_gate(n));
     }
     let gdt = Pointer {
         limit: 5 * 8 - 1,
@@ -85,6 +73,32 @@ pub(super) fn load() {
         limit: 64 * 8 - 1,
         base: (&raw const tables.idt).addr() as u64,
     };
+    activate(&gdt, &idt);
+}
+
+/// Nothing, 64-bit code, data, and the task state at this address.
+fn segments(task: u64) -> [u64; 5] {
+    let base = (task & 0xff_ffff) << 16 | (task >> 24 & 0xff) << 56;
+    let state = TSS | base | 103;
+    [
+        0,
+        0x00af_9a00_0000_ffff,
+        0x00cf_9200_0000_ffff,
+        state,
+        task >> 32,
+    ]
+}
+
+/// The gate of exception `n`.
+fn exception_gate(n: usize) -> [u64; 2] {
+    let handler = (&raw const exception_handlers).addr() as u64 + 16 * n as u64;
+    let stack = u64::from(ON_STACK.contains(&n)) << 32;
+    let low = handler & 0xffff | (handler >> 16 & 0xffff) << 48;
+    [low | CODE << 16 | stack | GATE, handler >> 32]
+}
+
+/// Loads both tables and the segments from the first.
+fn activate(gdt: &Pointer, idt: &Pointer) {
     // SAFETY: both tables are complete and stay; the far return loads the code segment that the
     // new table has at the same privilege; data segments are flat as before.
     unsafe {
@@ -100,8 +114,8 @@ pub(super) fn load() {
             "mov es, {data:x}",
             "mov ss, {data:x}",
             "ltr {task:x}",
-            gdt = in(reg) &raw const gdt,
-            idt = in(reg) &raw const idt,
+            gdt = in(reg) gdt,
+            idt = in(reg) idt,
             code = const CODE,
             data = in(reg) DATA,
             task = in(reg) TASK,
