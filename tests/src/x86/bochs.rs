@@ -53,7 +53,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine with 256 MiB that is given two minutes.
+    /// A machine with 256 MiB that is given four minutes.
     #[must_use]
     pub fn new(model: &str, cpus: u32, arguments: &str) -> Self {
         Self {
@@ -62,7 +62,7 @@ impl Machine {
             cpus,
             memory: 256,
             arguments: arguments.into(),
-            timeout: Duration::from_secs(120),
+            timeout: Duration::from_secs(240),
             replies: Vec::new(),
         }
     }
