@@ -108,6 +108,8 @@ const SPECIAL: u32 = 1020;
 /// Lets this core take what the scheduler waits for: its timer, its SGI and EL2's; and the guests'
 /// timer, which only ever fires while a guest runs.
 pub(crate) fn enable(gic: &Gic) -> Result<(), &'static str> {
+    // From now on the virtual timer is the guests'; one that a suspended core was woken by is over.
+    msr!("cntv_ctl_el0", 0);
     let wanted =
         1 << PHYSICAL_TIMER | 1 << WAKE_SGI | 1 << abi::KICK_SGI | 1 << abi::GUEST_TIMER_PPI;
     match gic {
