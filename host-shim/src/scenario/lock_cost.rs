@@ -32,6 +32,8 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
 /// wiping and cleaning the same memory costs here, which is a part of it.
 fn donation(machine: &Machine) -> Result<(), &'static str> {
     const SIZE: u64 = 256 << 20;
+    /// Of which so much is hashed, too.
+    const HASHED: u64 = 4 << 20;
     let want = Placement {
         size: SIZE + STATE,
         align: SHIFTED,
@@ -43,39 +45,25 @@ fn donation(machine: &Machine) -> Result<(), &'static str> {
         AddrRange::with_size(range.start(), SIZE).ok_or("wraps")?,
         AddrRange::with_size(range.start() + SIZE, STATE).ok_or("wraps")?,
     );
-    let config = VmConfig {
-        vcpus: 1,
-        protected: true,
-    };
-    let word = SlotWord {
-        id: 0,
-        device: false,
-        flags: 0,
-    };
     let before = gic::now();
     mem::bytes_mut(ram).fill(0);
     mem::clean_invalidate_to_poc(ram);
     let wipe = gic::now() - before;
-    let vm = words(Vm::create(config, state))?;
-    words(vm.create_slot(word, IPA, ram))?;
-    let kind = DonationKind::Zeros;
-    let step = kind.max_pages();
-    let mut calls = (IPA..IPA + SIZE).step_by((step * PAGE_SIZE) as usize);
-    let before = gic::now();
-    let result = calls.try_for_each(|ipa| words(vm.donate_memory(ipa, step, kind)));
-    let ticks = gic::now() - before;
-    end(vm)?;
-    result?;
-    let pages = SIZE / PAGE_SIZE;
-    let (all, wiping) = (instructions(ticks) / pages, instructions(wipe) / pages);
-    line(format_args!("bench donate-wiped {all}"));
-    line(format_args!("bench donate {}", all.saturating_sub(wiping)));
-    hashed(ram, state)
+    let wiped = donated(ram, state, DonationKind::Zeros)?;
+    let wiping = instructions(wipe) / (SIZE / PAGE_SIZE);
+    line(format_args!("bench donate-wiped {wiped}"));
+    line(format_args!(
+        "bench donate {}",
+        wiped.saturating_sub(wiping)
+    ));
+    let less = AddrRange::with_size(ram.start(), HASHED).ok_or("wraps")?;
+    let hashed = donated(less, state, DonationKind::Contents)?;
+    line(format_args!("bench donate-hashed {hashed}"));
+    Ok(())
 }
 
-/// The same with contents that are measured, for 4 MiB.
-fn hashed(ram: AddrRange, state: AddrRange) -> Result<(), &'static str> {
-    const SIZE: u64 = 4 << 20;
+/// Gives a protected guest all of `ram`; the instructions for each page.
+fn donated(ram: AddrRange, state: AddrRange, kind: DonationKind) -> Result<u64, &'static str> {
     let config = VmConfig {
         vcpus: 1,
         protected: true,
@@ -85,20 +73,16 @@ fn hashed(ram: AddrRange, state: AddrRange) -> Result<(), &'static str> {
         device: false,
         flags: 0,
     };
-    let ram = AddrRange::with_size(ram.start(), SIZE).ok_or("wraps")?;
     let vm = words(Vm::create(config, state))?;
     words(vm.create_slot(word, IPA, ram))?;
-    let kind = DonationKind::Contents;
     let step = kind.max_pages();
-    let mut calls = (IPA..IPA + SIZE).step_by((step * PAGE_SIZE) as usize);
+    let mut calls = (IPA..IPA + ram.size()).step_by((step * PAGE_SIZE) as usize);
     let before = gic::now();
     let result = calls.try_for_each(|ipa| words(vm.donate_memory(ipa, step, kind)));
     let ticks = gic::now() - before;
     end(vm)?;
     result?;
-    let value = instructions(ticks) / (SIZE / PAGE_SIZE);
-    line(format_args!("bench donate-hashed {value}"));
-    Ok(())
+    Ok(instructions(ticks) / (ram.size() / PAGE_SIZE))
 }
 
 fn measure(machine: &Machine, shift: u64, blocks: bool) -> Result<(), &'static str> {
