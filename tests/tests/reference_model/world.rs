@@ -50,8 +50,8 @@ impl Machines {
     }
 }
 
-/// What is in each page, instead of bytes.
-struct Tags(RefCell<Vec<Content>>);
+/// What is in each page, instead of bytes; and whether caches may hold what the host left there.
+struct Tags(RefCell<Vec<Content>>, RefCell<Vec<bool>>);
 
 impl Tags {
     fn set(&self, page: usize, content: Content) {
@@ -61,6 +61,15 @@ impl Tags {
     fn get(&self, page: usize) -> Content {
         self.0.borrow()[page]
     }
+
+    /// The host may have written it past the caches, or left lines in them.
+    fn unsettle(&self, page: usize) {
+        self.1.borrow_mut()[page] = true;
+    }
+
+    fn is_settled(&self, page: usize) -> bool {
+        !self.1.borrow()[page]
+    }
 }
 
 impl Contents for Tags {
@@ -68,15 +77,21 @@ impl Contents for Tags {
         for page in numbers(pages) {
             self.set(page, Content::Zero);
         }
+        self.settle(pages);
     }
 
-    fn settle(&self, _: AddrRange) {}
+    fn settle(&self, pages: AddrRange) {
+        for page in numbers(pages) {
+            self.1.borrow_mut()[page] = false;
+        }
+    }
 
     fn show(&self, pages: AddrRange, to: &mut dyn FnMut(&[u8])) {
         to(&vec![0; pages.size() as usize]);
         for page in numbers(pages) {
             self.set(page, Content::Measured);
         }
+        self.settle(pages);
     }
 }
 
@@ -166,7 +181,10 @@ impl<'a> World<'a> {
             ground,
             ownership,
             host,
-            tags: Tags(RefCell::new(vec![Content::Zero; ground.pages])),
+            tags: Tags(
+                RefCell::new(vec![Content::Zero; ground.pages]),
+                RefCell::new(vec![true; ground.pages]),
+            ),
             guests: (0..GUESTS).map(|_| slot()).collect(),
         }
     }
@@ -323,6 +341,10 @@ impl<'a> World<'a> {
             let content = if states.all_shared(range(page, 1), owner, true) {
                 Content::Public
             } else {
+                assert!(
+                    self.tags.is_settled(page),
+                    "guest {guest} has page {page} to itself, but caches may hold the host's lines"
+                );
                 Content::Secret(guest)
             };
             self.tags.set(page, content);
@@ -339,6 +361,7 @@ impl<'a> World<'a> {
             !matches!(found, Content::Secret(_)),
             "the host finds {found:?} in page {page}"
         );
+        self.tags.unsettle(page);
         let owner = self.ownership.pages().owner(range(page, 1).start());
         let content = if owner == Some(page_state::Owner::Host) {
             Content::Hosts
