@@ -3,11 +3,12 @@
 use std::format;
 use std::panic::Location;
 use std::prelude::rust_2024::*;
+use std::thread;
 
-use super::machine::{Event, FakeMachine};
+use super::machine::{Event, FakeMachine, State};
 use super::mutation::{Mutation, Op, Site};
 use super::tlb::Cached;
-use super::walker::{Found, RawEntry, Tables};
+use super::walker::{Arch, Found, RawEntry, Tables};
 use crate::addr::PaRange;
 use crate::level::Level;
 use crate::sync::Ordering;
@@ -16,65 +17,65 @@ use crate::sync::Ordering;
 const ALL: (u64, u64) = (0, u64::MAX);
 
 impl FakeMachine {
-    /// Lets a step happen, unless a mutation drops or delays it.
-    pub(super) fn step(&self, op: Op, event: Event, at: &'static Location<'static>) -> bool {
+    /// Lets a step happen, unless a mutation drops or delays it. What it does to memory, TLB and
+    /// caches is one step for every other thread, too.
+    pub(super) fn step(&self, op: Op, event: Event, at: &'static Location<'static>) {
+        self.step_in(&mut self.state(), op, event, at);
+    }
+
+    pub(super) fn step_in(
+        &self,
+        state: &mut State,
+        op: Op,
+        event: Event,
+        at: &'static Location<'static>,
+    ) {
         let site = Site::new(op, at);
-        let mutation = {
-            let mut state = self.state();
-            state.sites.insert(site);
-            state.mutation.filter(|mutation| *mutation.site() == site)
-        };
-        match mutation {
-            Some(Mutation::Drop(_)) => return false,
-            Some(Mutation::Delay(_)) => {
-                self.run_delayed();
-                self.state().delayed = Some(event);
-                return false;
-            }
-            None => {}
+        state.sites.insert(site);
+        let mutation = state.mutation.filter(|mutation| *mutation.site() == site);
+        if mutation.is_none() {
+            self.perform(state, event);
         }
-        self.perform(event);
-        self.run_delayed();
-        true
-    }
-
-    fn run_delayed(&self) {
-        let delayed = self.state().delayed.take();
-        if let Some(event) = delayed {
-            self.perform(event);
+        if !matches!(mutation, Some(Mutation::Drop(_)))
+            && let Some(delayed) = state.delayed.take()
+        {
+            self.perform(state, delayed);
+        }
+        if matches!(mutation, Some(Mutation::Delay(_))) {
+            state.delayed = Some(event);
         }
     }
 
-    fn perform(&self, event: Event) {
+    fn perform(&self, state: &mut State, event: Event) {
         match event {
             Event::Store {
                 table, index, new, ..
-            } => self.write(table, index, new),
-            Event::Publish => self.state().unpublished = false,
-            Event::TlbRange(..) | Event::TlbAll => self.invalidate_tlb(event),
-            Event::Data(range) => self.clean(range),
+            } => {
+                self.write(state, table, index, new);
+                return; // logged where the old word is known
+            }
+            Event::Publish => {
+                state.unpublished.remove(&thread::current().id());
+            }
+            Event::TlbRange(..) | Event::TlbAll => self.invalidate_tlb(state, event),
+            Event::Data(range) => state.clean(range),
             Event::Fetch(range) => {
                 let (start, end) = (range.start().get(), range.end().get());
-                self.state().caches.invalidate_fetch(start, end);
+                state.caches.invalidate_fetch(start, end);
             }
             Event::Notify(range) => {
                 let (start, end) = (range.start().get(), range.end().get());
-                if let Some(importer) = &mut self.state().importer {
+                if let Some(importer) = &mut state.importer {
                     importer.invalidate(start, end, None);
                 }
             }
             Event::Alloc(_) | Event::Free(_) => {}
         }
-        let mut state = self.state();
-        match event {
-            Event::Store { .. } => {} // logged where the old word is known
-            event => state.events.push(event),
-        }
+        state.events.push(event);
     }
 
-    fn invalidate_tlb(&self, event: Event) {
-        let mut state = self.state();
-        if state.unpublished {
+    fn invalidate_tlb(&self, state: &mut State, event: Event) {
+        if state.unpublished.contains(&thread::current().id()) {
             state
                 .violations
                 .push(format!("{event:?} before the stores are published"));
@@ -90,25 +91,20 @@ impl FakeMachine {
                 ALL
             }
         };
-        drop(state);
-        self.refill(within);
+        self.refill(state, within);
     }
 
     /// Walkers go on caching whatever is valid in the range.
-    fn refill(&self, within: (u64, u64)) {
-        let (arch, root) = {
-            let state = self.state();
-            (state.arch, state.root)
-        };
-        let Some(root) = root else { return };
+    fn refill(&self, state: &mut State, within: (u64, u64)) {
+        let arch = state.arch;
+        let Some(root) = state.root else { return };
         for index in 0..arch.root_entries() {
             let at = (index as u64) << arch.shift(arch.start);
             if at >= within.1 || at + (1 << arch.shift(arch.start)) <= within.0 {
                 continue;
             }
             let raw = self.word(root, index);
-            let (leaves, tables) = self.below(raw, at, arch.start, within);
-            let mut state = self.state();
+            let (leaves, tables) = self.below(arch, raw, (at, arch.start), within);
             for (pa, at, level) in tables {
                 state.link(pa, at, level);
             }
@@ -122,12 +118,11 @@ impl FakeMachine {
     /// span.
     fn below(
         &self,
+        arch: Arch,
         raw: u64,
-        at: u64,
-        level: i8,
+        (at, level): (u64, i8),
         within: (u64, u64),
     ) -> (Vec<Cached>, Vec<(u64, u64, i8)>) {
-        let arch = self.state().arch;
         let (mut leaves, mut tables) = (Vec::new(), Vec::new());
         let mut leaf = |at, level, leaf| {
             leaves.push(Cached {
@@ -147,23 +142,10 @@ impl FakeMachine {
         (leaves, tables)
     }
 
-    /// A frame that something can still write does not stay clean.
-    fn clean(&self, range: PaRange) {
-        let (start, end) = (range.start().get(), range.end().get());
-        let mut state = self.state();
-        let importer = state.importer.as_ref();
-        let reached =
-            state.tlb.reaches(start, end) || importer.is_some_and(|i| i.reaches(start, end));
-        if !reached || state.deferred {
-            state.caches.clean(start, end);
-        }
-    }
-
-    fn write(&self, table: u64, index: usize, new: u64) {
+    fn write(&self, state: &mut State, table: u64, index: usize, new: u64) {
         let word = self.entry(table, index);
         let old = word.load(Ordering::Relaxed);
         word.store(new, Ordering::Release);
-        let mut state = self.state();
         state.events.push(Event::Store {
             table,
             index,
@@ -176,23 +158,21 @@ impl FakeMachine {
         let at = base + ((index as u64) << state.arch.shift(level));
         let (was, is) = (state.arch.decode(old, level), state.arch.decode(new, level));
         if was != RawEntry::Invalid || is != RawEntry::Invalid {
-            state.unpublished = true;
+            state.unpublished.insert(thread::current().id());
         }
         state.check_replaced(was, is, at, level);
         state.check_emptied(old, level);
-        drop(state);
-        self.check_removed(was, old, at, level);
-        self.check_added(is, new, at, level);
+        self.check_removed(state, was, old, (at, level));
+        self.check_added(state, is, new, (at, level));
     }
 
     /// Memory below an entry that is gone owes its cleaning.
-    fn check_removed(&self, was: RawEntry, old: u64, at: u64, level: i8) {
+    fn check_removed(&self, state: &mut State, was: RawEntry, old: u64, at: (u64, i8)) {
         if was == RawEntry::Invalid {
             return;
         }
-        let (gone, tables) = self.below(old, at, level, ALL);
-        let mut state = self.state();
         let arch = state.arch;
+        let (gone, tables) = self.below(arch, old, at, ALL);
         for old in gone {
             if arch.owes_data(&old.leaf) {
                 state.caches.owe(old.leaf.pa, old.leaf.pa + old.size);
@@ -208,17 +188,29 @@ impl FakeMachine {
     }
 
     /// Whatever became reachable is cached at once, and must fit to be seen.
-    fn check_added(&self, is: RawEntry, new: u64, at: u64, level: i8) {
+    fn check_added(&self, state: &mut State, is: RawEntry, new: u64, at: (u64, i8)) {
         if is == RawEntry::Invalid {
             return;
         }
-        let (leaves, tables) = self.below(new, at, level, ALL);
-        let mut state = self.state();
+        let (leaves, tables) = self.below(state.arch, new, at, ALL);
         for (pa, at, level) in tables {
             state.link(pa, at, level);
         }
         for leaf in leaves {
             state.expose(leaf);
+        }
+    }
+}
+
+impl State {
+    /// A frame that something can still write does not stay clean.
+    fn clean(&mut self, range: PaRange) {
+        let (start, end) = (range.start().get(), range.end().get());
+        let importer = self.importer.as_ref();
+        let reached =
+            self.tlb.reaches(start, end) || importer.is_some_and(|i| i.reaches(start, end));
+        if !reached || self.deferred {
+            self.caches.clean(start, end);
         }
     }
 }

@@ -1,11 +1,12 @@
 //! The machine: memory, TLB, caches and event log in one, and what a test asks of it. What its
 //! steps do is in [`effects`](super::effects), what they must not do in [`rules`](super::rules).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::format;
 use std::panic::Location;
 use std::prelude::rust_2024::*;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 
 use super::caches::Caches;
 use super::mutation::{Mutation, Op, Site};
@@ -56,7 +57,8 @@ pub(super) struct State {
     pub(super) linked: BTreeMap<u64, (u64, i8)>,
     pub(super) free: Vec<u64>,
     pub(super) live: BTreeSet<u64>,
-    pub(super) unpublished: bool,
+    /// Threads, each standing for a CPU, whose stores to reachable tables walkers may not see yet.
+    pub(super) unpublished: HashSet<ThreadId>,
     pub(super) tlb: FakeTlb,
     pub(super) importer: Option<FakeTlb>,
     pub(super) caches: Caches,
@@ -101,7 +103,7 @@ impl FakeMachine {
             linked: BTreeMap::new(),
             free,
             live: BTreeSet::new(),
-            unpublished: false,
+            unpublished: HashSet::new(),
             tlb: FakeTlb::default(),
             importer: None,
             caches: Caches::default(),
@@ -136,7 +138,7 @@ impl FakeMachine {
     pub fn attach(&self, root: Pa) {
         let mut state = self.state();
         state.root = Some(root.get());
-        if state.unpublished {
+        if !state.unpublished.is_empty() {
             state.violations.push("the root is not published".into());
         }
         let start = state.arch.start;
@@ -256,11 +258,11 @@ impl FakeMachine {
                 .violations
                 .push(format!("operation ended before {event:x?}"));
         }
-        if state.unpublished {
+        if !state.unpublished.is_empty() {
             state
                 .violations
                 .push("operation ended with unpublished stores".into());
-            state.unpublished = false;
+            state.unpublished.clear();
         }
         for (start, end) in state.caches.owed() {
             state

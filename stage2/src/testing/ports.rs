@@ -5,6 +5,7 @@ use std::format;
 use std::panic::Location;
 use std::prelude::rust_2024::*;
 use std::ptr::NonNull;
+use std::thread;
 
 use super::machine::{Event, FakeMachine, POISON, State};
 use super::mutation::Op;
@@ -58,10 +59,9 @@ unsafe impl TableMemory for FakeMachine {
         }
         state.events.push(Event::Free(pa));
         if state.mutation.is_none() {
-            state.free.push(pa);
             let entries = 1 << (state.arch.page_shift - 3);
-            drop(state);
             (0..entries).for_each(|i| self.entry(pa, i).store(POISON, Ordering::Relaxed));
+            state.free.push(pa);
         }
     }
 
@@ -83,7 +83,7 @@ unsafe impl TableMemory for FakeMachine {
             .find(|s| pages(*s).all(|pa| is_free(&state, pa)))?;
         state.free.retain(|pa| !(start..start + size).contains(pa));
         state.live.extend(pages(start));
-        state.unpublished = true;
+        state.unpublished.insert(thread::current().id());
         Some(Pa::new(start))
     }
 
@@ -115,19 +115,18 @@ unsafe impl TableMemory for FakeMachine {
 
     fn compare_exchange(&self, entry: EntryRef<'_>, old: u64, new: u64) -> bool {
         let (table, index) = (entry.table.get(), entry.index);
+        // Compared and swapped under one lock: nobody comes in between.
+        let mut state = self.state();
         if self.word(table, index) != old {
             return false;
         }
-        self.step(
-            Op::Swap,
-            Event::Store {
-                table,
-                index,
-                old,
-                new,
-            },
-            Location::caller(),
-        );
+        let event = Event::Store {
+            table,
+            index,
+            old,
+            new,
+        };
+        self.step_in(&mut state, Op::Swap, event, Location::caller());
         true
     }
 }
