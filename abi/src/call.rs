@@ -127,8 +127,28 @@ calls! {
     /// `x1`: handle, `x2`: index; gives bit 0: on, bit 1: an interrupt is pending.
     VcpuState = 0xc600_0133,
 
-    /// `x1`: handle, `x2`: INTID of an SPI, `x3`: 1 high or pulse, 0 low. Sets a device's line.
+    /// `x1`: handle, `x2`: INTID of an SPI, `x3`: 1 high or pulse, 0 low. Sets a device's line. 2: high
+    /// until the guest has ended the interrupt, which [`crate::Exit::IrqDone`] tells then.
     IrqLine = 0xc600_0140,
+
+    /// `x1`: a PCI function's requester ID (bus in bits 15:8, device in 7:3, function in 2:0). Takes it from the host:
+    /// its DMA aborts from now on. [`crate::ErrorCode::NotFound`] if no IOMMU of EL2's stands before it,
+    /// [`crate::ErrorCode::Exists`] if it is taken.
+    DeviceTake = 0xc600_0150,
+    /// `x1`: a function that was taken and that no VM has. Its DMA reaches the host's memory again,
+    /// also what it was told to do meanwhile: reset it before.
+    DeviceGive = 0xc600_0151,
+    /// `x1`: handle, `x2`: a function that was taken, `x3`: 1 if its DMA goes past the caches, else 0.
+    /// Its DMA goes through the VM's stage 2: bus addresses are IPAs. [`crate::ErrorCode::NotPermitted`]
+    /// for a protected VM and while no slot is locked, [`crate::ErrorCode::Mismatch`] if the IOMMU can't
+    /// read the VM's tables as CPUs do: see [`crate::VmConfig`].
+    DeviceAttach = 0xc600_0152,
+    /// `x1`: handle, `x2`: a function of this VM. Its DMA aborts again; it stays taken.
+    /// [`Call::VmDestroy`] does the same to all.
+    DeviceDetach = 0xc600_0153,
+    /// `x1`: a function. Gives 0, and how many of its accesses were refused since boot in `x2`, the
+    /// address of the last one in `x3`, and a [`crate::DmaFault`] in `x4`.
+    DeviceFaults = 0xc600_0154,
 }
 
 /// What this EL2 can do, as a bitmap: a host must not rely on a call whose bit is clear.
@@ -146,6 +166,9 @@ impl Features {
     pub const GUESTS: Self = Self(1 << 3);
     /// Guests have a GICv3; without it, with [`Features::GUESTS`], a GICv2.
     pub const GUEST_GIC_V3: Self = Self(1 << 4);
+    /// An IOMMU that EL2 drives stands before the machine's PCI devices: DMA reaches nothing that its
+    /// owner may not. Without it, DMA is not isolated at all.
+    pub const DMA_ISOLATION: Self = Self(1 << 5);
 
     /// From the value of [`Call::Features`].
     #[must_use]

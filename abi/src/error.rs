@@ -27,7 +27,7 @@ pub enum ErrorCode {
     NoSpace = -28,
     /// EL2's own heap is used up: give it pages by [`crate::Call::DonateHeap`] and try again.
     NoHeap = -105,
-    /// A protected VM is not what was expected.
+    /// A protected VM is not what was expected, or an IOMMU can't read the VM's tables.
     Mismatch = -129,
 }
 

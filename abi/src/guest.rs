@@ -63,6 +63,8 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// The host can't see its memory and registers: bit 8.
     pub protected: bool,
+    /// Devices may be attached to it: bit 9. It runs without forced write-back where the IOMMU has none.
+    pub devices: bool,
 }
 
 impl VmConfig {
@@ -70,19 +72,20 @@ impl VmConfig {
     #[must_use]
     pub const fn from_bits(bits: u64) -> Option<Self> {
         let vcpus = bits.to_le_bytes()[0];
-        if bits & !0x1ff != 0 || vcpus == 0 || vcpus > MAX_VCPUS {
+        if bits & !0x3ff != 0 || vcpus == 0 || vcpus > MAX_VCPUS {
             return None;
         }
         Some(Self {
             vcpus,
             protected: bits & 1 << 8 != 0,
+            devices: bits & 1 << 9 != 0,
         })
     }
 
     /// For `x4`.
     #[must_use]
     pub const fn bits(self) -> u64 {
-        self.vcpus as u64 | (self.protected as u64) << 8
+        self.vcpus as u64 | (self.protected as u64) << 8 | (self.devices as u64) << 9
     }
 }
 
@@ -217,6 +220,12 @@ pub enum Exit {
         /// Pages.
         pages: u64,
     },
+    /// 12: the guest has ended an interrupt whose line [`crate::Call::IrqLine`] had set until then.
+    /// `x2`: its INTID.
+    IrqDone {
+        /// Number.
+        intid: u32,
+    },
 }
 
 impl Exit {
@@ -236,6 +245,7 @@ impl Exit {
             Self::SystemReset { warm } => [9, warm as u64, 0, 0],
             Self::Broken { esr } => [10, esr, 0, 0],
             Self::NeedHeap { pages } => [11, pages, 0, 0],
+            Self::IrqDone { intid } => [12, intid as u64, 0, 0],
         }
     }
 
@@ -262,8 +272,41 @@ impl Exit {
             9 => Self::SystemReset { warm: a != 0 },
             10 => Self::Broken { esr: a },
             11 => Self::NeedHeap { pages: a },
+            12 => Self::IrqDone {
+                intid: a as u32 & 0x3ff,
+            },
             _ => return None,
         })
+    }
+}
+
+/// What is known of a device's last refused access, in `x4` of [`crate::Call::DeviceFaults`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct DmaFault {
+    /// It was a write: bit 0.
+    pub write: bool,
+    /// Number of the event (IHI 0070 7.3; 0x10 is a translation fault): bits 15:8.
+    pub event: u8,
+    /// VMID of the tables that refused, 0 for the host's: bits 31:16.
+    pub vmid: u16,
+}
+
+impl DmaFault {
+    /// From `x4`.
+    #[must_use]
+    pub const fn from_bits(bits: u64) -> Self {
+        let [a, event, low, high, ..] = bits.to_le_bytes();
+        Self {
+            write: a & 1 != 0,
+            event,
+            vmid: u16::from_le_bytes([low, high]),
+        }
+    }
+
+    /// For `x4`.
+    #[must_use]
+    pub const fn bits(self) -> u64 {
+        self.write as u64 | (self.event as u64) << 8 | (self.vmid as u64) << 16
     }
 }
 
@@ -384,12 +427,31 @@ mod tests {
         let config = VmConfig {
             vcpus: 8,
             protected: true,
+            devices: false,
         };
         assert_eq!(VmConfig::from_bits(0x108), Some(config));
         assert_eq!(config.bits(), 0x108);
-        for wrong in [0, 9, 0x100, 0x201, 1 << 63 | 1] {
+        let config = VmConfig {
+            vcpus: 1,
+            protected: false,
+            devices: true,
+        };
+        assert_eq!(VmConfig::from_bits(0x201), Some(config));
+        assert_eq!(config.bits(), 0x201);
+        for wrong in [0, 9, 0x100, 0x401, 1 << 63 | 1] {
             assert_eq!(VmConfig::from_bits(wrong), None, "{wrong:#x}");
         }
+    }
+
+    #[test]
+    fn dma_faults_survive_the_register() {
+        let fault = DmaFault {
+            write: true,
+            event: 0x10,
+            vmid: 0x1234,
+        };
+        assert_eq!(fault.bits(), 0x1234_1001);
+        assert_eq!(DmaFault::from_bits(0x1234_1001), fault);
     }
 
     #[test]
@@ -424,13 +486,14 @@ mod tests {
             Exit::SystemReset { warm: true },
             Exit::Broken { esr: 0x5600_0000 },
             Exit::NeedHeap { pages: 2 },
+            Exit::IrqDone { intid: 0x3fb },
         ];
         for (number, exit) in exits.into_iter().enumerate() {
             let registers = exit.to_registers();
             assert_eq!(registers[0], number as u64);
             assert_eq!(Exit::from_registers(registers), Some(exit));
         }
-        assert_eq!(Exit::from_registers([12, 0, 0, 0]), None);
+        assert_eq!(Exit::from_registers([13, 0, 0, 0]), None);
     }
 
     #[test]

@@ -17,13 +17,13 @@ mod guest;
 pub use call::{Call, Counter, Features};
 pub use error::{ErrorCode, from_register, to_register};
 pub use guest::{
-    DonationKind, Exit, GUEST_MEASUREMENT, GUEST_MEMORY_ATTRIBUTES, GUEST_TIMER_PPI, KICK_SGI,
-    LeafInfo, MAX_VCPUS, SlotState, SlotWord, VmConfig, VmCounter,
+    DmaFault, DonationKind, Exit, GUEST_MEASUREMENT, GUEST_MEMORY_ATTRIBUTES, GUEST_TIMER_PPI,
+    KICK_SGI, LeafInfo, MAX_VCPUS, SlotState, SlotWord, VmConfig, VmCounter,
 };
 
 /// Version of this ABI: major in bits 31:16, minor in 15:0. The major number changes when a call
 /// changes its meaning, the minor one when something is added.
-pub const VERSION: u32 = 1 << 16 | 2;
+pub const VERSION: u32 = 1 << 16 | 3;
 
 /// SMCCC status of a call that was understood (DEN 0028 section 7).
 pub const SMCCC_SUCCESS: u64 = 0;

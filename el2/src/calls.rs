@@ -47,7 +47,9 @@ const fn arguments(call: Call) -> usize {
         | Call::VcpuCreate
         | Call::VcpuState
         | Call::VmMeasurement => 2,
-        Call::MemoryReclaim => 1,
+        Call::MemoryReclaim | Call::DeviceTake | Call::DeviceGive | Call::DeviceFaults => 1,
+        Call::DeviceDetach => 2,
+        Call::DeviceAttach => 3,
         Call::VmSeal => 3,
         Call::MemoryDonate => 4,
         Call::VmExpect => 5,
@@ -126,6 +128,11 @@ fn dispatch(hypervisor: &'static Hypervisor, call: Call, args: [u64; 6]) -> Answ
             vms.donate_memory(hypervisor, handle, a, b, kind).map(one)
         }
         Call::MemoryReclaim => vms.reclaim_page(hypervisor, pages(handle, 1)?).map(one),
+        Call::DeviceTake
+        | Call::DeviceGive
+        | Call::DeviceAttach
+        | Call::DeviceDetach
+        | Call::DeviceFaults => Err(ErrorCode::NotFound.into()),
         Call::VmMapping => vms.with(handle, |vm| mapping(vm, a)),
         Call::SlotDirty => vms.with(handle, |vm| dirty(vm, a, b)),
         _ => vms
@@ -192,11 +199,12 @@ fn in_vm(
             Ok(u64::from(on) | u64::from(pending) << 1)
         }
         Call::IrqLine => {
-            if b > 1 {
-                return Err(ErrorCode::Invalid.into());
-            }
             let intid = u32::try_from(a).map_err(|_| ErrorCode::Invalid)?;
-            let kicks = vm.vgic.set_spi(intid, b == 1);
+            let kicks = match b {
+                0 | 1 => vm.vgic.set_spi(intid, b == 1),
+                2 => vm.vgic.set_spi_until_end(intid),
+                _ => return Err(ErrorCode::Invalid.into()),
+            };
             for index in kicks.map_err(|_| ErrorCode::Invalid)?.iter() {
                 if let Ok(vcpu) = vm.vcpu(index as u64) {
                     vcpu.kick(hypervisor);

@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn version_and_features_are_told() {
-        assert_eq!(ask(0, 0xc600_0100, 0), [0, 0x1_0002, 0, 0]);
+        assert_eq!(ask(0, 0xc600_0100, 0), [0, 0x1_0003, 0, 0]);
         assert_eq!(ask(0, 0xc600_0101, 0), [0, 1, 0, 0]);
     }
 

@@ -14,6 +14,8 @@ const EDGE: u8 = 1 << 4;
 const GROUP1: u8 = 1 << 5;
 /// A software-generated interrupt: senders are remembered.
 const SGI: u8 = 1 << 6;
+/// The line goes low when the guest ends the interrupt, and the host is told.
+const UNTIL_END: u8 = 1 << 7;
 
 /// State of one interrupt.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -149,6 +151,7 @@ impl Irq {
 
     /// A device sets its line: a rising edge latches an edge-triggered interrupt.
     pub(super) const fn set_line(&mut self, level: bool) {
+        self.put(UNTIL_END, false);
         if self.has(EDGE) {
             if level {
                 self.put(LATCH, true);
@@ -156,6 +159,22 @@ impl Irq {
         } else {
             self.put(LINE, level);
         }
+    }
+
+    /// A device's line is high until the guest has ended the interrupt.
+    pub(super) const fn set_line_until_end(&mut self) {
+        self.set_line(true);
+        self.put(UNTIL_END, true);
+    }
+
+    /// Lowers a line that was high until now, if the guest has ended the interrupt; says whether it
+    /// was such a one.
+    pub(super) const fn lower_at_end(&mut self) -> bool {
+        let ends = self.has(UNTIL_END) && !self.has(ACTIVE);
+        if ends {
+            self.put(UNTIL_END | LINE, false);
+        }
+        ends
     }
 
     /// ISPENDR and ICPENDR: the guest's own request, or its withdrawal. A line that is high keeps

@@ -296,15 +296,23 @@ impl Vgic {
             let Some(number) = state.most_urgent_active(vcpu, self.version) else {
                 break;
             };
-            let changed = self.change_in(&mut state, vcpu, number, |irq| irq.set_active(false));
+            let mut done = false;
+            let changed = self.change_in(&mut state, vcpu, number, |irq| {
+                irq.set_active(false);
+                done = irq.lower_at_end();
+            });
+            self.note_end(&mut state, number, done);
             kicks.0 |= changed.0;
         }
         for list in interface.lists.iter().take(usize::from(interface.used)) {
             let (number, pending, active) = List::decode(*list, self.version);
             let version = self.version;
+            let mut done = false;
             let changed = self.change_in(&mut state, vcpu, number, |irq| {
                 irq.release(pending, active, version);
+                done = !pending && irq.lower_at_end();
             });
+            self.note_end(&mut state, number, done);
             kicks.0 |= changed.0;
         }
         // Itself it does not concern: it loads again before it runs.

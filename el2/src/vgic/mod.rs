@@ -21,7 +21,7 @@ mod registers;
 #[cfg(test)]
 mod tests;
 
-use core::sync::atomic::{AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use abi::{GUEST_TIMER_PPI, MAX_VCPUS};
 use spin::Mutex;
@@ -76,6 +76,8 @@ pub struct Vgic {
     vcpus: u8,
     /// vCPUs that have a live interrupt, or had one at their last load; written under the lock.
     busy: AtomicU8,
+    /// Whether an interrupt was ended that the host waits for; written under the lock.
+    ended: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -92,6 +94,8 @@ struct State {
     live_spis: [u64; SPIS.div_ceil(64)],
     /// Which of those words are not zero.
     live_words: u32,
+    /// Shared interrupts whose end the host is to be told.
+    ended_spis: [u64; SPIS.div_ceil(64)],
 }
 
 impl Vgic {
@@ -102,6 +106,7 @@ impl Vgic {
             version,
             vcpus,
             busy: AtomicU8::new(0),
+            ended: AtomicBool::new(false),
             state: Mutex::new(State::new()),
         }
     }
@@ -123,6 +128,8 @@ impl Vgic {
         state.live_private = [0; VCPUS];
         state.live_spis.fill(0);
         state.live_words = 0;
+        state.ended_spis.fill(0);
+        self.ended.store(false, Ordering::Relaxed);
         self.busy.store(0, Ordering::Relaxed);
     }
 
@@ -137,6 +144,54 @@ impl Vgic {
             return Err(NoSuchInterrupt(intid));
         }
         Ok(self.change(0, number, |irq| irq.set_line(level)))
+    }
+
+    /// Makes the line of a device's interrupt high until the guest has ended the interrupt, which
+    /// [`Self::take_ended`] tells then.
+    ///
+    /// # Errors
+    ///
+    /// [`NoSuchInterrupt`].
+    pub fn set_spi_until_end(&self, intid: u32) -> Result<Kicks, NoSuchInterrupt> {
+        let number = intid as usize;
+        if !(PRIVATE..PRIVATE + SPIS).contains(&number) {
+            return Err(NoSuchInterrupt(intid));
+        }
+        Ok(self.change(0, number, Irq::set_line_until_end))
+    }
+
+    /// Whether [`Self::take_ended`] has something to tell.
+    #[inline]
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
+    }
+
+    /// An interrupt that the guest has ended since [`Self::set_spi_until_end`]. Each is told once.
+    pub fn take_ended(&self) -> Option<u32> {
+        if !self.has_ended() {
+            return None;
+        }
+        let mut state = self.state.lock();
+        let words = state.ended_spis.iter_mut().enumerate();
+        let found = words.filter(|(_, word)| **word != 0).map(|(at, word)| {
+            let bit = word.trailing_zeros();
+            *word &= *word - 1;
+            (PRIVATE + at * 64) as u32 + bit
+        });
+        let first = { found }.next();
+        let more = state.ended_spis.iter().any(|word| *word != 0);
+        self.ended.store(more, Ordering::Relaxed);
+        first
+    }
+
+    /// Remembers for the host that an interrupt is `done`.
+    #[inline]
+    fn note_end(&self, state: &mut State, number: usize, done: bool) {
+        let spi = number.wrapping_sub(PRIVATE);
+        if done && let Some(word) = state.ended_spis.get_mut(spi / 64) {
+            *word |= 1 << (spi % 64);
+            self.ended.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Sets the line of a private interrupt (16 to 31); others are ignored.
@@ -265,6 +320,7 @@ impl State {
             live_private: [0; VCPUS],
             live_spis: [0; SPIS.div_ceil(64)],
             live_words: 0,
+            ended_spis: [0; SPIS.div_ceil(64)],
         }
     }
 

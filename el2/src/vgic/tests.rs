@@ -120,6 +120,49 @@ fn a_level_interrupt_comes_again_until_its_line_is_low() {
 }
 
 #[test]
+fn a_line_that_is_high_until_the_end_is_delivered_once_and_told_once() {
+    for version in [V2, V3] {
+        let vgic = enabled(version, 1);
+        let mut cpu = Cpu::new(0, version, 4);
+        for _ in 0..2 {
+            assert_eq!(kicked(vgic.set_spi_until_end(900).unwrap()), [0]);
+            assert_eq!(vgic.take_ended(), None);
+            assert_eq!(cpu.acknowledge(&vgic), Some(900));
+            vgic.load(0, &mut cpu.interface);
+            let _: Kicks = vgic.save(0, &cpu.interface);
+            assert_eq!(vgic.take_ended(), None, "active, not ended");
+            cpu.end(&vgic, 900);
+            assert_eq!(vgic.take_ended(), Some(900));
+            assert_eq!(vgic.take_ended(), None);
+            assert_eq!(cpu.acknowledge(&vgic), None);
+        }
+        assert!(vgic.set_spi_until_end(31).is_err());
+        assert!(vgic.set_spi_until_end(1020).is_err());
+    }
+}
+
+#[test]
+fn several_ends_are_told_one_by_one_and_a_reset_forgets_them() {
+    let vgic = enabled(V3, 1);
+    let mut cpu = Cpu::new(0, V3, 4);
+    for round in 0..2 {
+        for spi in [40, 33] {
+            let _: Kicks = vgic.set_spi_until_end(spi).unwrap();
+        }
+        while let Some(spi) = cpu.acknowledge(&vgic) {
+            cpu.end(&vgic, spi);
+        }
+        if round == 1 {
+            vgic.reset();
+            assert_eq!(vgic.take_ended(), None);
+        } else {
+            assert_eq!(vgic.take_ended(), Some(33));
+            assert_eq!(vgic.take_ended(), Some(40));
+        }
+    }
+}
+
+#[test]
 fn an_edge_while_active_is_delivered_once_more() {
     let vgic = enabled(V3, 1);
     let mut cpu = Cpu::new(0, V3, 4);

@@ -125,6 +125,7 @@ fn mixtures(machine: &Machine, memory: &Memory, gic: &Gic) -> Result<(), &'stati
             let config = VmConfig {
                 vcpus: 2,
                 protected: random(2) == 0,
+                devices: false,
             };
             let (start, pages) = (memory.state.start(), memory.state.size() / PAGE_SIZE);
             args = [args[0], start, pages, config.bits(), 0, 0];

@@ -24,6 +24,7 @@ const SLOT: SlotWord = SlotWord {
 const CONFIG: VmConfig = VmConfig {
     vcpus: 1,
     protected: false,
+    devices: false,
 };
 
 pub(super) fn run(machine: &Machine, report: &mut Report) {

@@ -67,6 +67,7 @@ fn donated(ram: AddrRange, state: AddrRange, kind: DonationKind) -> Result<u64, 
     let config = VmConfig {
         vcpus: 1,
         protected: true,
+        devices: false,
     };
     let word = SlotWord {
         id: 0,
@@ -98,6 +99,7 @@ fn measure(machine: &Machine, shift: u64, blocks: bool) -> Result<(), &'static s
     let config = VmConfig {
         vcpus: 1,
         protected: false,
+        devices: false,
     };
     let vm = words(Vm::create(config, state))?;
     let result = lock(vm, ram, blocks, shift == 0);

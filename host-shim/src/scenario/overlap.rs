@@ -54,6 +54,7 @@ fn another_vm(memory: &Memory) -> Result<(), &'static str> {
     let config = VmConfig {
         vcpus: 1,
         protected: false,
+        devices: false,
     };
     let code = guest::hello();
     mem::bytes_mut(memory.other)[..code.len()].copy_from_slice(code);

@@ -96,6 +96,7 @@ impl Guest {
         let config = VmConfig {
             vcpus: 1,
             protected: false,
+            devices: false,
         };
         let vm = words(Vm::create(config, memory.state))?;
         let guest = Self {

@@ -143,6 +143,7 @@ const fn config(protected: bool) -> VmConfig {
     VmConfig {
         vcpus: 1,
         protected,
+        devices: false,
     }
 }
 

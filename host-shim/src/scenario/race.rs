@@ -38,6 +38,7 @@ fn races(machine: &Machine, memory: &Memory) -> Result<(), &'static str> {
     let config = VmConfig {
         vcpus: 2,
         protected: false,
+        devices: false,
     };
     let vm = words(Vm::create(config, memory.state))?;
     let result = prepare(vm, memory).and_then(|()| with_other_core(machine, vm));

@@ -163,6 +163,7 @@ pub(super) fn unsealed_expecting(
     let config = VmConfig {
         vcpus: 1,
         protected: true,
+        devices: false,
     };
     let code = guest::remote();
     let ram = mem::bytes_mut(memory.ram);

@@ -213,6 +213,7 @@ fn build(storm: &Storm, random: &mut Random) {
     let config = VmConfig {
         vcpus: 2,
         protected,
+        devices: false,
     };
     let word = SlotWord {
         id: 0,

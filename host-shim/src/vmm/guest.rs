@@ -131,6 +131,7 @@ impl Guest {
         let vm_config = VmConfig {
             vcpus: config.vcpus,
             protected: config.protected,
+            devices: false,
         };
         let disk = disk(&config, memory, host_disk)?;
         let vm = with_heap(memory, || Vm::create(vm_config, state)).map_err(reason)?;
@@ -426,6 +427,7 @@ impl Guest {
         let config = VmConfig {
             vcpus: self.config.vcpus,
             protected: true,
+            devices: false,
         };
         let vm = with_heap(memory, || Vm::create(config, self.state_pages)).map_err(reason)?;
         self.handle.store(vm.handle(), Ordering::Release);
