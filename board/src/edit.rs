@@ -1,21 +1,22 @@
 //! The device tree that the host gets: the machine less what EL2 keeps.
 //!
 //! Invariant: the patched tree describes the bare machine, except that EL2's memory is reserved
-//! (`no-map`), every CPU is started by PSCI through HVC, and a CPU that did not come up is marked
-//! `status = "fail"`.
+//! (`no-map`), every CPU is started by PSCI through HVC, a CPU that did not come up is marked
+//! `status = "fail"`, and an IOMMU that EL2 drives is not there.
 //!
 //! Properties are edited with dtoolkit; adding a node, which it can't do in place, is done here.
 
 use core::fmt::Write;
 
 use dtoolkit::fdt::Fdt;
-use dtoolkit::fdt_mut::{FdtMut, SliceBuffer};
+use dtoolkit::fdt_mut::{FdtMut, FdtNodeMut, SliceBuffer};
 use dtoolkit::standard::{AddressSpaceProperties, NodeStandard};
 use dtoolkit::{Node, ToPropertyValue};
 use heapless::{String, Vec};
 
 use crate::info::MPIDR_AFFINITY;
-use crate::tree::number;
+use crate::iommu::SMMU;
+use crate::tree::{is_any, number};
 use crate::{AddrRange, EditError};
 
 const BEGIN_NODE: u32 = 1;
@@ -32,6 +33,8 @@ pub struct HostTree<'a> {
     pub el2: AddrRange,
     /// Affinity values of the CPUs that the host may start, the boot CPU included.
     pub cpus: &'a [u64],
+    /// Phandle of the IOMMU that EL2 drives: the host is not told that there is one.
+    pub iommu: Option<u32>,
 }
 
 /// Writes the host's tree into `buffer` and gives its length in bytes.
@@ -61,6 +64,9 @@ pub fn patch_for_host(
     )?;
     set(&mut tree, &psci, "method", "hvc")?;
     set_cpus(&mut tree, host.cpus)?;
+    if let Some(phandle) = host.iommu {
+        hide_iommu(&mut tree.root_mut(), phandle, 0)?;
+    }
     Ok(tree.as_read_only().data().len())
 }
 
@@ -122,8 +128,31 @@ fn set_cpus(tree: &mut TreeMut<'_>, usable: &[u64]) -> Result<(), EditError> {
     Ok(())
 }
 
+/// Deepest node that may name an IOMMU.
+const MAX_DEPTH: usize = 12;
+
+/// Disables the IOMMU's node, and lets no device name one.
+fn hide_iommu(
+    node: &mut FdtNodeMut<'_, SliceBuffer<'_>>,
+    phandle: u32,
+    depth: usize,
+) -> Result<(), EditError> {
+    for name in ["iommu-map", "iommu-map-mask", "iommus"] {
+        node.remove_property(name);
+    }
+    let this = node.as_read_only();
+    if is_any(&this, SMMU) && number(&this, "phandle") == Some(phandle.into()) {
+        replace(node, "status", "disabled")?;
+    }
+    let mut children = node.children_mut();
+    while let Some(mut child) = children.next().filter(|_| depth < MAX_DEPTH) {
+        hide_iommu(&mut child, phandle, depth + 1)?;
+    }
+    Ok(())
+}
+
 fn replace(
-    node: &mut dtoolkit::fdt_mut::FdtNodeMut<'_, SliceBuffer<'_>>,
+    node: &mut FdtNodeMut<'_, SliceBuffer<'_>>,
     name: &str,
     value: &str,
 ) -> Result<(), EditError> {

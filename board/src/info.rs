@@ -5,7 +5,7 @@ use dtoolkit::{Node, Property};
 use heapless::Vec;
 
 use crate::tree::{Path, cpu_reg, is_any, is_enabled, number, string};
-use crate::{AddrRange, BoardError, RangeList, Tree};
+use crate::{AddrRange, BoardError, Iommu, MAX_DOORBELLS, RangeList, Tree};
 
 /// Most CPUs that are read from the tree.
 pub const MAX_CPUS: usize = 64;
@@ -152,6 +152,10 @@ pub struct Board<'a> {
     pub gic: Option<Gic>,
     /// Power control without firmware.
     pub power: Option<Power>,
+    /// The IOMMU in front of PCI devices.
+    pub iommu: Option<Iommu>,
+    /// Where devices send their interrupts.
+    pub doorbells: RangeList<MAX_DOORBELLS>,
     /// What the user asked for.
     pub chosen: Chosen<'a>,
 }
@@ -197,6 +201,8 @@ impl<'a> Board<'a> {
             psci: None,
             gic: None,
             power: None,
+            iommu: tree.iommu(),
+            doorbells: tree.doorbells(),
             chosen: Chosen::default(),
         };
         board.read_chosen(&root);

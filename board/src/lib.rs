@@ -19,6 +19,7 @@ extern crate std;
 mod edit;
 mod error;
 mod info;
+mod iommu;
 mod place;
 mod ranges;
 #[cfg(test)]
@@ -33,6 +34,7 @@ pub use info::{
     Board, Chosen, Console, Cpu, Gic, MAX_CPUS, MAX_MEMORY, MAX_RESERVED, MAX_VIRTIO, Power,
     PsciConduit, SelfTest, StartMethod, UartKind, check_header,
 };
+pub use iommu::{Iommu, MAX_DOORBELLS, MAX_STREAM_MAPS, StreamMap};
 pub use place::{Placement, highest_free, lowest_free};
 pub use ranges::{AddrRange, PAGE_SIZE, RangeList};
 pub use tree::Tree;

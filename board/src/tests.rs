@@ -55,6 +55,7 @@ fn virt(cpus: u64) -> Vec<u8> {
         fdt.property_array_u64("reg", &[base, 0x200]).unwrap();
         fdt.end_node(node).unwrap();
     }
+    pci(&mut fdt);
     let node = fdt.begin_node("chosen").unwrap();
     fdt.property_array_u64("rng-seed", &[1, 2]).unwrap();
     fdt.property_string("stdout-path", "/pl011@9000000")
@@ -67,6 +68,28 @@ fn virt(cpus: u64) -> Vec<u8> {
     fdt.end_node(node).unwrap();
     fdt.end_node(root).unwrap();
     fdt.finish().unwrap()
+}
+
+/// An SMMU, the PCI host bridge behind it, and an ITS.
+fn pci(fdt: &mut FdtWriter) {
+    let node = fdt.begin_node("its@8080000").unwrap();
+    fdt.property_string("compatible", "arm,gic-v3-its").unwrap();
+    fdt.property_array_u64("reg", &[0x808_0000, 0x2_0000])
+        .unwrap();
+    fdt.end_node(node).unwrap();
+    let node = fdt.begin_node("smmuv3@9050000").unwrap();
+    fdt.property_string("compatible", "arm,smmu-v3").unwrap();
+    fdt.property_null("dma-coherent").unwrap();
+    fdt.property_u32("phandle", 0x8004).unwrap();
+    fdt.property_array_u64("reg", &[0x905_0000, 0x2_0000])
+        .unwrap();
+    fdt.end_node(node).unwrap();
+    let node = fdt.begin_node("pcie@10000000").unwrap();
+    fdt.property_string("compatible", "pci-host-ecam-generic")
+        .unwrap();
+    let map = [0, 0x8004, 0, 0x100, 0x100, 0x8004, 0x4000, 0x80];
+    fdt.property_array_u32("iommu-map", &map).unwrap();
+    fdt.end_node(node).unwrap();
 }
 
 fn memory(fdt: &mut FdtWriter, reg: &[u64]) {
@@ -184,11 +207,19 @@ fn read(blob: &[u8]) -> Board<'_> {
     Board::read(&Tree::new(blob).unwrap()).unwrap()
 }
 
+fn host(el2: AddrRange, cpus: &[u64]) -> HostTree<'_> {
+    HostTree {
+        el2,
+        cpus,
+        iommu: Some(0x8004),
+    }
+}
+
 fn patched(blob: &[u8], cpus: &[u64]) -> Vec<u8> {
     let el2 = range(0x5fe0_0000, 0x6000_0000);
     let mut buffer = vec![0xa5; blob.len() + 8192];
     let tree = Tree::new(blob).unwrap();
-    let length = patch_for_host(tree.fdt(), &mut buffer, &HostTree { el2, cpus }).unwrap();
+    let length = patch_for_host(tree.fdt(), &mut buffer, &host(el2, cpus)).unwrap();
     buffer.truncate(length);
     buffer
 }
@@ -424,8 +455,8 @@ fn reserved_memory_with_cells_of_its_own_is_refused() {
     let mut buffer = vec![0; blob.len() + 8192];
     let tree = Tree::new(&blob).unwrap();
     let el2 = range(0x5fe0_0000, 0x6000_0000);
-    let host = HostTree { el2, cpus: &[] };
-    let refused = patch_for_host(tree.fdt(), &mut buffer, &host);
+    let told = host(el2, &[]);
+    let refused = patch_for_host(tree.fdt(), &mut buffer, &told);
     assert_eq!(refused, Err(EditError::Cells(3, 2)));
 }
 
@@ -436,9 +467,9 @@ fn a_buffer_that_is_too_small_is_refused() {
     let el2 = range(0x5fe0_0000, 0x6000_0000);
     for size in [0, 1, 100, blob.len(), blob.len() + 64] {
         let mut buffer = vec![0; size];
-        let host = HostTree { el2, cpus: &[0] };
+        let told = host(el2, &[0]);
         assert!(
-            patch_for_host(tree.fdt(), &mut buffer, &host).is_err(),
+            patch_for_host(tree.fdt(), &mut buffer, &told).is_err(),
             "{size}"
         );
     }
@@ -470,8 +501,8 @@ proptest! {
         if let Ok(tree) = Tree::new(&blob) {
             let mut buffer = vec![0; blob.len() + 0x8000];
             let el2 = range(0x5fe0_0000, 0x6000_0000);
-            let host = HostTree { el2, cpus: &[0] };
-            let _: Result<usize, EditError> = patch_for_host(tree.fdt(), &mut buffer, &host);
+            let told = host(el2, &[0]);
+            let _: Result<usize, EditError> = patch_for_host(tree.fdt(), &mut buffer, &told);
         }
     }
 
@@ -503,4 +534,32 @@ fn virtio_devices_and_seed_are_found() {
     assert_eq!(found[0].size(), 0x200);
     let seed = Board::read(&tree).unwrap().chosen.rng_seed;
     assert_eq!(seed, [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2]);
+}
+
+#[test]
+fn the_iommu_of_the_pci_bridge_is_found_with_its_streams() {
+    let blob = virt(1);
+    let board = read(&blob);
+    let iommu = board.iommu.unwrap();
+    assert_eq!(iommu.registers, range(0x905_0000, 0x907_0000));
+    assert!(iommu.coherent);
+    assert_eq!((iommu.phandle, iommu.others), (0x8004, 0));
+    let streams = [0, 0x10, 0xff, 0x100, 0x17f].map(|function| iommu.stream_of(function));
+    let expected = [0, 0x10, 0xff, 0x4000, 0x407f].map(Some);
+    assert_eq!(streams, expected);
+    assert_eq!(iommu.stream_of(0x180), None);
+    assert_eq!(iommu.function_of(0x407f), Some(0x17f));
+    assert_eq!(iommu.function_of(0x4080), None);
+    assert_eq!(board.doorbells.as_slice(), [range(0x809_0000, 0x809_1000)]);
+    assert_eq!(read(&pi()).iommu, None);
+}
+
+#[test]
+fn the_host_is_not_told_of_the_iommu() {
+    let tree = patched(&virt(1), &[0]);
+    assert_eq!(prop(&tree, "/pcie@10000000", "iommu-map"), None);
+    assert!(prop(&tree, "/pcie@10000000", "compatible").is_some());
+    let status = prop(&tree, "/smmuv3@9050000", "status");
+    assert_eq!(status, Some(&b"disabled\0"[..]));
+    assert_eq!(read(&tree).iommu, None);
 }

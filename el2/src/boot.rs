@@ -443,6 +443,7 @@ fn load_host(boot: &Boot, hypervisor: &Hypervisor) -> StartOrder {
     let host = HostTree {
         el2: boot.el2,
         cpus: &cpus,
+        iommu: None,
     };
     if let Err(error) = patch_for_host(boot.tree.fdt(), tree_bytes, &host) {
         fatal(format_args!("{error}"));

@@ -25,6 +25,7 @@ pub mod page_state;
 pub mod protection;
 pub mod psci;
 pub mod smc;
+pub mod smmu;
 mod sync;
 pub mod vgic;
 pub mod vm_counters;

@@ -278,7 +278,11 @@ fn check_host_tree(blob: &[u8], cpus: &[u64]) {
     let length = patch_for_host(
         Fdt::new(blob).unwrap(),
         &mut buffer,
-        &HostTree { el2, cpus },
+        &HostTree {
+            el2,
+            cpus,
+            iommu: None,
+        },
     )
     .unwrap();
     let patched = &buffer[..length];

@@ -158,7 +158,11 @@ fn patch(tree: &Tree<'_>, board: &Board<'_>, blob: &[u8]) {
     };
     let cpus: Vec<u64> = board.cpus.iter().map(|cpu| cpu.mpidr).take(2).collect();
     let mut buffer = vec![0; blob.len() + 8192];
-    let host = HostTree { el2, cpus: &cpus };
+    let host = HostTree {
+        el2,
+        cpus: &cpus,
+        iommu: board.iommu.as_ref().map(|iommu| iommu.phandle),
+    };
     let Ok(length) = board::patch_for_host(tree.fdt(), &mut buffer, &host) else {
         return;
     };
