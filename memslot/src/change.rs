@@ -21,7 +21,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     ///
     /// # Errors
     /// For a number, range, flag or overlap that is not allowed; nothing has changed then. A
-    /// non-coherent slot is refused while a root is exported.
+    /// non-coherent slot is refused while a root is exported, if a vCPU has a say in its types.
     pub fn create_slot(&self, slot: Memslot) -> Result<(), Error> {
         self.check_id(slot.id)?;
         self.check_range(slot.range)?;
@@ -31,7 +31,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         let bitmap = Self::bitmap_for(&slot)?;
         let mut mmu = self.mmu.write();
         let flagged = slot.flags.contains(SlotFlags::NONCOHERENT_DMA);
-        if flagged && mmu.importers > 0 {
+        if flagged && mmu.importers > 0 && self.policy.asks_vcpu() {
             return Err(Error::InUse(mmu.importers));
         }
         mmu.set_bitmap(slot.id, bitmap)?;

@@ -49,8 +49,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// first, and stays pending for the first run.
     ///
     /// # Errors
-    /// For a device that does not snoop: [`Error::InUse`] while a root is exported, or while
-    /// other devices keep locked slots from being rewritten; [`Error::VcpuRunning`] if locked
+    /// For a device that does not snoop: [`Error::InUse`] while a root is exported whose types
+    /// would change, or while other devices keep locked slots from being rewritten; [`Error::VcpuRunning`] if locked
     /// slots must be rewritten and a vCPU is inside; [`Error::NonCoherent`] if a locked slot's
     /// type would depend on a vCPU. The count has not changed then.
     pub fn register_device(&self, dma: Dma) -> Result<Edge, Error> {
@@ -86,8 +86,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// pending for the first run; then `export` makes the table's root known to it.
     ///
     /// # Errors
-    /// [`Error::NonCoherent`] while a device or a slot is not coherent: an importer's fault has
-    /// no vCPU to ask. Whatever `export` returns; nothing is counted then.
+    /// [`Error::NonCoherent`] while a device or a slot is not coherent and a vCPU would have to be
+    /// asked for the type: an importer's access has none. Whatever `export` returns; nothing is counted then.
     pub fn attach_importer<R>(
         &self,
         export: impl FnOnce(&mut T) -> Result<R, Error>,
@@ -99,7 +99,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             .set
             .iter()
             .any(|s| s.flags.contains(SlotFlags::NONCOHERENT_DMA));
-        if mmu.noncoherent.any() || flagged {
+        if self.policy.asks_vcpu() && (mmu.noncoherent.any() || flagged) {
             return Err(Error::NonCoherent);
         }
         let importers = mmu.importers.checked_add(1).ok_or(Error::CountUnbalanced)?;
@@ -134,7 +134,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
 
     fn change_count(&self, slots: &mut SlotTable, change: Change) -> Result<Edge, Error> {
         let mut mmu = self.mmu.write();
-        if change == Change::Register && mmu.importers > 0 {
+        if change == Change::Register && mmu.importers > 0 && self.policy.asks_vcpu() {
             return Err(Error::InUse(mmu.importers));
         }
         let mut next = NoncoherentDma::with_count(mmu.noncoherent.count());
@@ -145,6 +145,9 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if edge == Edge::None || !self.policy.depends_on_noncoherent_dma() {
             mmu.noncoherent = next;
             return Ok(edge);
+        }
+        if mmu.importers > 0 {
+            return Err(Error::InUse(mmu.importers));
         }
         let _closed = self.prepare_edge(slots, &mmu, next.any())?;
         mmu.noncoherent = next;

@@ -66,6 +66,10 @@ impl MemTypePolicy for ArmPolicy {
         self.caches == ArmCaches::ForcedWriteBack
     }
 
+    fn asks_vcpu(&self) -> bool {
+        false
+    }
+
     /// Decided by the leaf, not by the CPU's feature alone: with FWB a leaf that honours the
     /// guest needs maintenance as without.
     fn needs_maintenance(&self, leaf: LeafType) -> bool {

@@ -150,6 +150,10 @@ impl MemTypePolicy for EptPolicy {
         self.profile != Profile::Today { ignore_pat: false }
     }
 
+    fn asks_vcpu(&self) -> bool {
+        true
+    }
+
     /// CPUs snoop each other and their own caches: x86 needs no maintenance.
     fn needs_maintenance(&self, _leaf: LeafType) -> bool {
         false

@@ -78,6 +78,10 @@ pub trait MemTypePolicy {
     /// count removes nothing.
     fn depends_on_noncoherent_dma(&self) -> bool;
 
+    /// Whether a vCPU may have a say in a page's type while a device or a slot is not coherent. An
+    /// importer's access has no vCPU to ask, so there is none then.
+    fn asks_vcpu(&self) -> bool;
+
     /// Whether pages that this leaf maps must be cleaned and invalidated to the point of
     /// coherency when they are mapped and unmapped.
     fn needs_maintenance(&self, leaf: LeafType) -> bool;

@@ -263,12 +263,12 @@ fn an_importer_has_pending_pages_cleaned_first() {
 
 #[test]
 fn an_importer_is_refused_while_anything_is_noncoherent() {
-    let flagged = vm_with(FWB, FLAG);
+    let flagged = vm_with(MTRR, FLAG);
     assert_eq!(
         flagged.mem.attach_importer(|_| Ok(())),
         Err(Error::NonCoherent)
     );
-    let counted = fwb();
+    let counted = vm_with(MTRR, NONE);
     counted.mem.register_device(NonSnooping).unwrap();
     assert_eq!(
         counted.mem.attach_importer(|_| Ok(())),
@@ -278,7 +278,7 @@ fn an_importer_is_refused_while_anything_is_noncoherent() {
 
 #[test]
 fn an_importer_keeps_noncoherent_devices_and_slots_out() {
-    let vm = fwb();
+    let vm = vm_with(MTRR, NONE);
     vm.mem.attach_importer(|_| Ok(())).unwrap();
     assert_eq!(vm.mem.register_device(NonSnooping), Err(Error::InUse(1)));
     let flagged = slot(B, B_BASE, 4, B_FRAME, FLAG);
@@ -288,6 +288,29 @@ fn an_importer_keeps_noncoherent_devices_and_slots_out() {
     assert_eq!(vm.mem.register_device(NonSnooping), Ok(Edge::Started));
     assert_eq!(vm.mem.create_slot(flagged), Ok(()));
     assert_eq!(vm.mem.detach_importer(), Err(Error::CountUnbalanced));
+}
+
+/// Nobody has to be asked on arm64: what is exported has its types already. Only an edge that would
+/// change them is refused.
+#[test]
+fn on_arm_devices_that_do_not_snoop_go_with_an_importer_unless_types_would_change() {
+    for (policy, edge) in [(PLAIN, Ok(Edge::Started)), (FWB, Err(Error::InUse(1)))] {
+        let vm = vm_with(policy, NONE);
+        vm.mem.attach_importer(|_| Ok(())).unwrap();
+        assert_eq!(vm.mem.register_device(NonSnooping), edge);
+        let flagged = slot(B, B_BASE, 4, B_FRAME, FLAG);
+        assert_eq!(vm.mem.create_slot(flagged), Ok(()));
+        vm.mem.detach_importer().unwrap();
+    }
+    let vm = vm_with(FWB, NONE);
+    vm.mem.register_device(NonSnooping).unwrap();
+    vm.mem.attach_importer(|_| Ok(())).unwrap();
+    assert_eq!(vm.mem.register_device(NonSnooping), Ok(Edge::None));
+    vm.mem.unregister_device(NonSnooping).unwrap();
+    let last = vm.mem.unregister_device(NonSnooping);
+    assert_eq!(last, Err(Error::InUse(1)));
+    vm.mem.detach_importer().unwrap();
+    assert_eq!(vm.mem.unregister_device(NonSnooping), Ok(Edge::Stopped));
 }
 
 #[test]
