@@ -76,15 +76,24 @@ impl AddrRange {
         self.start < other.end && other.start < self.end
     }
 
-    /// The parts of this range that are neither in `hole` nor in one of `holes` (sorted, apart).
+    /// The parts of this range that are neither in `hole` nor in one of `holes`.
     pub fn without(self, holes: &[Self], hole: Self) -> impl Iterator<Item = Self> {
+        self.outside(move || holes.iter().copied().chain([hole]))
+    }
+
+    /// The parts of this range that are in none of `holes`.
+    pub fn without_all(self, holes: &[Self]) -> impl Iterator<Item = Self> {
+        self.outside(move || holes.iter().copied())
+    }
+
+    fn outside<I: Iterator<Item = Self>>(
+        self,
+        holes: impl Fn() -> I,
+    ) -> impl Iterator<Item = Self> {
         let mut from = self.start;
         core::iter::from_fn(move || {
             while from < self.end {
-                let next = holes
-                    .iter()
-                    .copied()
-                    .chain([hole])
+                let next = holes()
                     .filter(|h| h.end > from && h.start < self.end)
                     .min_by_key(|h| h.start);
                 let (until, resume) = next.map_or((self.end, self.end), |h| (h.start, h.end));

@@ -34,6 +34,7 @@ use crate::console::{self, fatal};
 use crate::entropy::Entropy;
 use crate::host::HostMemory;
 use crate::hypervisor::{self, Hypervisor, Machine};
+use crate::iommu;
 use crate::smp;
 use crate::vm;
 
@@ -223,6 +224,9 @@ fn map_all(map: &mut Map, boot: &Boot, image: &Image) -> Result<(), aarch64_pagi
         let page = device - device % PAGE_SIZE;
         map.map(range(page, page + PAGE_SIZE), mmu::DEVICE)?;
     }
+    if let Some(iommu) = iommu_of(boot) {
+        map.map(iommu.registers, mmu::DEVICE)?;
+    }
     for registers in PhysicalGic::mapped(boot.board.gic.as_ref()) {
         map.map(registers, mmu::DEVICE)?;
     }
@@ -268,6 +272,7 @@ fn main(cpu: &'static CpuData, boot: &mut Boot) -> ! {
     smp::run_host(hypervisor, cpu, order)
 }
 
+#[inline(never)] // Its frame would stay on the small stack for as long as its caller's.
 fn announce(boot: &Boot) {
     let board = &boot.board;
     log::info!(
@@ -313,6 +318,7 @@ fn report_cpus(cpus: &[&'static CpuData]) {
 }
 
 /// Builds the hypervisor and publishes it.
+#[inline(never)] // Its frame would stay on the small stack for as long as its caller's.
 fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hypervisor {
     let words = mem::page_state_words(
         boot.el2.start() + boot.layout.states,
@@ -326,7 +332,9 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
     }
     reserve_no_map(boot, &pages);
     let pool = frames::create_el2_pool(boot.pool);
-    let mut host = match HostMemory::new(&boot.features, pool, pages.memory(), boot.el2) {
+    let smmu = iommu_of(boot).filter(|tree| iommu::check(tree, pool));
+    let features = walkable(boot, smmu, pool);
+    let mut host = match HostMemory::new(&features, pool, pages.memory(), boot.el2) {
         Ok(host) => host,
         Err(error) => fatal(format_args!("host stage 2: {error}")),
     };
@@ -337,16 +345,18 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
     };
     let gic = PhysicalGic::probe(boot.board.gic.as_ref(), boot.features.gic_sysregs);
     let firmware = boot.board.firmware.as_slice().iter().copied();
-    for range in gic.private().into_iter().chain(firmware) {
+    let registers = smmu.map(|tree| tree.registers);
+    for range in gic.private().into_iter().chain(registers).chain(firmware) {
         if !host.hide(range) {
             fatal(format_args!("too many ranges to hide from the host"));
         }
     }
+    isolate_dma(boot, smmu, pool, &mut host);
     let has_firmware = machine.psci == Some(board::PsciConduit::Smc);
     let id = regs::id_registers();
     hypervisor::publish(Hypervisor {
         machine,
-        features: boot.features,
+        features,
         counters: Counters::new(),
         cpus,
         ownership: Ownership::new(pages),
@@ -356,8 +366,47 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
         ids: hardware_ids(&id),
         mitigations: mitigations(has_firmware),
         entropy: Entropy::find(id.isar0, has_firmware),
-        own_devices: own_devices(boot, &gic),
+        own_devices: own_devices(boot, &gic, registers),
     })
+}
+
+/// The IOMMU, if the board has one that EL2 tries to drive.
+fn iommu_of<'b>(boot: &'b Boot) -> Option<&'b board::Iommu> {
+    boot.board.iommu.as_ref()
+}
+
+/// What tables are made for: the CPUs, and the IOMMU that may walk them.
+fn walkable(
+    boot: &Boot,
+    smmu: Option<&board::Iommu>,
+    pool: &'static frames::FramePool,
+) -> Features {
+    let bits = smmu.map_or(u8::MAX, |tree| iommu::output_bits(tree, pool));
+    Features {
+        pa_bits: boot.features.pa_bits.min(bits),
+        ..boot.features
+    }
+}
+
+/// Puts the host's stage 2 before the DMA of its devices.
+#[inline(never)] // Its frame would stay on the small stack for as long as its caller's.
+fn isolate_dma(
+    boot: &Boot,
+    smmu: Option<&board::Iommu>,
+    pool: &'static frames::FramePool,
+    host: &mut HostMemory,
+) {
+    let Some(tree) = smmu else {
+        log::warn!("DMA is not isolated: there is no SMMUv3 before PCI devices that can be used");
+        return;
+    };
+    match iommu::start(tree, pool, host, &boot.board.doorbells) {
+        Ok(()) => log::info!("DMA of PCI devices goes through stage 2 (SMMUv3)"),
+        Err(error) => log::error!("DMA is not isolated: the SMMUv3: {error}"),
+    }
+    if tree.others > 0 {
+        log::warn!("DMA behind {} more SMMU(s) is not isolated", tree.others);
+    }
 }
 
 /// Memory that firmware says nobody may map is given to nobody. What is firmware's own the host
@@ -406,16 +455,18 @@ fn mitigations(has_firmware: bool) -> Mitigations {
 }
 
 /// Registers that no guest may be given: the interrupt controller's, and those that EL2 uses.
-fn own_devices(boot: &Boot, gic: &PhysicalGic) -> Vec<AddrRange, 8> {
+fn own_devices(boot: &Boot, gic: &PhysicalGic, smmu: Option<AddrRange>) -> Vec<AddrRange, 8> {
     let power = boot.board.power.map(|Power::BcmPm(base)| base);
     let console = boot.board.console.map(|console| console.base);
     let pages = [power, console].into_iter().flatten();
     let pages = pages.filter_map(|at| AddrRange::with_size(at - at % PAGE_SIZE, PAGE_SIZE));
     let gic = gic.owned().into_iter().flatten();
-    gic.map(AddrRange::grow_to_pages).chain(pages).collect()
+    let regions = gic.chain(smmu).map(AddrRange::grow_to_pages);
+    regions.chain(pages).collect()
 }
 
 /// Copies the shim and the host's device tree into the host's memory.
+#[inline(never)] // Its frame would stay on the small stack for as long as its caller's.
 fn load_host(boot: &Boot, hypervisor: &Hypervisor) -> StartOrder {
     let shim = mem::shim();
     let shim_size = el2::layout::image_size(shim)
@@ -443,7 +494,9 @@ fn load_host(boot: &Boot, hypervisor: &Hypervisor) -> StartOrder {
     let host = HostTree {
         el2: boot.el2,
         cpus: &cpus,
-        iommu: None,
+        iommu: iommu_of(boot)
+            .filter(|iommu| hypervisor.own_devices.contains(&iommu.registers))
+            .map(|iommu| iommu.phandle),
     };
     if let Err(error) = patch_for_host(boot.tree.fdt(), tree_bytes, &host) {
         fatal(format_args!("{error}"));

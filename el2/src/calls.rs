@@ -15,6 +15,7 @@ use stage2::{Ipa, IpaRange, RunKind, TableFormat};
 
 use crate::arch::frames;
 use crate::hypervisor::Hypervisor;
+use crate::iommu;
 use crate::vm::{self, Vm};
 
 /// What a call gives: `x1` to `x4`.
@@ -128,11 +129,9 @@ fn dispatch(hypervisor: &'static Hypervisor, call: Call, args: [u64; 6]) -> Answ
             vms.donate_memory(hypervisor, handle, a, b, kind).map(one)
         }
         Call::MemoryReclaim => vms.reclaim_page(hypervisor, pages(handle, 1)?).map(one),
-        Call::DeviceTake
-        | Call::DeviceGive
-        | Call::DeviceAttach
-        | Call::DeviceDetach
-        | Call::DeviceFaults => Err(ErrorCode::NotFound.into()),
+        Call::DeviceTake => iommu::take(handle).map(one),
+        Call::DeviceGive => iommu::give(handle).map(one),
+        Call::DeviceFaults => iommu::faults(handle),
         Call::VmMapping => vms.with(handle, |vm| mapping(vm, a)),
         Call::SlotDirty => vms.with(handle, |vm| dirty(vm, a, b)),
         _ => vms
@@ -179,6 +178,8 @@ fn in_vm(
         Call::SlotLock => lock(vm, a, b, c),
         Call::SlotState => Ok(vm.slot_state(slot_id(a)?)?),
         Call::DmaDevice => dma(vm, a, b),
+        Call::DeviceAttach => iommu::attach(vm, a, snooping(b)?),
+        Call::DeviceDetach => iommu::detach(vm, a),
         Call::VcpuCreate => vm.create_vcpu(hypervisor, a),
         Call::VcpuStart => {
             let order = StartOrder {
@@ -228,6 +229,8 @@ fn hold_still(vm: &Vm, call: Call) -> Result<Option<MutexGuard<'_, Stage>>, Erro
         | Call::SlotMove
         | Call::SlotFlags
         | Call::DmaDevice
+        | Call::DeviceAttach
+        | Call::DeviceDetach
         | Call::VcpuStart => Err(ErrorCode::NotPermitted),
         Call::SlotCreate | Call::SlotLock => protection.building().map(Some),
         _ => Ok(None),
@@ -266,12 +269,16 @@ fn lock(vm: &Vm, action: u64, slot: u64, flags: u64) -> Result<u64, Refusal> {
     Ok(0)
 }
 
+fn snooping(kind: u64) -> Result<Dma, ErrorCode> {
+    match kind {
+        0 => Ok(Dma::Snooping),
+        1 => Ok(Dma::NonSnooping),
+        _ => Err(ErrorCode::Invalid),
+    }
+}
+
 fn dma(vm: &Vm, kind: u64, register: u64) -> Result<u64, Refusal> {
-    let kind = match kind {
-        0 => Dma::Snooping,
-        1 => Dma::NonSnooping,
-        _ => return Err(ErrorCode::Invalid.into()),
-    };
+    let kind = snooping(kind)?;
     match register {
         0 => vm.memory.unregister_device(kind)?,
         1 => vm.memory.register_device(kind)?,

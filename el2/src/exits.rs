@@ -259,8 +259,7 @@ fn power(run: &mut Running<'_>, action: PowerAction) -> Next {
             sleep(run)
         }
         PowerAction::PowerDown(order) => {
-            let features = &run.hypervisor.features;
-            run.state.restart_when_woken(features, order);
+            run.state.restart_when_woken(&run.vm.features, order);
             sleep(run)
         }
         PowerAction::SystemOff => Next::Leave(Exit::SystemOff),

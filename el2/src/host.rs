@@ -1,9 +1,11 @@
 //! The host's stage 2 on this machine: the map of the library, over EL2's pool.
 
 use abi::Counter;
-use board::{AddrRange, MAX_MEMORY, RangeList};
+use board::{AddrRange, MAX_DOORBELLS, MAX_MEMORY, RangeList};
 use el2::features::Features;
 use el2::host_map::{self, Answer, HostMap, HostMapError};
+use el2::smmu::Walk;
+use stage2::Importer;
 
 use crate::arch::frames::FramePool;
 use crate::arch::host_regs::{self, Stage2Regs};
@@ -16,6 +18,7 @@ use crate::hypervisor::Hypervisor;
 pub(crate) struct HostMemory {
     map: HostMap<HostTables>,
     registers: Stage2Regs,
+    output_bits: u8,
 }
 
 impl HostMemory {
@@ -43,7 +46,28 @@ impl HostMemory {
         Ok(Self {
             map,
             registers: Stage2Regs { vtcr, vttbr },
+            output_bits: features.pa_bits.min(48),
         })
+    }
+
+    /// The host's tables as an IOMMU walks them.
+    pub(crate) fn walk(&self) -> Walk {
+        Walk {
+            vmid: 0,
+            vtcr: self.registers.vtcr,
+            root: self.registers.vttbr,
+            output_bits: self.output_bits,
+            fwb: false,
+        }
+    }
+
+    /// Lends the map to an IOMMU, before the host runs.
+    pub(crate) fn export(
+        &mut self,
+        importer: Importer,
+        doorbells: &RangeList<MAX_DOORBELLS>,
+    ) -> Result<(), HostMapError> {
+        self.map.export(importer, doorbells)
     }
 
     /// VTCR_EL2 and VTTBR_EL2 for the host (VMID 0).

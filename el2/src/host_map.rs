@@ -8,13 +8,17 @@
 //! memory type is always "as stage 1 says": the host keeps the choice that it has on the bare
 //! machine. A leaf is the largest block that neither leaves the RAM range (or the gap between two)
 //! nor meets an annotation. See docs/host-stage2.md.
+//!
+//! Where an IOMMU stands before the host's devices, it walks the same tables: then the map is lazy no
+//! more, as a device's access can't be repeated. All RAM of the host is mapped from the start, and
+//! what comes back is mapped at once. See docs/smmu.md.
 
-use board::{AddrRange, MAX_MEMORY, RangeList};
+use board::{AddrRange, MAX_DOORBELLS, MAX_MEMORY, PAGE_SIZE, RangeList};
 use spin::RwLock;
 use stage2::{
-    Annotation, ArmConfig, ArmFeatures, ArmStage2, ConfigError, Execute, FaultOutcome,
-    FaultRequest, ForceWriteBack, Granule, Ipa, IpaRange, LeafAttrs, MapError, Pa, Perms, Platform,
-    Stage2, WideAddresses,
+    Annotation, ArmConfig, ArmFeatures, ArmStage2, ConfigError, Execute, ExportError, ExportedRoot,
+    FaultOutcome, FaultRequest, ForceWriteBack, Granule, Importer, Ipa, IpaRange, LeafAttrs,
+    MapError, MapRequest, Pa, Perms, Platform, Stage2, WideAddresses,
 };
 use thiserror::Error;
 
@@ -33,6 +37,9 @@ pub enum HostMapError {
     /// The root or the first annotation failed.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// The root can't be lent, or not to that IOMMU.
+    #[error(transparent)]
+    Export(#[from] ExportError),
     /// What is to be somebody's is not a range of pages, or that somebody is the host.
     #[error("{0:?} is not a range of pages for an owner")]
     Range(AddrRange),
@@ -57,6 +64,10 @@ pub struct HostMap<P: Platform> {
     hidden: RangeList<MAX_HIDDEN>,
     /// First address that the table can't map.
     end: u64,
+    /// Where devices that walk the map, too, send their interrupts: mapped for good.
+    doorbells: RangeList<MAX_DOORBELLS>,
+    /// What an IOMMU walks it by. A device can't fault a page in: all of the host's RAM is mapped.
+    exported: Option<ExportedRoot>,
 }
 
 impl<P: Platform> core::fmt::Debug for HostMap<P> {
@@ -131,6 +142,8 @@ impl<P: Platform> HostMap<P> {
             memory,
             hidden: RangeList::new(),
             end,
+            doorbells: RangeList::new(),
+            exported: None,
         })
     }
 
@@ -142,6 +155,68 @@ impl<P: Platform> HostMap<P> {
         self.hidden
             .insert(range.grow_to_pages(), "hidden ranges")
             .is_ok()
+    }
+
+    /// Lends the map to an IOMMU: maps all that devices of the host may reach, and tells `importer`
+    /// of every change from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`HostMapError`]; what was mapped until then stays, and nobody walks it.
+    pub fn export(
+        &mut self,
+        importer: Importer,
+        doorbells: &RangeList<MAX_DOORBELLS>,
+    ) -> Result<(), HostMapError> {
+        for doorbell in doorbells.as_slice() {
+            let pages = ipa_range(*doorbell).ok_or(HostMapError::Range(*doorbell))?;
+            let (start, attrs) = (pages.start(), LeafAttrs::normal(Perms::RW));
+            self.fill(&FaultRequest::new(
+                start,
+                pages,
+                Pa::new(start.get()),
+                attrs,
+            ))?;
+        }
+        self.doorbells = doorbells.clone();
+        for ram in self.memory.clone().as_slice() {
+            self.populate(*ram)?;
+        }
+        let space = self.space.get_mut();
+        let root = space.export(0)?;
+        if let Err(error) = space.register(&root, importer) {
+            // Nobody has walked it.
+            let back = space.unexport(root);
+            debug_assert!(back.is_ok(), "it has no importer");
+            return Err(error.into());
+        }
+        self.exported = Some(root);
+        Ok(())
+    }
+
+    fn fill(&self, request: &FaultRequest) -> Result<FaultOutcome, HostMapError> {
+        Ok(self.space.read().fault(request)?)
+    }
+
+    /// Maps what is the host's of a range of RAM.
+    fn populate(&self, ram: AddrRange) -> Result<(), HostMapError> {
+        let mut at = ram.start();
+        while at < ram.end().min(self.end) {
+            let Some((window, attrs)) = self.window(at) else {
+                at += PAGE_SIZE;
+                continue;
+            };
+            let request =
+                FaultRequest::new(Ipa::new(at), window, Pa::new(window.start().get()), attrs);
+            at = match self.fill(&request)? {
+                FaultOutcome::Mapped(level) => {
+                    let size = self.space.read().geometry().slot_size(level);
+                    (at / size + 1) * size
+                }
+                _ => at + PAGE_SIZE,
+            };
+        }
+        Ok(())
     }
 
     /// The root table's address, for VTTBR_EL2.
@@ -182,7 +257,15 @@ impl<P: Platform> HostMap<P> {
     /// As [`Self::take_away`]; a range that was taken as a whole needs no tables.
     pub fn give_back(&self, range: AddrRange) -> Result<(), HostMapError> {
         let pages = ipa_range(range).ok_or(HostMapError::Range(range))?;
-        Ok(self.space.write().unmap(pages)?)
+        let mut space = self.space.write();
+        if self.exported.is_none() {
+            return Ok(space.unmap(pages)?);
+        }
+        // Devices can't fault it in.
+        let (start, attrs) = (pages.start(), LeafAttrs::normal(Perms::RWX));
+        let request = MapRequest::new(start, pages.len(), Pa::new(start.get()), attrs);
+        space.map(&request)?;
+        Ok(())
     }
 
     /// Answers a translation fault at `address`.
@@ -226,7 +309,12 @@ impl<P: Platform> HostMap<P> {
 
     /// Throws away every device mapping; faults bring them back.
     fn drop_devices(&self, space: &mut Stage2<ArmStage2, P>) {
-        for gap in self.gaps().filter_map(ipa_range) {
+        let kept = self.doorbells.as_slice();
+        for gap in self
+            .gaps()
+            .flat_map(|gap| gap.without_all(kept))
+            .filter_map(ipa_range)
+        {
             // Unmapping whole leaves takes no table, so this does not fail; if it did, the caller
             // would find no more tables than before.
             let result = space.unmap(gap);

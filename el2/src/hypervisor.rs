@@ -14,6 +14,7 @@ use crate::arch::cpu::CpuData;
 use crate::arch::gic::PhysicalGic;
 use crate::entropy::Entropy;
 use crate::host::HostMemory;
+use crate::iommu;
 use crate::vm::VmTable;
 
 /// What remains of the device tree.
@@ -83,6 +84,9 @@ impl Hypervisor {
         }
         if self.has_firmware() {
             features = features.union(AbiFeatures::FIRMWARE_CALLS);
+        }
+        if iommu::is_on() {
+            features = features.union(AbiFeatures::DMA_ISOLATION);
         }
         match self.gic.version() {
             0 => {}

@@ -30,6 +30,8 @@ mod host;
 #[cfg(target_os = "none")]
 mod hypervisor;
 #[cfg(target_os = "none")]
+mod iommu;
+#[cfg(target_os = "none")]
 mod panic;
 #[cfg(target_os = "none")]
 mod power;

@@ -13,7 +13,7 @@ use crate::arch::exceptions::Regs;
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::{cpu, firmware};
 use crate::hypervisor::{self, Hypervisor};
-use crate::{calls, panic, power, smp};
+use crate::{calls, iommu, panic, power, smp};
 
 /// Vectors of synchronous exceptions from AArch64 and AArch32.
 const SYNC_64: u64 = 8;
@@ -96,6 +96,7 @@ fn call(hypervisor: &'static Hypervisor, regs: &mut Regs, immediate: u16, by_smc
 /// A call about VMs.
 fn about_vms(hypervisor: &'static Hypervisor, regs: &mut Regs, call: abi::Call) {
     let [_, a, b, c, d, e, f, ..] = regs.x;
+    iommu::poll();
     let answer = calls::perform(hypervisor, call, [a, b, c, d, e, f]);
     regs.x[0] = SMCCC_SUCCESS;
     regs.x[1..5].copy_from_slice(&answer);
@@ -114,6 +115,7 @@ fn forward(hypervisor: &Hypervisor, regs: &mut Regs) {
 
 /// Serves PSCI; the result is the new `x0`.
 fn psci_call(hypervisor: &'static Hypervisor, regs: &Regs) -> u64 {
+    iommu::poll();
     let [id, first, second, third, ..] = regs.x;
     let Ok(id) = u32::try_from(id) else {
         return SMCCC_NOT_SUPPORTED;
@@ -192,6 +194,7 @@ fn suspend(
 
 /// A stage-2 fault: map what is the host's, refuse the rest.
 fn fault(hypervisor: &Hypervisor, abort: &Abort, syndrome: &Syndrome) {
+    iommu::poll();
     let ipa = esr::fault_ipa(abort, syndrome.hpfar, syndrome.far);
     // Only a missing translation can be mended. HPFAR is not even valid for a permission fault
     // (Arm ARM D24.2.61): that is a fetch from device memory.

@@ -106,13 +106,13 @@ pub(crate) struct Running<'a> {
 
 impl Vcpu {
     /// A vCPU that is off.
-    pub(crate) fn new(hypervisor: &Hypervisor, index: u8) -> Self {
+    pub(crate) fn new(hypervisor: &Hypervisor, features: &Features, index: u8) -> Self {
         Self {
             index,
             running_on: AtomicU32::new(NOWHERE),
             last_on: AtomicU32::new(NOWHERE),
             counts: Counts::default(),
-            state: Mutex::new(VcpuState::new(hypervisor)),
+            state: Mutex::new(VcpuState::new(hypervisor, features)),
         }
     }
 
@@ -166,7 +166,7 @@ impl Vcpu {
         let mut state = self.state.try_lock().ok_or(ErrorCode::Busy)?;
         let cpu = cpu::this_cpu().ok_or(ErrorCode::Invalid)?;
         if let Some(order) = vm.power.take_order(self.index) {
-            state.restart(&hypervisor.features, order);
+            state.restart(&vm.features, order);
         } else if state.off || !vm.power.is_on(self.index) {
             return Ok(Exit::VcpuOff);
         }
@@ -252,16 +252,16 @@ pub(crate) struct Stopped<'a>(MutexGuard<'a, VcpuState>);
 
 impl Stopped<'_> {
     /// Makes it as it was when it was created.
-    pub(crate) fn empty(&mut self, hypervisor: &Hypervisor) {
-        *self.0 = VcpuState::new(hypervisor);
+    pub(crate) fn empty(&mut self, hypervisor: &Hypervisor, features: &Features) {
+        *self.0 = VcpuState::new(hypervisor, features);
     }
 }
 
 impl VcpuState {
-    fn new(hypervisor: &Hypervisor) -> Self {
+    fn new(hypervisor: &Hypervisor, features: &Features) -> Self {
         Self {
             host: HostWorld::default(),
-            context: Context::new(&hypervisor.features),
+            context: Context::new(features),
             gic: hypervisor.gic.new_interface(),
             watch: CacheWatch::default(),
             load: None,

@@ -10,6 +10,7 @@
 use abi::{DonationKind, ErrorCode, MAX_VCPUS, SlotState, SlotWord, VmConfig, VmCounter};
 use board::{AddrRange, MAX_CPUS, PAGE_SIZE};
 use core::sync::atomic::{AtomicU8, Ordering};
+use el2::features::Features;
 use el2::guest::idregs::{GuestIds, Model};
 use el2::guest::psci::Power;
 use el2::guest_frames::GuestFrames;
@@ -18,6 +19,7 @@ use el2::host_map;
 use el2::ownership::OwnershipError;
 use el2::page_state::Owner;
 use el2::protection::Protection;
+use el2::smmu::Walk;
 use el2::vgic::{GicVersion, Vgic};
 use el2::vm_counters::VmCounters;
 use el2::vm_error::Refusal;
@@ -39,6 +41,7 @@ use crate::arch::tlb::Tagged;
 use crate::arch::world::VmWorld;
 use crate::arch::{mem, regs};
 use crate::hypervisor::Hypervisor;
+use crate::iommu::{self, Devices};
 use crate::protect::Pages;
 use crate::vcpu::{Stopped, Vcpu};
 
@@ -69,6 +72,9 @@ pub(crate) struct VmShared {
 pub(crate) struct Vm {
     pub(crate) index: u8,
     pub(crate) config: VmConfig,
+    /// The machine's, less what this VM's tables do without.
+    pub(crate) features: Features,
+    pub(crate) devices: Devices,
     pub(crate) world: VmWorld,
     pub(crate) memory: VmMemory<'static, GuestTables>,
     /// What the guest's identification registers read as.
@@ -263,6 +269,7 @@ impl VmTable {
                 Ok(0)
             }
             Entry::Live { vm, donated } => {
+                iommu::detach_all(&vm);
                 // Dropping the VM drops its stage 2: every table is unreachable and every TLB
                 // entry of the VMID invalidated behind this line.
                 drop(vm);
@@ -319,8 +326,7 @@ fn take_back(
     donated.take_back(&hypervisor.ownership, hypervisor.host.map(), &Pages)
 }
 
-fn format(hypervisor: &Hypervisor) -> Option<ArmStage2> {
-    let features = &hypervisor.features;
+fn format(features: &Features) -> Option<ArmStage2> {
     let output_bits = features.pa_bits.min(48);
     ArmStage2::new(&ArmConfig {
         granule: Granule::K4,
@@ -356,7 +362,11 @@ impl Vm {
         config: VmConfig,
         pool: FramePool,
     ) -> Option<Owned<Self>> {
-        let features = &hypervisor.features;
+        let features = &Features {
+            // Devices read the tables as the IOMMU can.
+            fwb: hypervisor.features.fwb && (!config.devices || iommu::has_fwb()),
+            ..hypervisor.features
+        };
         let (shared, vgic) = (Place::<VmShared>::take(&pool)?, Place::take(&pool)?);
         let place = Place::<Self>::take(&pool)?;
         let shared = shared.fill(VmShared {
@@ -364,14 +374,14 @@ impl Vm {
             counters: VmCounters::new(),
         });
         let borrowed = shared.for_tables();
-        let format = format(hypervisor)?;
+        let format = format(features)?;
         let vtcr = host_map::vtcr(&format, features.vmid16);
         let vmid = u16::from(index) + 1;
         let tables = GuestTables::new(
             &borrowed.pool,
             &borrowed.counters,
             hypervisor.ownership.pages().memory(),
-            features,
+            &hypervisor.features,
             vtcr,
         );
         let table = Stage2::new(format, tables, Tagged).ok()?;
@@ -410,6 +420,8 @@ impl Vm {
         let mut vm = Self {
             index,
             config,
+            features: *features,
+            devices: Devices::new(),
             ids: GuestIds::new(&hypervisor.ids, &model),
             power: Power::new(config.vcpus),
             protection: config.protected.then(Protection::new),
@@ -441,6 +453,23 @@ impl Vm {
             SlotKind::Mmio,
         )?;
         self.memory.create_slot(slot)
+    }
+
+    /// Its tables as an IOMMU walks them.
+    pub(crate) fn walk(&self) -> Walk {
+        let Stage2Regs { vtcr, vttbr } = self.world.stage2;
+        Walk {
+            vmid: u16::from(self.index) + 1,
+            vtcr,
+            root: vttbr & ((1 << 48) - 1),
+            output_bits: self.features.pa_bits.min(48),
+            fwb: self.features.fwb,
+        }
+    }
+
+    /// The slots that the host has created.
+    pub(crate) fn host_slots(&self) -> impl Iterator<Item = Memslot> {
+        (0..HOST_SLOTS).filter_map(|id| self.memory.slot(SlotId(id)))
     }
 
     pub(crate) fn counters(&self) -> &VmCounters {
@@ -484,7 +513,7 @@ impl Vm {
             pages: Place::<Vcpu>::SIZE / PAGE_SIZE,
         })?;
         // Two callers at once: the second place stays unused until the VM goes.
-        let vcpu = place.fill(Vcpu::new(hypervisor, number));
+        let vcpu = place.fill(Vcpu::new(hypervisor, &self.features, number));
         slot.call_once(|| vcpu);
         Ok(0)
     }
@@ -569,7 +598,7 @@ impl Vm {
         }
         self.memory.reset()?;
         for vcpu in &mut stopped {
-            vcpu.empty(hypervisor);
+            vcpu.empty(hypervisor, &self.features);
         }
         self.power.reset();
         self.vgic.reset();

@@ -4,6 +4,7 @@ use abi::ErrorCode;
 use memslot::error::{Error, ErrorKind};
 
 use crate::ownership::OwnershipError;
+use crate::smmu::AttachError;
 
 /// A refusal: the code, and for [`ErrorCode::NoMemory`] how many pages are enough.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -54,6 +55,21 @@ impl From<OwnershipError> for Refusal {
             OwnershipError::NoTables(_) => ErrorCode::NoHeap.into(),
             OwnershipError::HostMap(_) => ErrorCode::Invalid.into(),
         }
+    }
+}
+
+impl From<AttachError> for Refusal {
+    fn from(error: AttachError) -> Self {
+        match error {
+            AttachError::NoStream => ErrorCode::NotFound,
+            AttachError::Taken => ErrorCode::Exists,
+            AttachError::NotOwned => ErrorCode::NotPermitted,
+            AttachError::Tables => ErrorCode::Mismatch,
+            AttachError::Full => ErrorCode::NoSpace,
+            AttachError::NoMemory => ErrorCode::NoHeap,
+            AttachError::Dead => ErrorCode::Busy,
+        }
+        .into()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::ptr::NonNull;
+use core::sync::atomic::AtomicU64;
 
 use board::{AddrRange, PAGE_SIZE};
 use buddy_system_allocator::Heap;
@@ -68,6 +69,15 @@ unsafe impl GlobalAlloc for El2Heap {
             unsafe { self.0.lock().dealloc(pointer, layout) };
         }
     }
+}
+
+/// A word of memory from EL2's pool that a device reads and writes, too: an SMMU's tables and queues.
+pub(crate) fn shared_word(address: u64) -> &'static AtomicU64 {
+    debug_assert!(address.is_multiple_of(8));
+    let word = core::ptr::with_exposed_provenance_mut(address as usize);
+    // SAFETY: the SMMU's driver only names words of what the pool has handed out to it for good;
+    // mapped at its own address, and everybody accesses it in one piece.
+    unsafe { AtomicU64::from_ptr(word) }
 }
 
 /// Adds pages that were just donated to EL2 to its own pool, for good.

@@ -61,6 +61,13 @@ impl Mmio {
         unsafe { Self::new(base) }
     }
 
+    /// An SMMU, which the device tree names and EL2 maps.
+    pub(crate) const fn smmu(base: u64) -> Self {
+        // SAFETY: hidden from the host, so it is EL2's alone; the driver lets it at no memory but
+        // tables and queues from EL2's pool.
+        unsafe { Self::new(base) }
+    }
+
     /// Where the registers are.
     pub(crate) const fn base(self) -> u64 {
         self.base

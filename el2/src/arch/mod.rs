@@ -22,6 +22,7 @@ pub(crate) mod owned;
 pub(crate) mod profiling;
 pub(crate) mod regs;
 pub(crate) mod self_test;
+pub(crate) mod smmu;
 pub(crate) mod tlb;
 pub(crate) mod world;
 

@@ -2,7 +2,7 @@
 //!
 //! Lock order: functions → commands. Events have their own, which nobody waits for.
 
-use heapless::Vec;
+use alloc::vec::Vec;
 use spin::{Mutex, MutexGuard};
 use thiserror::Error;
 
@@ -188,7 +188,8 @@ struct Events {
     bits: u32,
     /// CONS, with its wrap bit.
     next: u32,
-    streams: Vec<(u32, Faults), MAX_FUNCTIONS>,
+    /// Never more than there is room for from the start.
+    streams: Vec<(u32, Faults)>,
 }
 
 #[derive(Debug)]
@@ -209,7 +210,8 @@ pub struct Smmu<P> {
     ids: Ids,
     tables: Tables,
     host: Walk,
-    taken: Mutex<Vec<Taken, MAX_FUNCTIONS>>,
+    /// Never more than there is room for from the start.
+    taken: Mutex<Vec<Taken>>,
     commands: Mutex<Commands>,
     events: Mutex<Events>,
 }
@@ -251,7 +253,7 @@ impl<P: Port> Smmu<P> {
             ids,
             tables,
             host,
-            taken: Mutex::new(Vec::new()),
+            taken: Mutex::new(room()?),
             commands: Mutex::new(Commands {
                 base: commands,
                 bits,
@@ -262,7 +264,7 @@ impl<P: Port> Smmu<P> {
                 base: events,
                 bits: event_bits,
                 next: 0,
-                streams: Vec::new(),
+                streams: room()?,
             }),
         };
         smmu.bring_up()?;
@@ -367,6 +369,13 @@ fn wait_for(done: impl Fn() -> bool) -> bool {
         }
         now
     })
+}
+
+/// An empty list with all the room that it will ever need.
+fn room<T>() -> Result<Vec<T>, Unfit> {
+    let mut list = Vec::new();
+    let reserved = list.try_reserve_exact(MAX_FUNCTIONS);
+    reserved.map(|()| list).map_err(|_| Unfit::NoMemory)
 }
 
 fn page_at_least(size: u64) -> u64 {
@@ -514,14 +523,13 @@ impl<P: Port> Smmu<P> {
         if taken.iter().any(|t| t.stream == stream) {
             return Err(AttachError::Taken);
         }
-        if taken.is_full() {
+        if taken.len() == MAX_FUNCTIONS {
             return Err(AttachError::Full);
         }
         let entry = self.own_entry(stream)?;
         self.close(entry, stream, self.host.vmid);
         let owner = Owner::Nobody;
-        // There is room.
-        let _ = taken.push(Taken { stream, owner }).is_ok();
+        taken.push(Taken { stream, owner });
         Ok(())
     }
 
@@ -760,11 +768,11 @@ impl Events {
     /// Counts an event; gives the stream's count, the largest one if there is no room for it.
     fn count(&mut self, event: Event, vmid: u16) -> u64 {
         let at = self.streams.iter().position(|(s, _)| *s == event.stream);
-        let at = at.or_else(|| {
-            let new = (event.stream, Faults::default());
-            self.streams.push(new).ok().map(|()| self.streams.len() - 1)
-        });
-        let Some((_, faults)) = at.and_then(|at| self.streams.get_mut(at)) else {
+        let at = at.unwrap_or(self.streams.len());
+        if at == self.streams.len() && at < MAX_FUNCTIONS {
+            self.streams.push((event.stream, Faults::default()));
+        }
+        let Some((_, faults)) = self.streams.get_mut(at) else {
             return u64::MAX;
         };
         faults.count += 1;

@@ -1,0 +1,323 @@
+//! The machine's IOMMU: whose memory a PCI function reaches.
+//!
+//! Lock order: devices of a VM → the VM's memory, or the host's stage 2 → the SMMU's own locks. Only
+//! the last are taken by what the tables call back.
+
+use abi::{DmaFault, ErrorCode};
+use board::{Iommu, MAX_DOORBELLS, RangeList};
+use el2::smmu::{AttachError, Event, Faults, Owner, Smmu, Unfit, Uses, Walk};
+use el2::vm_error::Refusal;
+use heapless::Vec;
+use memslot::edge::Dma;
+use memslot::slot::SlotKind;
+use spin::{Mutex, Once};
+use stage2::{ExportedRoot, Importer, InvalidateListener, IpaRange, Level};
+
+use crate::arch::frames::FramePool;
+use crate::arch::smmu::Registers;
+use crate::host::HostMemory;
+use crate::vm::Vm;
+
+/// Most functions of one VM.
+const MAX_DEVICES: usize = 8;
+/// VMIDs: 0 is the host's, VM n has n + 1.
+const VMIDS: usize = 256;
+
+struct Machine {
+    smmu: Smmu<Registers>,
+    tree: Iommu,
+}
+
+static MACHINE: Once<Machine> = Once::new();
+
+/// Who tells the SMMU of changes of one stage 2.
+struct Domain {
+    vmid: u16,
+}
+
+static DOMAINS: [Domain; VMIDS] = {
+    let mut domains = [const { Domain { vmid: 0 } }; VMIDS];
+    let mut vmid = 0;
+    while vmid < VMIDS {
+        domains[vmid].vmid = vmid as u16;
+        vmid += 1;
+    }
+    domains
+};
+
+impl InvalidateListener for Domain {
+    fn invalidate(&self, range: IpaRange) {
+        if let Some(machine) = MACHINE.get() {
+            let (start, size) = (range.start().get(), range.len());
+            machine.smmu.invalidate(self.vmid, start, size);
+        }
+    }
+}
+
+/// The SMMU as one that imports the tables of a VMID. It can walk what [`Smmu::can_walk`] says.
+fn importer(vmid: u16, output_bits: u8) -> Importer {
+    Importer {
+        listener: &DOMAINS[usize::from(vmid) % VMIDS],
+        must_be_zero: 0,
+        output_bits: output_bits.into(),
+        coarsest_leaf: Level::L0,
+    }
+}
+
+/// Turns the SMMU on over the host's tables.
+///
+/// # Errors
+///
+/// Why DMA is not isolated, for the log.
+pub(crate) fn start(
+    tree: &Iommu,
+    pool: &'static FramePool,
+    host: &mut HostMemory,
+    doorbells: &RangeList<MAX_DOORBELLS>,
+) -> Result<(), StartError> {
+    let registers = Registers::new(tree.registers.start(), pool);
+    let walk = host.walk();
+    let ids = Smmu::identify(&registers);
+    ids.check(tree.coherent)?;
+    host.export(importer(walk.vmid, ids.output_bits), doorbells)?;
+    let smmu = Smmu::start(registers, tree.coherent, walk)?;
+    let tree = tree.clone();
+    let _: &Machine = MACHINE.call_once(|| Machine { smmu, tree });
+    Ok(())
+}
+
+/// Why DMA is not isolated.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    /// The SMMU is of no use.
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
+    /// The host's tables can't be lent.
+    #[error("the host's tables can't be lent: {0}")]
+    Host(#[from] el2::host_map::HostMapError),
+}
+
+/// Whether the SMMU of this tree can be used; if not, the log says why.
+pub(crate) fn check(tree: &Iommu, pool: &'static FramePool) -> bool {
+    let ids = Smmu::identify(&Registers::new(tree.registers.start(), pool));
+    let fits = ids.check(tree.coherent);
+    if let Err(unfit) = fits {
+        log::warn!(
+            "the SMMUv3 at {:#x} is not used: {unfit}",
+            tree.registers.start()
+        );
+    }
+    fits.is_ok()
+}
+
+/// Bits of an output address that it has: the tables are made for it, too.
+pub(crate) fn output_bits(tree: &Iommu, pool: &'static FramePool) -> u8 {
+    Smmu::identify(&Registers::new(tree.registers.start(), pool)).output_bits
+}
+
+/// Whether DMA is isolated.
+pub(crate) fn is_on() -> bool {
+    MACHINE.is_completed()
+}
+
+/// Whether tables for forced write-back may be lent, if devices are to walk them.
+pub(crate) fn has_fwb() -> bool {
+    MACHINE.get().is_none_or(|m| m.smmu.ids().fwb)
+}
+
+/// Counts and reports what devices were refused, if there is an IOMMU.
+#[inline]
+pub(crate) fn poll() {
+    if let Some(machine) = MACHINE.get() {
+        machine
+            .smmu
+            .poll(|stream, _| machine.tree.function_of(stream));
+    }
+}
+
+/// The SMMU, and a function's stream.
+fn find(function: u64) -> Result<(&'static Smmu<Registers>, u32), Refusal> {
+    let function = u16::try_from(function).map_err(|_| ErrorCode::Invalid)?;
+    let machine = MACHINE.get().ok_or(ErrorCode::NotFound)?;
+    let stream = machine.tree.stream_of(function);
+    Ok((&machine.smmu, stream.ok_or(ErrorCode::NotFound)?))
+}
+
+/// Takes a function from the host.
+pub(crate) fn take(function: u64) -> Result<u64, Refusal> {
+    let (smmu, stream) = find(function)?;
+    smmu.take(stream)?;
+    Ok(0)
+}
+
+/// Gives it back.
+pub(crate) fn give(function: u64) -> Result<u64, Refusal> {
+    let (smmu, stream) = find(function)?;
+    smmu.give(stream)?;
+    Ok(0)
+}
+
+/// What a function was refused.
+pub(crate) fn faults(function: u64) -> Result<[u64; 4], Refusal> {
+    poll();
+    let (smmu, stream) = find(function)?;
+    let Faults { count, last, vmid } = smmu.faults(stream);
+    let Event {
+        number,
+        read,
+        address,
+        ..
+    } = last;
+    let fault = DmaFault {
+        write: count != 0 && !read,
+        event: number,
+        vmid,
+    };
+    Ok([0, count, address, fault.bits()])
+}
+
+/// The devices of a VM.
+#[derive(Debug)]
+pub(crate) struct Devices(Mutex<Attached>);
+
+#[derive(Debug)]
+struct Attached {
+    /// While there are any.
+    root: Option<ExportedRoot>,
+    devices: Vec<(u32, Dma), MAX_DEVICES>,
+    /// Devices that do not snoop and are gone, but whose going would change the memory types of a
+    /// root that others walk: they are counted until that is possible.
+    owed: usize,
+}
+
+impl Devices {
+    /// None.
+    pub(crate) const fn new() -> Self {
+        Self(Mutex::new(Attached {
+            root: None,
+            devices: Vec::new(),
+            owed: 0,
+        }))
+    }
+}
+
+/// Lets a function that was taken reach a VM's memory, and only that.
+pub(crate) fn attach(vm: &Vm, function: u64, dma: Dma) -> Result<u64, Refusal> {
+    let (smmu, stream) = find(function)?;
+    let walk = vm.walk();
+    let mut attached = vm.devices.0.lock();
+    if !has_locked_memory(vm) || smmu.owner(stream) != Owner::Nobody {
+        return Err(ErrorCode::NotPermitted.into());
+    }
+    if !smmu.can_walk(&walk) {
+        return Err(ErrorCode::Mismatch.into());
+    }
+    if attached.devices.is_full() {
+        return Err(ErrorCode::NoSpace.into());
+    }
+    // What is pending is cleaned by that: the device sees what the host has written.
+    vm.memory.register_device(dma)?;
+    let result = attached.export(vm, &walk, smmu.ids().output_bits);
+    let result = result.and_then(|()| Ok(smmu.attach(stream, &walk)?));
+    if let Err(refusal) = result {
+        attached.unexport_if_unused(vm, walk.vmid);
+        attached.forget(vm, dma);
+        return Err(refusal);
+    }
+    // There is room.
+    let _ = attached.devices.push((stream, dma)).is_ok();
+    Ok(0)
+}
+
+/// Lets a function of a VM reach nothing.
+pub(crate) fn detach(vm: &Vm, function: u64) -> Result<u64, Refusal> {
+    let (smmu, stream) = find(function)?;
+    let mut attached = vm.devices.0.lock();
+    attached.remove(vm, smmu, stream)?;
+    Ok(0)
+}
+
+/// The same for all of a VM.
+pub(crate) fn detach_all(vm: &Vm) {
+    let Some(machine) = MACHINE.get() else {
+        return;
+    };
+    let mut attached = vm.devices.0.lock();
+    while let Some((stream, _)) = attached.devices.last().copied() {
+        let gone = attached.remove(vm, &machine.smmu, stream);
+        debug_assert!(gone.is_ok(), "it is in the list, and the list is locked");
+        if gone.is_err() {
+            return;
+        }
+    }
+}
+
+/// A device's accesses can't fault pages in: some memory must be there for good.
+fn has_locked_memory(vm: &Vm) -> bool {
+    let mut slots = vm.host_slots();
+    slots.any(|slot| slot.kind == SlotKind::Ram && slot.lock.is_some())
+}
+
+impl Attached {
+    fn export(&mut self, vm: &Vm, walk: &Walk, output_bits: u8) -> Result<(), Refusal> {
+        if self.root.is_some() {
+            return Ok(());
+        }
+        let importer = importer(walk.vmid, output_bits);
+        let root = vm.memory.attach_importer(|table| {
+            let root = table.export(0)?;
+            match table.register(&root, importer) {
+                Ok(()) => Ok(root),
+                Err(error) => {
+                    let back = table.unexport(root);
+                    debug_assert!(back.is_ok(), "it has no importer");
+                    Err(error.into())
+                }
+            }
+        })?;
+        self.root = Some(root);
+        Ok(())
+    }
+
+    /// In the order of spec/memory-types.md 3.3: the device is off the tables and its accesses have
+    /// drained; the importer leaves the list, told of everything once more; the root is private.
+    fn remove(&mut self, vm: &Vm, smmu: &Smmu<Registers>, stream: u32) -> Result<(), AttachError> {
+        let vmid = vm.walk().vmid;
+        let at = self.devices.iter().position(|(s, _)| *s == stream);
+        let at = at.ok_or(AttachError::NotOwned)?;
+        let _: Uses = smmu.detach(stream, vmid)?;
+        let (_, dma) = self.devices.swap_remove(at);
+        self.unexport_if_unused(vm, vmid);
+        self.forget(vm, dma);
+        Ok(())
+    }
+
+    fn unexport_if_unused(&mut self, vm: &Vm, vmid: u16) {
+        if !self.devices.is_empty() {
+            return;
+        }
+        let Some(root) = self.root.take() else {
+            return;
+        };
+        let listener = &DOMAINS[usize::from(vmid) % VMIDS];
+        let done = vm.memory.detach_importer_with(|table| {
+            table.unregister(listener)?;
+            table.unexport(root).map_err(|(_, error)| error.into())
+        });
+        debug_assert!(done.is_ok(), "the only importer of this root");
+    }
+
+    /// Takes a device out of the counts, or leaves that for later.
+    fn forget(&mut self, vm: &Vm, dma: Dma) {
+        match dma {
+            Dma::Snooping => {
+                let done = vm.memory.unregister_device(dma);
+                debug_assert!(done.is_ok(), "it was counted");
+            }
+            Dma::NonSnooping => self.owed += 1,
+        }
+        while self.owed > 0 && vm.memory.unregister_device(Dma::NonSnooping).is_ok() {
+            self.owed -= 1;
+        }
+    }
+}
