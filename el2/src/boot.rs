@@ -332,7 +332,14 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
     }
     reserve_no_map(boot, &pages);
     let pool = frames::create_el2_pool(boot.pool);
-    let smmu = iommu_of(boot).filter(|tree| iommu::check(tree, pool));
+    let ram_end = boot
+        .board
+        .memory
+        .as_slice()
+        .iter()
+        .map(|ram| ram.end())
+        .max();
+    let smmu = iommu_of(boot).filter(|tree| iommu::check(tree, pool, ram_end.unwrap_or(0)));
     let features = walkable(boot, smmu, pool);
     let mut host = match HostMemory::new(&features, pool, pages.memory(), boot.el2) {
         Ok(host) => host,

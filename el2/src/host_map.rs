@@ -367,6 +367,7 @@ fn ipa_range(range: AddrRange) -> Option<IpaRange> {
 mod tests {
     use proptest::prelude::*;
     use stage2::testing::{Arch, FakeMachine};
+    use std::boxed::Box;
     use std::vec::Vec;
 
     use super::*;
@@ -572,6 +573,97 @@ mod tests {
         let format = format(&features()).unwrap();
         assert_eq!(vtcr(&format, false), 0x8002_3558);
         assert_eq!(vtcr(&format, true), 0x800a_3558);
+    }
+
+    /// An IOMMU that walks the host's tables.
+    struct Walker(&'static FakeMachine);
+
+    impl stage2::InvalidateListener for Walker {
+        fn invalidate(&self, range: IpaRange) {
+            self.0.told(range);
+        }
+    }
+
+    const DOORBELL: u64 = 0x809_0000;
+
+    /// A map that is lent to an IOMMU; the machine caches for it what it walks.
+    fn exported(tables: usize) -> (&'static FakeMachine, HostMap<&'static FakeMachine>) {
+        let machine: &'static FakeMachine = Box::leak(Box::new(machine(tables)));
+        let mut map = map(machine);
+        let mut doorbells = RangeList::new();
+        let page = range(DOORBELL, DOORBELL + 4096);
+        doorbells.insert(page, "doorbells").unwrap();
+        let importer = Importer {
+            listener: Box::leak(Box::new(Walker(machine))),
+            must_be_zero: 0,
+            output_bits: 40,
+            coarsest_leaf: stage2::Level::L1,
+        };
+        map.export(importer, &doorbells).unwrap();
+        machine.import();
+        (machine, map)
+    }
+
+    #[test]
+    fn an_exported_map_holds_all_ram_of_the_host_and_the_doorbells() {
+        let (machine, _map) = exported(64);
+        let mapped: u64 = machine
+            .leaves()
+            .into_iter()
+            .map(|(_, level, _)| 1u64 << Arch::arm_4k(1, 40, false).shift(level))
+            .sum();
+        let ram = 2 * GIB + GIB / 2 - el2().size();
+        assert_eq!(mapped, ram + 4096);
+        assert!(leaf(machine, el2().start()).is_none());
+        let (start, size, raw) = leaf(machine, DOORBELL).unwrap();
+        assert_eq!((start, size), (DOORBELL, 4096));
+        assert!(raw.write && !raw.exec_kernel);
+    }
+
+    #[test]
+    fn what_an_exported_map_loses_the_iommu_forgets_and_gets_back_at_once() {
+        let (machine, map) = exported(64);
+        let page = range(GIB + 5 * MIB, GIB + 5 * MIB + 4096);
+        map.take_away(page, Owner::Guest(0)).unwrap();
+        assert!(leaf(machine, page.start()).is_none());
+        assert!(machine.take_events().iter().any(|event| matches!(
+            event,
+            stage2::testing::Event::Notify(range) if range.contains(Ipa::new(page.start()))
+        )));
+        map.give_back(page).unwrap();
+        let (start, _, raw) = leaf(machine, page.start()).unwrap();
+        assert!(start <= page.start() && raw.write && raw.exec_kernel);
+        assert_eq!(machine.finish(), Vec::<std::string::String>::new());
+    }
+
+    #[test]
+    fn recycling_leaves_the_doorbells_of_an_exported_map_alone() {
+        let (machine, map) = exported(64);
+        for window in 5..500u64 {
+            let answer = map.fault(window * GIB + 0x1000 * window);
+            assert_ne!(answer, Answer::Refused);
+        }
+        map.drop_devices(&mut map.space.write());
+        assert!(leaf(machine, 100 * GIB).is_none());
+        assert_eq!(leaf(machine, DOORBELL).unwrap().1, 4096);
+        assert_eq!(leaf(machine, GIB).unwrap().0, GIB);
+        assert_eq!(machine.finish(), Vec::<std::string::String>::new());
+    }
+
+    #[test]
+    fn an_iommu_that_cannot_walk_the_map_is_refused_and_nobody_walks_it() {
+        let machine: &'static FakeMachine = Box::leak(Box::new(machine(64)));
+        let mut map = map(machine);
+        let importer = |output_bits| Importer {
+            listener: Box::leak(Box::new(Walker(machine))),
+            must_be_zero: 0,
+            output_bits,
+            coarsest_leaf: stage2::Level::L1,
+        };
+        let refused = map.export(importer(36), &RangeList::new());
+        let wide = HostMapError::Export(ExportError::TooWide(40));
+        assert_eq!(refused, Err(wide));
+        assert_eq!(map.export(importer(40), &RangeList::new()), Ok(()));
     }
 
     proptest! {

@@ -78,7 +78,6 @@ pub(crate) fn start(
     let registers = Registers::new(tree.registers.start(), pool);
     let walk = host.walk();
     let ids = Smmu::identify(&registers);
-    ids.check(tree.coherent)?;
     host.export(importer(walk.vmid, ids.output_bits), doorbells)?;
     let smmu = Smmu::start(registers, tree.coherent, walk)?;
     let tree = tree.clone();
@@ -97,10 +96,10 @@ pub(crate) enum StartError {
     Host(#[from] el2::host_map::HostMapError),
 }
 
-/// Whether the SMMU of this tree can be used; if not, the log says why.
-pub(crate) fn check(tree: &Iommu, pool: &'static FramePool) -> bool {
+/// Whether the SMMU of this tree can be used for RAM up to `end`; if not, the log says why.
+pub(crate) fn check(tree: &Iommu, pool: &'static FramePool, end: u64) -> bool {
     let ids = Smmu::identify(&Registers::new(tree.registers.start(), pool));
-    let fits = ids.check(tree.coherent);
+    let fits = ids.check(tree.coherent, end);
     if let Err(unfit) = fits {
         log::warn!(
             "the SMMUv3 at {:#x} is not used: {unfit}",

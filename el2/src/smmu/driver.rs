@@ -233,7 +233,7 @@ impl<P: Port> Smmu<P> {
     /// everything.
     pub fn start(port: P, coherent: bool, host: Walk) -> Result<Self, Unfit> {
         let ids = Self::identify(&port);
-        ids.check(coherent)?;
+        ids.check(coherent, 0)?;
         if !fits(&ids, &host) {
             return Err(Unfit::Format);
         }

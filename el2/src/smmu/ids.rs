@@ -50,6 +50,9 @@ pub enum Unfit {
     /// No 4 KiB granule.
     #[error("it has no 4 KiB granule")]
     Granule,
+    /// There is RAM that its tables could not name.
+    #[error("there is RAM beyond its addresses")]
+    Reach,
     /// A stream table for so few streams, or queues so small, are of no use.
     #[error("its queues or stream numbers are too small")]
     TooSmall,
@@ -98,12 +101,12 @@ impl Ids {
         }
     }
 
-    /// Whether EL2 can use it. `coherent`: what the device tree says of it.
+    /// Whether EL2 can use it for RAM up to `ram_end`. `coherent`: what the device tree says of it.
     ///
     /// # Errors
     ///
     /// The first thing that it lacks.
-    pub const fn check(&self, coherent: bool) -> Result<(), Unfit> {
+    pub const fn check(&self, coherent: bool, ram_end: u64) -> Result<(), Unfit> {
         if !self.stage2 {
             Err(Unfit::NoStage2)
         } else if !self.aarch64 || !self.little_endian {
@@ -112,6 +115,8 @@ impl Ids {
             Err(Unfit::NotCoherent)
         } else if !self.granule_4k {
             Err(Unfit::Granule)
+        } else if ram_end > 1 << self.output_bits {
+            Err(Unfit::Reach)
         } else if self.preset {
             Err(Unfit::Preset)
         } else if self.stream_bits < 1 || self.command_bits < 2 || self.event_bits < 1 {

@@ -283,22 +283,23 @@ fn events_are_read_as_the_specification_says() {
 #[test]
 fn every_capability_that_lacks_is_named() {
     let good = Ids::decode(IDR0, IDR1, IDR3, IDR5);
-    assert_eq!(good.check(true), Ok(()));
+    assert_eq!(good.check(true, 1 << 44), Ok(()));
     assert_eq!(
         (good.output_bits, good.stream_bits, good.range),
         (44, 16, true)
     );
-    let check = |a, b, c, d| Ids::decode(a, b, c, d).check(true);
+    let check = |a, b, c, d| Ids::decode(a, b, c, d).check(true, 0);
     assert_eq!(check(IDR0 & !1, IDR1, IDR3, IDR5), Err(Unfit::NoStage2));
     assert_eq!(check(IDR0 & !8, IDR1, IDR3, IDR5), Err(Unfit::Format));
     let big_endian = IDR0 & !(3 << 21) | 3 << 21;
     assert_eq!(check(big_endian, IDR1, IDR3, IDR5), Err(Unfit::Format));
     assert_eq!(check(IDR0 & !16, IDR1, IDR3, IDR5), Err(Unfit::NotCoherent));
-    assert_eq!(good.check(false), Err(Unfit::NotCoherent));
+    assert_eq!(good.check(false, 0), Err(Unfit::NotCoherent));
     assert_eq!(check(IDR0, IDR1, IDR3, 4), Err(Unfit::Granule));
     assert_eq!(check(IDR0, IDR1 | 1 << 29, IDR3, IDR5), Err(Unfit::Preset));
     assert_eq!(check(IDR0, IDR1 | 1 << 30, IDR3, IDR5), Err(Unfit::Preset));
     assert_eq!(check(IDR0, 0, IDR3, IDR5), Err(Unfit::TooSmall));
+    assert_eq!(good.check(true, (1 << 44) + 1), Err(Unfit::Reach));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The memory that the host keeps: all of RAM, and every device address.
 
-use abi::Counter;
+use abi::{Counter, Features};
 use board::AddrRange;
 
 use crate::arch::{fault, mem, mmu};
@@ -53,7 +53,10 @@ fn ram(machine: &Machine) -> Result<(), &'static str> {
 /// EL2 needs a table for each: it must get by with what it has, and never refuse.
 fn far_addresses() -> Result<(), &'static str> {
     let refused = call::counter(Counter::FaultsRefused).unwrap_or(0);
-    let bits = crate::arch::physical_bits().min(48);
+    // An IOMMU that walks the same tables may have fewer bits than the CPUs.
+    let isolated = call::features().contains(Features::DMA_ISOLATION);
+    let most = if isolated { 42 } else { 48 };
+    let bits = crate::arch::physical_bits().min(most);
     for _ in 0..2 {
         for window in 1..1u64 << (bits - 39) {
             fault::expect(|| {
