@@ -273,7 +273,7 @@ impl Exit {
             10 => Self::Broken { esr: a },
             11 => Self::NeedHeap { pages: a },
             12 => Self::IrqDone {
-                intid: a as u32 & 0x3ff,
+                intid: u16::from_le_bytes([a.to_le_bytes()[0], a.to_le_bytes()[1] & 3]) as u32,
             },
             _ => return None,
         })

@@ -77,7 +77,7 @@ impl Tree<'_> {
         let (phandle, mask, streams) = self.find_map(|path| bridge(path.last()?))?;
         let (mut found, mut others) = (None, 0);
         let walked: Option<()> = self.find_map(|path| {
-            let node = path.last().filter(|node| is_any(*node, SMMU))?;
+            let node = path.last().filter(|node| is_any(node, SMMU))?;
             if number(node, "phandle") == Some(phandle.into()) && is_enabled(node) {
                 found = cpu_reg(path, 0).map(|r| (r, node.property("dma-coherent").is_some()));
             } else {

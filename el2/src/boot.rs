@@ -378,7 +378,7 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
 }
 
 /// The IOMMU, if the board has one that EL2 tries to drive.
-fn iommu_of<'b>(boot: &'b Boot) -> Option<&'b board::Iommu> {
+fn iommu_of(boot: &Boot) -> Option<&board::Iommu> {
     boot.board.iommu.as_ref()
 }
 

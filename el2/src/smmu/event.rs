@@ -20,9 +20,10 @@ impl Event {
     /// From the words of a record.
     #[must_use]
     pub const fn decode(words: [u64; EVENT_WORDS]) -> Self {
+        let [number, _, _, _, a, b, c, d] = words[0].to_le_bytes();
         Self {
-            number: words[0].to_le_bytes()[0],
-            stream: (words[0] >> 32) as u32,
+            number,
+            stream: u32::from_le_bytes([a, b, c, d]),
             read: words[1] >> 35 & 1 != 0,
             address: words[2],
         }

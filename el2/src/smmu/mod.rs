@@ -7,10 +7,14 @@
 //! Source: Arm IHI 0070 (SMMUv3), sections as named at each item. Only stage 2 is used, with the
 //! CPUs' own tables, so the tables must be what this SMMU can read: [`Ids::check`].
 
+mod commands;
 mod driver;
 mod encode;
 mod event;
+mod faults;
 mod ids;
+mod register;
+mod streams;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod tests;

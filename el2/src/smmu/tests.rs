@@ -432,7 +432,7 @@ fn without_memory_for_a_table_a_stream_stays_the_hosts() {
 #[test]
 fn as_many_streams_are_taken_as_there_is_room_for() {
     let (_fake, smmu) = started();
-    for stream in 0..MAX_FUNCTIONS as u32 {
+    for stream in 0..u32::try_from(MAX_FUNCTIONS).unwrap() {
         smmu.take(stream).unwrap();
     }
     assert_eq!(smmu.take(0x80), Err(AttachError::Full));
@@ -531,7 +531,7 @@ fn refused_accesses_are_counted_by_stream_with_the_last_one() {
         fake.event([0x8_0000_0010, 1 << 35, 0x9000_0000 + n, 0]);
     }
     fake.event([0x7_0000_0013, 0, 0x42, 0]);
-    smmu.poll(|stream, _| Some(stream as u16));
+    smmu.poll(|stream, _| u16::try_from(stream).ok());
     let faults = smmu.faults(8);
     assert_eq!((faults.count, faults.vmid), (3, 2));
     assert_eq!(faults.last.address, 0x9000_0002);

@@ -172,13 +172,12 @@ impl Vgic {
             return None;
         }
         let mut state = self.state.lock();
-        let words = state.ended_spis.iter_mut().enumerate();
-        let found = words.filter(|(_, word)| **word != 0).map(|(at, word)| {
+        let mut words = (32u32..).step_by(64).zip(&mut state.ended_spis);
+        let first = words.find(|(_, word)| **word != 0).map(|(intid, word)| {
             let bit = word.trailing_zeros();
             *word &= *word - 1;
-            (PRIVATE + at * 64) as u32 + bit
+            intid + bit
         });
-        let first = { found }.next();
         let more = state.ended_spis.iter().any(|word| *word != 0);
         self.ended.store(more, Ordering::Relaxed);
         first
