@@ -128,10 +128,12 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         word
     }
 
-    /// Step 1 for a table, with everything below it.
+    /// Step 1 for a table, with everything below it. The only way in which a table that was
+    /// linked leaves.
     #[inline]
     #[track_caller]
     pub(crate) fn break_table(&self, entry: EntryRef<'_>, raw: u64, level: Level) {
+        self.short.forget();
         let word = SoftWord::BrokenTable(self.format.output(raw, level));
         self.platform.store(entry, word.encode());
     }

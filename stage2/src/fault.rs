@@ -98,34 +98,12 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     ///
     /// # Errors
     /// Nothing has changed after an error. [`MapError::NoMemory`] names the tables needed.
+    #[inline]
     pub fn fault(&self, request: &FaultRequest) -> Result<FaultOutcome, MapError> {
-        if self.fault_page(request)? {
+        if self.fault_page(request) {
             return Ok(FaultOutcome::Mapped(Level::PAGE));
         }
         self.fault_anywhere(request)
-    }
-
-    /// The short way for a page into an empty entry of a table that exists. Says whether it was
-    /// that; nothing has changed if not.
-    #[inline(always)]
-    fn fault_page(&self, request: &FaultRequest) -> Result<bool, MapError> {
-        let out = self.check_fault(request)?;
-        let page_size = self.geometry().page_size();
-        let at = request.ipa.get() & !(page_size - 1);
-        let Some(here) = self.page_entry(at).filter(Position::is_empty) else {
-            return Ok(false);
-        };
-        let last = self.last_page(&out);
-        let (attrs, owed) = self.encode_leaves(&request.attrs, last, request.cmo)?;
-        let pa = out.start().get() + (at - request.window.start().get());
-        self.clean_before_make(PaRange::from_bounds(pa, pa + page_size), owed);
-        let leaf = self.format.leaf_word(attrs, Pa::new(pa), Level::PAGE);
-        let entry = here.table.entry(here.index);
-        let won = self.platform.compare_exchange(entry, SoftWord::EMPTY, leaf);
-        if won {
-            self.platform.publish();
-        }
-        Ok(won)
     }
 
     #[cold]

@@ -39,7 +39,8 @@ pub enum WordKind {
 /// `decode(encode(e, l), l) == e` for every encodable `e`. A word with bits 2:0 clear is invalid.
 /// `output(table_word(pa), l) == pa` for every page-aligned `pa` that fits the output size, and
 /// `plain_table(w)` is `Some(output(w, l))` only where `kind(w, l)` is a table: the core
-/// dereferences what they say.
+/// dereferences what they say. `plain_page(a, pa)` is `leaf_word(a, pa, Level::PAGE)` for every
+/// `pa` that has only bits of `plain_outputs()`, and those are addresses of pages that fit.
 #[expect(
     unsafe_code,
     reason = "the core dereferences addresses that a format decodes"
@@ -90,6 +91,21 @@ pub unsafe trait TableFormat: core::fmt::Debug {
     fn plain_table(&self, raw: u64) -> Option<Pa> {
         let _ = raw;
         None
+    }
+
+    /// Address bits that a page may have for [`plain_page`](TableFormat::plain_page): of pages
+    /// that fit the output size.
+    #[inline]
+    fn plain_outputs(&self) -> u64 {
+        let in_range = (1 << self.output_bits()) - 1;
+        in_range & !(self.geometry().page_size() - 1)
+    }
+
+    /// [`leaf_word`](TableFormat::leaf_word) of a page whose address has only bits of
+    /// [`plain_outputs`](TableFormat::plain_outputs), which a format may write faster.
+    #[inline]
+    fn plain_page(&self, attrs: u64, pa: Pa) -> u64 {
+        self.leaf_word(attrs, pa, Level::PAGE)
     }
 
     /// The output address of a leaf, or the address of the table.

@@ -120,7 +120,7 @@ impl Geometry {
             input_end: 1 << input_bits,
             root_mask: (1 << index_bits) - 1,
             common: page_shift == 12
-                && index_bits == 9
+                && (index_bits == 9 || cfg!(loom))
                 && (start.number() == 0 || start.number() == 1),
         };
         let root_shift = shape.shift(start);
@@ -207,6 +207,23 @@ impl Geometry {
     #[inline]
     pub(crate) const fn is_common(&self) -> bool {
         self.common
+    }
+
+    /// [`shift`](Self::shift) in the common shape, which the compiler knows. Models of
+    /// concurrency have smaller tables.
+    #[inline]
+    pub(crate) const fn common_shift(&self, level: Level) -> u32 {
+        if cfg!(loom) {
+            self.shift(level)
+        } else {
+            12 + 9 * level.height()
+        }
+    }
+
+    /// [`entries`](Self::entries) in the common shape.
+    #[inline]
+    pub(crate) const fn common_entries(&self) -> usize {
+        if cfg!(loom) { self.entries() } else { 512 }
     }
 
     /// Entries of a table below the root.

@@ -25,6 +25,7 @@ mod protect;
 mod replace;
 mod reserve;
 mod resize;
+mod short;
 mod space;
 mod sync;
 mod table;

@@ -10,6 +10,7 @@ use crate::job::{Job, Leaves, Span};
 use crate::level::Level;
 use crate::platform::Platform;
 use crate::reserve::Reserve;
+use crate::short;
 use crate::space::{Position, Stage2};
 use crate::table::Table;
 
@@ -103,14 +104,10 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// # Errors
     /// Nothing has changed after an error. [`MapError::NoMemory`] names the tables that are
     /// needed; any other says what is wrong with the request.
+    #[inline]
     pub fn map(&mut self, request: &MapRequest) -> Result<MapOutcome, MapError> {
-        let (ipa, size) = (request.ipa.get(), request.size);
-        if size == self.geometry().page_size() && ipa < self.geometry().input_end() {
-            let page = self.page_entry(ipa);
-            if let Some(here) = page.filter(Position::is_empty) {
-                self.check_aligned(ipa | request.pa.get())?;
-                return self.fill_slot(request, &here, request.pa);
-            }
+        if request.size == short::PAGE_SIZE && self.map_page(request) {
+            return Ok(MapOutcome::Mapped);
         }
         self.map_anywhere(request)
     }

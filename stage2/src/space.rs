@@ -10,6 +10,7 @@ use crate::format::{TableFormat, WordKind};
 use crate::job::LeafLevels;
 use crate::level::{Geometry, Level};
 use crate::platform::{DetachedTable, Platform};
+use crate::short::Short;
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
 use crate::table::Table;
 
@@ -30,6 +31,7 @@ pub struct Stage2<F: TableFormat, P: Platform> {
     pub(crate) leaf_levels: LeafLevels,
     /// Whether any leaf so far owes data-cache maintenance; spares whole passes when none does.
     pub(crate) owes_data: AtomicBool,
+    pub(crate) short: Short,
 }
 
 impl<F: TableFormat, P: Platform> Stage2<F, P> {
@@ -47,6 +49,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let (claims, owes_data) = (AtomicU32::new(0), AtomicBool::new(false));
         let exports = Exports::new();
         let leaf_levels = LeafLevels::of(&format);
+        let short = Short::of(&format);
         let space = Self {
             format,
             platform,
@@ -56,6 +59,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             claims,
             leaf_levels,
             owes_data,
+            short,
         };
         space
             .root_table()
@@ -179,29 +183,6 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         }
     }
 
-    /// [`descend`](Self::descend) that finds pages only, and only in tables of the common shape:
-    /// the short way of faults and look-ups, with shifts that the compiler knows.
-    #[inline(always)]
-    pub(crate) fn page_entry(&self, at: u64) -> Option<Position<'_>> {
-        if !self.geometry().is_common() {
-            return None;
-        }
-        let mut table = self.root_table();
-        if self.geometry().start_level() == Level::L0 {
-            table = self.step_4k(Position::at(table, at, Level::L0, 39))?;
-        }
-        table = self.step_4k(Position::at(table, at, Level::L1, 30))?;
-        table = self.step_4k(Position::at(table, at, Level::L2, 21))?;
-        Some(Position::at(table, at, Level::PAGE, 12))
-    }
-
-    /// The table of 512 entries below an entry, if there is one and that is quickly said.
-    #[inline(always)]
-    fn step_4k(&self, here: Position<'_>) -> Option<Table<'_>> {
-        let pa = self.format.plain_table(here.raw)?;
-        Some(Table::at(&self.platform, pa, 512))
-    }
-
     /// Refuses a range that this table cannot translate.
     #[inline]
     pub(crate) fn check_input(&self, range: &IpaRange) -> Result<(), MapError> {
@@ -237,7 +218,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// Refuses output that does not fit, or sets a bit an importer reserves. The `last` page has
     /// the highest address bits, and blocks only differ in bits of their own.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn check_leaves(&self, attrs: u64, last: Pa) -> Result<(), EncodeError> {
         let bits = self.format.output_bits();
         if last.get() >> bits != 0 {
@@ -281,7 +262,7 @@ impl<'a> Position<'a> {
     }
 
     #[inline]
-    fn at(table: Table<'a>, at: u64, level: Level, shift: u32) -> Self {
+    pub(crate) fn at(table: Table<'a>, at: u64, level: Level, shift: u32) -> Self {
         #[expect(
             clippy::cast_possible_truncation,
             reason = "masked to the table's entries"

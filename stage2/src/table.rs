@@ -38,6 +38,11 @@ impl<'a> Table<'a> {
     }
 
     #[inline]
+    pub(crate) const fn pa(&self) -> Pa {
+        self.pa
+    }
+
+    #[inline]
     pub(crate) const fn entries(&self) -> usize {
         self.mask + 1
     }

@@ -407,6 +407,17 @@ unsafe impl TableFormat for ArmStage2 {
         plain.then_some(Pa::new(raw & self.in_place))
     }
 
+    /// Where all of the address is in place.
+    #[inline]
+    fn plain_outputs(&self) -> u64 {
+        self.in_place & ((1 << self.output_bits) - 1)
+    }
+
+    #[inline]
+    fn plain_page(&self, attrs: u64, pa: Pa) -> u64 {
+        attrs | TABLE_OR_PAGE | pa.get()
+    }
+
     #[inline]
     fn output(&self, raw: u64, _level: Level) -> Pa {
         let pa = raw & self.in_place;

@@ -1,7 +1,9 @@
 //! Faults under shared access.
 
+use stage2::testing::Event;
 use stage2::{
-    Age, Annotation, FaultOutcome, FaultRequest, Ipa, LeafAttrs, Level, MapError, Pa, Perms,
+    Age, Annotation, EncodeError, FaultOutcome, FaultRequest, Ipa, LeafAttrs, Level, MapError, Pa,
+    Perms,
 };
 
 use crate::kit::*;
@@ -202,4 +204,92 @@ fn permissions_come_with_youth() {
     let leaf = leaf_at(&machine, 0);
     assert!(leaf.young && leaf.write);
     assert_clean(&machine);
+}
+
+#[test]
+fn a_fault_beside_a_mapped_page_takes_its_part_of_the_window() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, 2 * BLOCK, PAGE, GIB);
+    let inside = FaultRequest::new(
+        Ipa::new(2 * BLOCK + 5 * PAGE + 9),
+        range(2 * BLOCK + PAGE, 8 * PAGE),
+        Pa::new(0x70_0000),
+        normal(),
+    );
+    for request in [
+        inside,
+        FaultRequest {
+            ipa: Ipa::new(2 * BLOCK + 9 * PAGE - 1),
+            ..inside
+        },
+    ] {
+        assert_eq!(space.fault(&request), Ok(FaultOutcome::Mapped(Level::PAGE)));
+    }
+    let expected = [
+        (2 * BLOCK, 3, GIB),
+        (2 * BLOCK + 5 * PAGE, 3, 0x70_4000),
+        (2 * BLOCK + 8 * PAGE, 3, 0x70_7000),
+    ];
+    assert_eq!(mapped(&machine), expected);
+    assert_clean(&machine);
+}
+
+/// Whether the table of the page exists or not, a request is refused for the same reason.
+#[test]
+fn a_fault_that_makes_no_sense_is_refused_where_its_table_exists_too() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, 0, PAGE, 0x10_0000);
+    let before = machine.snapshot();
+    let good = FaultRequest::new(Ipa::new(PAGE), range(PAGE, PAGE), Pa::new(0), normal());
+    let with = |window, pa| FaultRequest {
+        window,
+        pa: Pa::new(pa),
+        ..good
+    };
+    for window in [range(2 * PAGE, PAGE), range(0, PAGE)] {
+        let outside = space.fault(&with(window, 0));
+        assert_eq!(outside, Err(MapError::OutsideWindow(Ipa::new(PAGE))));
+    }
+    for odd in [
+        with(range(PAGE - 8, 2 * PAGE), 0),
+        with(range(PAGE, PAGE + 8), 0),
+        with(range(PAGE, PAGE), 8),
+    ] {
+        assert!(matches!(space.fault(&odd), Err(MapError::Unaligned(_))));
+    }
+    let wide = space.fault(&with(range(PAGE, 1 << 39), 0));
+    assert!(matches!(wide, Err(MapError::OutOfInput(_))));
+    let far = |pa, bits| {
+        Err(MapError::Encode(EncodeError::OutOfRange {
+            pa: Pa::new(pa),
+            bits,
+        }))
+    };
+    let beyond = space.fault(&with(range(PAGE, PAGE), 1 << 40));
+    assert_eq!(beyond, far(1 << 40, 40));
+    let across = space.fault(&with(range(PAGE, 2 * PAGE), (1 << 40) - PAGE));
+    assert_eq!(across, far(1 << 40, 40));
+    assert_eq!(machine.snapshot(), before);
+}
+
+#[test]
+fn a_deferred_fault_beside_a_mapped_page_leaves_the_caches_alone() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    machine.expect_deferred(true);
+    map(&mut space, 0, PAGE, 0x10_0000);
+    let _ = machine.take_events();
+    let page = range(PAGE, PAGE);
+    let request = FaultRequest::new(Ipa::new(PAGE), page, Pa::new(0x20_0000), normal());
+    let made = space.fault(&request.deferred());
+    assert_eq!(made, Ok(FaultOutcome::Mapped(Level::PAGE)));
+    let cleans = |event: &Event| matches!(event, Event::Data(_) | Event::Fetch(_));
+    assert!(!machine.take_events().iter().any(cleans));
+    space.flush(page).unwrap();
+    assert_eq!(
+        machine.take_events().iter().filter(|e| cleans(e)).count(),
+        2
+    );
 }

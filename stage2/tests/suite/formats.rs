@@ -106,7 +106,7 @@ struct Bench<'m, F: TableFormat> {
 
 impl<F: TableFormat> Bench<'_, F> {
     fn map(&mut self, from: u64, size: u64, blocks: Blocks) {
-        let pa = Pa::new(self.pa - self.at + from);
+        let pa = Pa::new(self.pa.wrapping_sub(self.at).wrapping_add(from));
         let request = MapRequest::new(Ipa::new(from), size, pa, normal());
         let done = self.space.map(&request.with_blocks(blocks));
         assert!(done.is_ok(), "{done:?}");
@@ -138,7 +138,12 @@ impl<F: TableFormat> Bench<'_, F> {
 
     /// The one run that maps this.
     fn run(&self, from: u64, size: u64, write: bool) -> Seen {
-        (from, size, self.pa - self.at + from, write)
+        (
+            from,
+            size,
+            self.pa.wrapping_sub(self.at).wrapping_add(from),
+            write,
+        )
     }
 
     fn levels(&self) -> Vec<i8> {
@@ -243,7 +248,50 @@ fn fault_note_zap<F: TableFormat>(b: &mut Bench<'_, F>) {
     assert_eq!(b.seen(), [b.run(at, page, true)]);
 }
 
+/// Neighbours, a call for each, with and without high output bits.
+fn one_by_one<F: TableFormat>(b: &mut Bench<'_, F>) {
+    let (at, page, block) = (b.at, b.page, b.block);
+    for pa in [b.pa, block] {
+        b.pa = pa;
+        b.map(at, page, Blocks::Largest);
+        b.map(at + page, page, Blocks::Largest);
+        let window = range(at, block);
+        for n in [2, 3] {
+            let ipa = Ipa::new(at + n * page + 8);
+            let request = FaultRequest::new(ipa, window, Pa::new(b.pa), normal());
+            let made = b.space.fault(&request);
+            assert_eq!(made, Ok(FaultOutcome::Mapped(Level::PAGE)));
+        }
+        assert_eq!(b.seen(), [b.run(at, 4 * page, true)]);
+        b.space.zap_exclusive(window).unwrap();
+    }
+}
+
+/// Pages of 4 KiB are the only ones that some tables know.
+fn smaller_than_a_page<F: TableFormat>(b: &mut Bench<'_, F>) {
+    b.map(0, b.page, Blocks::Never);
+    b.space.zap_exclusive(range(0, b.page)).unwrap();
+    let small = MapRequest::new(Ipa::new(0), PAGE, Pa::new(0), normal());
+    let unaligned = MapError::Unaligned(PAGE);
+    assert_eq!(b.space.map(&small), Err(unaligned));
+    let window = range(0, PAGE);
+    let fault = FaultRequest::new(Ipa::new(0), window, Pa::new(0), normal());
+    assert_eq!(b.space.fault(&fault), Err(unaligned));
+    assert_eq!(b.seen(), []);
+}
+
+#[test]
+fn less_than_a_page_is_refused_where_the_table_exists_too() {
+    for shape in [arm_16k(), arm_64k()] {
+        with(shape, |b| {
+            b.pa = b.at;
+            smaller_than_a_page(b);
+        });
+    }
+}
+
 fn everything<F: TableFormat + Copy>(shape: Shape<F>) {
+    with(shape, one_by_one);
     with(shape, map_look_unmap);
     with(shape, protect_split_collapse);
     with(shape, fault_note_zap);

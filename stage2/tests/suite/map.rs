@@ -353,3 +353,120 @@ fn a_concatenated_root_maps_across_its_tables() {
     );
     assert_clean(&machine);
 }
+
+/// Two pages side by side: the second finds the table that the first has shown.
+fn neighbours(space: &mut Space<'_>) {
+    map(space, 0, PAGE, 0x10_0000);
+    map(space, PAGE, PAGE, 0x20_0000);
+    map(space, 2 * PAGE, PAGE, 0x30_0000);
+}
+
+#[test]
+fn a_page_takes_a_new_table_after_its_own_was_given_back() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    neighbours(&mut space);
+    space.unmap(range(0, BLOCK)).unwrap();
+    assert_eq!(machine.tables_in_use(), 1);
+    map(&mut space, PAGE, PAGE, 0x40_0000);
+    assert_eq!(mapped(&machine), [(PAGE, 3, 0x40_0000)]);
+    assert_eq!(machine.tables_in_use(), 3);
+    assert_clean(&machine);
+}
+
+#[test]
+fn a_page_goes_into_the_block_that_replaced_its_table() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    neighbours(&mut space);
+    map(&mut space, 0, BLOCK, GIB);
+    map(&mut space, 5 * PAGE, PAGE, 0x40_0000);
+    let leaves = mapped(&machine);
+    assert_eq!(leaves.len(), 512);
+    assert_eq!(leaves[4], (4 * PAGE, 3, GIB + 4 * PAGE));
+    assert_eq!(leaves[5], (5 * PAGE, 3, 0x40_0000));
+    assert_clean(&machine);
+}
+
+#[test]
+fn a_page_replaces_its_part_of_a_note_that_replaced_its_table() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    neighbours(&mut space);
+    let note = Annotation::try_new(7).unwrap();
+    space.annotate(range(0, BLOCK), note).unwrap();
+    map(&mut space, 5 * PAGE, PAGE, 0x40_0000);
+    assert_eq!(mapped(&machine), [(5 * PAGE, 3, 0x40_0000)]);
+    let found = space.lookup(Ipa::new(6 * PAGE)).unwrap();
+    assert_eq!(found.entry, Entry::Annotated(note));
+    assert_clean(&machine);
+}
+
+#[test]
+fn a_page_splits_the_block_that_its_table_was_joined_into() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    for page in 0..512 {
+        map(&mut space, page * PAGE, PAGE, GIB + page * PAGE);
+    }
+    space.collapse(Ipa::new(0), Level::L2).unwrap();
+    assert_eq!(mapped(&machine), [(0, 2, GIB)]);
+    map(&mut space, 5 * PAGE, PAGE, 0x40_0000);
+    assert_eq!(mapped(&machine)[5], (5 * PAGE, 3, 0x40_0000));
+    assert_eq!(mapped(&machine)[6], (6 * PAGE, 3, GIB + 6 * PAGE));
+    assert_clean(&machine);
+}
+
+#[test]
+fn pages_in_turn_between_two_tables_go_each_into_its_own() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, 0, PAGE, 0x10_0000);
+    map(&mut space, BLOCK, PAGE, 0x20_0000);
+    map(&mut space, PAGE, PAGE, 0x30_0000);
+    map(&mut space, 2 * PAGE, PAGE, 0x40_0000);
+    map(&mut space, BLOCK + PAGE, PAGE, 0x50_0000);
+    let expected = [
+        (0, 3, 0x10_0000),
+        (PAGE, 3, 0x30_0000),
+        (2 * PAGE, 3, 0x40_0000),
+        (BLOCK, 3, 0x20_0000),
+        (BLOCK + PAGE, 3, 0x50_0000),
+    ];
+    assert_eq!(mapped(&machine), expected);
+    assert_clean(&machine);
+}
+
+/// Whether the table of the page exists or not, a request is refused for the same reason.
+#[test]
+fn a_page_that_makes_no_sense_is_refused_where_its_table_exists_too() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, 0, PAGE, 0x10_0000);
+    let before = machine.snapshot();
+    let refused = |space: &mut Space<'_>, ipa, size, pa| space.map(&request(ipa, size, pa));
+    let unaligned = |value| Err(MapError::Unaligned(value));
+    assert_eq!(refused(&mut space, PAGE + 8, PAGE, 0), unaligned(PAGE + 8));
+    assert_eq!(
+        refused(&mut space, PAGE, PAGE, PAGE / 2),
+        unaligned(PAGE + PAGE / 2)
+    );
+    let far = EncodeError::OutOfRange {
+        pa: Pa::new(1 << 40),
+        bits: 40,
+    };
+    assert_eq!(
+        refused(&mut space, PAGE, PAGE, 1 << 40),
+        Err(MapError::Encode(far))
+    );
+    assert!(matches!(
+        refused(&mut space, 1 << 39, PAGE, 0),
+        Err(MapError::OutOfInput(_))
+    ));
+    let device = MapRequest {
+        attrs: LeafAttrs::device(Perms::RWX),
+        ..request(PAGE, PAGE, 0)
+    };
+    assert!(matches!(space.map(&device), Err(MapError::Encode(_))));
+    assert_eq!(machine.snapshot(), before);
+}

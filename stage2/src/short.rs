@@ -1,0 +1,202 @@
+//! The short way: one page into an empty entry of a table that exists.
+//!
+//! Nearly every fault, and every map call for a single page, is that, so it has as few steps as
+//! it can: one test that tells such a request, a walk whose shifts the compiler knows, the
+//! encoding, the maintenance, the store. Whatever else it meets, a request that makes no sense
+//! included, it leaves to the long way with nothing changed; what is wrong is said there.
+
+use crate::addr::{Pa, PaRange};
+use crate::attr::{LeafAttrs, Maintenance};
+use crate::entry::SoftWord;
+use crate::fault::FaultRequest;
+use crate::format::TableFormat;
+use crate::level::Level;
+use crate::map::{CmoMode, MapRequest};
+use crate::platform::Platform;
+use crate::space::{Position, Stage2};
+use crate::sync::{AtomicEntry, Ordering};
+use crate::table::Table;
+
+/// What the short way knows of a space.
+#[derive(Debug)]
+pub(crate) struct Short {
+    /// Not zero in tables of another than the common shape, which always go the long way.
+    refuse: u64,
+    /// Bits that the input address of a page must not have.
+    no_ipa: u64,
+    /// Bits that its output address must not have.
+    no_pa: u64,
+    /// The table of pages that was mapped into last: the number of its slot, or [`NO_SLOT`].
+    /// Only exclusive operations look at it or change it; an atomic, because those that take
+    /// tables away share code with others.
+    last_slot: AtomicEntry,
+    last_table: AtomicEntry,
+}
+
+/// Pages of the common shape.
+pub(crate) const PAGE_SIZE: u64 = 4096;
+
+/// The number of no slot.
+const NO_SLOT: u64 = u64::MAX;
+
+impl Short {
+    pub(crate) fn of<F: TableFormat>(format: &F) -> Self {
+        let geometry = format.geometry();
+        let inside = (geometry.input_end() - 1) & !(PAGE_SIZE - 1);
+        Self {
+            refuse: u64::from(!geometry.is_common()),
+            no_ipa: !inside,
+            no_pa: !format.plain_outputs(),
+            last_slot: AtomicEntry::new(NO_SLOT),
+            last_table: AtomicEntry::new(0),
+        }
+    }
+
+    /// A table leaves: the last one may be it, or below it.
+    #[inline]
+    pub(crate) fn forget(&self) {
+        self.last_slot.store(NO_SLOT, Ordering::Relaxed);
+    }
+}
+
+impl<F: TableFormat, P: Platform> Stage2<F, P> {
+    /// Maps a page, of [`PAGE_SIZE`]. Says whether it was that simple; nothing has changed if
+    /// not.
+    pub(crate) fn map_page(&mut self, request: &MapRequest) -> bool {
+        let (ipa, pa) = (request.ipa.get(), request.pa.get());
+        let Short {
+            refuse,
+            no_ipa,
+            no_pa,
+            ..
+        } = self.short;
+        if refuse | ipa & no_ipa | pa & no_pa != 0 {
+            return false;
+        }
+        let Some(table) = self.last_or_page_table(ipa) else {
+            return false;
+        };
+        let here = self.page_of(table, ipa);
+        if !here.is_empty() {
+            return false;
+        }
+        let Some((leaf, owed)) = self.page_word(&request.attrs, request.pa) else {
+            return false;
+        };
+        if request.cmo == CmoMode::Now {
+            self.clean_before_make(PaRange::from_bounds(pa, pa + PAGE_SIZE), owed);
+        }
+        self.make(here.table.entry(here.index), leaf);
+        self.platform.publish();
+        true
+    }
+
+    /// Resolves a fault by a page, beside others. Says whether it was that simple; nothing has
+    /// changed if not.
+    pub(crate) fn fault_page(&self, request: &FaultRequest) -> bool {
+        let Short {
+            refuse,
+            no_ipa,
+            no_pa,
+            ..
+        } = self.short;
+        let (start, end) = (request.window.start().get(), request.window.end().get());
+        let at = request.ipa.get() & !(PAGE_SIZE - 1);
+        let last = end.wrapping_sub(PAGE_SIZE);
+        let (within, span) = (at.wrapping_sub(start), last.wrapping_sub(start));
+        let first = request.pa.get();
+        let last_out = first.wrapping_add(span);
+        let strange = refuse | (start | last) & no_ipa | (first | last_out) & no_pa;
+        if strange != 0 || within > span {
+            return false;
+        }
+        let here = match self.page_table(at) {
+            Some(table) => self.page_of(table, at),
+            None => return false,
+        };
+        if !here.is_empty() {
+            return false;
+        }
+        let pa = first + within;
+        let Some((leaf, owed)) = self.page_word(&request.attrs, Pa::new(pa)) else {
+            return false;
+        };
+        if request.cmo == CmoMode::Now {
+            self.clean_before_make(PaRange::from_bounds(pa, pa + PAGE_SIZE), owed);
+        }
+        let entry = here.table.entry(here.index);
+        let won = self.platform.compare_exchange(entry, SoftWord::EMPTY, leaf);
+        if won {
+            self.platform.publish();
+        }
+        won
+    }
+
+    /// The descriptor of a page and what it owes, unless something speaks against it.
+    #[inline(always)]
+    fn page_word(&self, attrs: &LeafAttrs, pa: Pa) -> Option<(u64, Maintenance)> {
+        let (word, owed) = self.format.encode_owing(attrs).ok()?;
+        let leaf = self.format.plain_page(word, pa);
+        let block = self.format.leaf_word(word, Pa::new(0), Level::L2);
+        if (leaf | block) & self.exports.reserved_bits() != 0 {
+            return None;
+        }
+        self.note_owed(owed.data);
+        Some((leaf, owed))
+    }
+
+    /// [`descend`](Self::descend) that finds pages only, and only in tables of the common shape.
+    #[inline(always)]
+    pub(crate) fn page_entry(&self, at: u64) -> Option<Position<'_>> {
+        if !self.geometry().is_common() {
+            return None;
+        }
+        Some(self.page_of(self.page_table(at)?, at))
+    }
+
+    #[inline(always)]
+    fn page_of<'a>(&self, table: Table<'a>, at: u64) -> Position<'a> {
+        let shift = self.geometry().common_shift(Level::PAGE);
+        Position::at(table, at, Level::PAGE, shift)
+    }
+
+    /// [`page_table`](Self::page_table) under exclusive access, where the last one is remembered.
+    #[inline(always)]
+    fn last_or_page_table(&self, at: u64) -> Option<Table<'_>> {
+        let slot = at >> self.geometry().common_shift(Level::L2);
+        if self.short.last_slot.load(Ordering::Relaxed) == slot {
+            // Linked when it was noted, and nothing was taken away since.
+            let table = Pa::new(self.short.last_table.load(Ordering::Relaxed));
+            return Some(self.small_table(table));
+        }
+        let table = self.page_table(at)?;
+        self.short.last_slot.store(slot, Ordering::Relaxed);
+        self.short
+            .last_table
+            .store(table.pa().get(), Ordering::Relaxed);
+        Some(table)
+    }
+
+    /// The table of pages around `at` in tables of the common shape.
+    #[inline(always)]
+    fn page_table(&self, at: u64) -> Option<Table<'_>> {
+        let mut table = self.root_table();
+        if self.geometry().start_level() == Level::L0 {
+            table = self.step(table, at, Level::L0)?;
+        }
+        table = self.step(table, at, Level::L1)?;
+        self.step(table, at, Level::L2)
+    }
+
+    /// The table below an entry, if there is one and that is quickly said.
+    #[inline(always)]
+    fn step(&self, table: Table<'_>, at: u64, level: Level) -> Option<Table<'_>> {
+        let here = Position::at(table, at, level, self.geometry().common_shift(level));
+        Some(self.small_table(self.format.plain_table(here.raw)?))
+    }
+
+    #[inline(always)]
+    fn small_table(&self, pa: Pa) -> Table<'_> {
+        Table::at(&self.platform, pa, self.geometry().common_entries())
+    }
+}
