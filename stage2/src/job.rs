@@ -195,6 +195,9 @@ impl Job {
 impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Tables that filling `span` in a fresh table of `level` takes, that table included.
     pub(crate) fn count_fresh(&self, job: &Job, level: Level, span: Span) -> usize {
+        if level.is_page() {
+            return 1;
+        }
         let shift = self.geometry().shift(level);
         let mut count = 1;
         let mut rest = Some(span);
@@ -226,8 +229,10 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let shift = self.geometry().shift(level);
         let first = self.index(&table, span.start, level);
         let last = self.index(&table, span.end - 1, level);
-        self.init_background(&table, level, background, 0, first);
-        self.init_background(&table, level, background, last + 1, table.entries());
+        if last + 1 - first < table.entries() {
+            self.init_background(&table, level, background, 0, first);
+            self.init_background(&table, level, background, last + 1, table.entries());
+        }
         let mut rest = Some(span);
         while let Some(span) = rest {
             let index = self.index(&table, span.start, level);

@@ -108,21 +108,21 @@ impl<'a> Table<'a> {
     }
 
     /// Writes `count` entries from `first` of a table that nothing reaches yet: `raw`,
-    /// `raw + step`, and so on. Eight at a time, none waiting for the sum of the one before: a
-    /// CPU that makes two stores a cycle gets to make them.
+    /// `raw + step`, and so on. As nobody looks, these need not be single stores: the compiler
+    /// may write several entries at once.
     #[inline]
-    pub(crate) fn init_run(&self, first: usize, count: usize, mut raw: u64, step: u64) {
+    pub(crate) fn init_run(&self, first: usize, count: usize, raw: u64, step: u64) {
         let (eights, rest) = self.words(first, count).as_chunks::<8>();
-        let offsets: [u64; 8] = core::array::from_fn(|n| step.wrapping_mul(n as u64));
+        let mut next: [u64; 8] =
+            core::array::from_fn(|n| raw.wrapping_add(step.wrapping_mul(n as u64)));
         for eight in eights {
-            for (word, offset) in eight.iter().zip(offsets) {
-                word.store(raw.wrapping_add(offset), Ordering::Relaxed);
+            for (word, raw) in eight.iter().zip(next) {
+                write_unseen(word, raw);
             }
-            raw = raw.wrapping_add(step.wrapping_mul(8));
+            next = next.map(|raw| raw.wrapping_add(step.wrapping_mul(8)));
         }
-        for word in rest {
-            word.store(raw, Ordering::Relaxed);
-            raw = raw.wrapping_add(step);
+        for (word, raw) in rest.iter().zip(next) {
+            write_unseen(word, raw);
         }
     }
 
@@ -153,4 +153,18 @@ impl<'a> Table<'a> {
         let behind = self.entries() - end;
         self.zero_run(end, behind) == behind && self.zero_run(0, first) == first
     }
+}
+
+/// Writes an entry of a table that nothing reaches yet, by a store that need not be a single one.
+#[inline(always)]
+#[cfg(not(loom))]
+fn write_unseen(word: &AtomicEntry, raw: u64) {
+    // SAFETY: `word` is a live entry, and nobody accesses it meanwhile: its table was allocated
+    // for this operation and is linked, by a release store, only when it is complete.
+    unsafe { word.as_ptr().write(raw) };
+}
+
+#[cfg(loom)]
+fn write_unseen(word: &AtomicEntry, raw: u64) {
+    word.store(raw, Ordering::Relaxed);
 }
