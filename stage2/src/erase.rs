@@ -374,7 +374,8 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         count
     }
 
-    fn release_entry(&self, raw: u64, level: Level, at: u64, sweep: &mut Sweep<'_>) {
+    /// Releases what an entry leads to, valid or broken.
+    pub(crate) fn release_entry(&self, raw: u64, level: Level, at: u64, sweep: &mut Sweep<'_>) {
         let size = self.geometry().slot_size(level);
         match self.format.kind(raw, level) {
             WordKind::Table => {

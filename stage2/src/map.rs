@@ -89,6 +89,17 @@ pub enum MapOutcome {
     AlreadyMapped,
 }
 
+/// What it takes to turn an entry into a leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// Nothing valid stands there: maintenance, and a store.
+    Fill,
+    /// A store over a leaf, of a kind that never needs to break it.
+    Rewrite(UpdateKind),
+    /// Break before make.
+    Replace,
+}
+
 /// Running state of one map.
 pub(crate) struct Progress {
     pub(crate) reserve: Reserve,
@@ -295,19 +306,20 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 rest = span.behind(empty, shift);
                 continue;
             }
-            let (part, behind) = span.split_first(1 << shift);
             if full > 0 {
-                self.map_leaf(leaves, table, level, part, run);
-            } else {
-                self.map_below(leaves, table, level, part, run);
+                let done = self.map_over(leaves, table, level, span.start, full, run);
+                rest = span.behind(done, shift);
+                continue;
             }
+            let (part, behind) = span.split_first(1 << shift);
+            self.map_below(leaves, table, level, part, run);
             rest = behind;
         }
     }
 
     /// Makes leaves in slots that are empty.
     #[inline]
-    fn fill_empty(
+    pub(crate) fn fill_empty(
         &self,
         leaves: &Leaves,
         table: &Table<'_>,
@@ -342,39 +354,57 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         run.stored = true;
     }
 
-    /// Makes one leaf over whatever stands in its slot.
-    fn map_leaf(
+    /// Makes a leaf over whatever stands in the first of `full` slots, and in those behind it
+    /// that can share its invalidation. Says in how many.
+    fn map_over(
         &self,
         leaves: &Leaves,
         table: &Table<'_>,
         level: Level,
-        part: Span,
+        at: u64,
+        full: usize,
         run: &mut Progress,
-    ) {
-        let index = self.index(table, part.start, level);
-        let entry = table.entry(index);
+    ) -> usize {
+        let index = self.index(table, at, level);
         let old = table.load(index);
-        let new = self
-            .format
-            .leaf_word(leaves.attrs, Pa::new(leaves.output(part.start)), level);
-        match self.format.kind(old, level) {
-            WordKind::Invalid => {
-                self.clean_for(leaves, part);
-                self.make(entry, new);
-            }
-            WordKind::Table => self.block_over_table(leaves, table, level, part, new),
-            WordKind::Leaf => match self.update_kind(old, new, level) {
-                UpdateKind::Same => return,
-                UpdateKind::InPlace => self.make(entry, new),
-                UpdateKind::InPlaceThenInvalidate => {
-                    self.clean_fetch_if_added(old, new, part);
-                    self.make(entry, new);
-                    run.flush.leaf(part.start, part.len(), level);
+        let new = self.wanted(leaves, at, level);
+        let size = self.geometry().slot_size(level);
+        match self.change(old, new, level) {
+            Change::Fill => self.fill_empty(leaves, table, level, at, 1, run),
+            Change::Replace => return self.replace_run(leaves, table, level, at, full, run),
+            Change::Rewrite(UpdateKind::Same) => {}
+            Change::Rewrite(kind) => {
+                let span = Span {
+                    start: at,
+                    end: at + size,
+                };
+                if kind == UpdateKind::InPlaceThenInvalidate {
+                    self.clean_fetch_if_added(old, new, span);
+                    run.flush.leaf(at, size, level);
                 }
-                UpdateKind::BreakBeforeMake => self.leaf_over_leaf(leaves, table, level, part, new),
+                self.make(table.entry(index), new);
+                run.stored = true;
+            }
+        }
+        1
+    }
+
+    /// The leaf that the request wants in the slot at `at`.
+    pub(crate) fn wanted(&self, leaves: &Leaves, at: u64, level: Level) -> u64 {
+        let pa = Pa::new(leaves.output(at));
+        self.format.leaf_word(leaves.attrs, pa, level)
+    }
+
+    /// What turns an entry into a leaf.
+    pub(crate) fn change(&self, old: u64, new: u64, level: Level) -> Change {
+        match self.format.kind(old, level) {
+            WordKind::Invalid => Change::Fill,
+            WordKind::Table => Change::Replace,
+            WordKind::Leaf => match self.update_kind(old, new, level) {
+                UpdateKind::BreakBeforeMake => Change::Replace,
+                kind => Change::Rewrite(kind),
             },
         }
-        run.stored = true;
     }
 
     fn update_kind(&self, old: u64, new: u64, level: Level) -> UpdateKind {

@@ -6,62 +6,67 @@ use crate::erase::Sweep;
 use crate::format::{TableFormat, WordKind};
 use crate::job::{Job, Leaves, Span};
 use crate::level::Level;
-use crate::map::Progress;
-use crate::platform::Platform;
+use crate::map::{Change, Progress};
+use crate::platform::{EntryRef, Platform};
 use crate::space::Stage2;
+use crate::sync::Ordering;
 use crate::table::Table;
 
 impl<F: TableFormat, P: Platform> Stage2<F, P> {
-    pub(crate) fn leaf_over_leaf(
+    /// Replaces leaves and tables from the slot at `at` on, as far as they stand side by side in
+    /// the `full` slots and all have to be broken, with one invalidation. Says how many.
+    pub(crate) fn replace_run(
         &self,
         leaves: &Leaves,
         table: &Table<'_>,
         level: Level,
-        part: Span,
-        new: u64,
-    ) {
-        let index = self.index(table, part.start, level);
-        let old = table.load(index);
+        at: u64,
+        full: usize,
+        run: &mut Progress,
+    ) -> usize {
+        let (first, shift) = (self.index(table, at, level), self.geometry().shift(level));
         let mut flush = Flush::NOTHING;
-        self.break_leaf(table.entry(index), old, level);
-        flush.leaf(part.start, part.len(), level);
-        self.invalidate(&flush);
-        self.clean_removed(
-            old,
-            level,
-            Span {
-                start: 0,
-                end: part.len(),
-            },
-        );
-        self.clean_for(leaves, part);
-        self.make(table.entry(index), new);
-    }
-
-    pub(crate) fn block_over_table(
-        &self,
-        leaves: &Leaves,
-        table: &Table<'_>,
-        level: Level,
-        part: Span,
-        new: u64,
-    ) {
-        let index = self.index(table, part.start, level);
-        let old = table.load(index);
-        let mut flush = Flush::NOTHING;
-        self.break_table(table.entry(index), old, level);
-        flush.table(part.start, part.len());
+        let slot = |n: usize| at + ((n as u64) << shift);
+        let mut count = 0;
+        while count < full {
+            let entry = table.entry(first + count);
+            if !self.break_for(leaves, entry, level, slot(count), &mut flush) {
+                break;
+            }
+            count += 1;
+        }
         self.invalidate(&flush);
         let mut sweep = Sweep::quiet();
-        self.release_table(
-            self.format.output(old, level),
-            level.finer(),
-            part.start,
-            &mut sweep,
-        );
+        for n in 0..count {
+            self.release_entry(table.load(first + n), level, slot(n), &mut sweep);
+        }
         self.finish_sweep(&mut sweep);
-        self.clean_for(leaves, part);
-        self.make(table.entry(index), new);
+        self.fill_empty(leaves, table, level, at, count, run);
+        count
+    }
+
+    /// Breaks the entry if the leaf that is wanted there asks for it. Says whether it does.
+    fn break_for(
+        &self,
+        leaves: &Leaves,
+        entry: EntryRef<'_>,
+        level: Level,
+        at: u64,
+        flush: &mut Flush,
+    ) -> bool {
+        let raw = entry.word.load(Ordering::Acquire);
+        if self.change(raw, self.wanted(leaves, at, level), level) != Change::Replace {
+            return false;
+        }
+        let size = self.geometry().slot_size(level);
+        if self.format.kind(raw, level) == WordKind::Table {
+            self.break_table(entry, raw, level);
+            flush.table(at, size);
+        } else {
+            self.break_leaf(entry, raw, level);
+            flush.leaf(at, size, level);
+        }
+        true
     }
 
     /// Maps part of a slot through a table, existing or new.

@@ -1,5 +1,6 @@
 //! Exclusive maps.
 
+use stage2::testing::{Event, FakeMachine};
 use stage2::{
     Annotation, Blocks, EncodeError, Entry, Ipa, LeafAttrs, Level, MapError, MapOutcome,
     MapRequest, Pa, Perms,
@@ -469,4 +470,86 @@ fn a_page_that_makes_no_sense_is_refused_where_its_table_exists_too() {
     };
     assert!(matches!(space.map(&device), Err(MapError::Encode(_))));
     assert_eq!(machine.snapshot(), before);
+}
+
+/// The TLB invalidations since the last look: ranges, and whether all was invalidated.
+fn invalidations(machine: &FakeMachine) -> Vec<(u64, u64, Option<Level>)> {
+    let ranges = machine.take_events().into_iter().filter_map(|e| match e {
+        Event::TlbRange(range, level) => Some((range.start().get(), range.len(), level)),
+        Event::TlbAll => Some((0, 0, None)),
+        _ => None,
+    });
+    ranges.collect()
+}
+
+#[test]
+fn other_memory_over_many_pages_takes_one_invalidation() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map_pages(&mut space, BLOCK, 8 * PAGE, GIB);
+    let _ = machine.take_events();
+    map_pages(&mut space, BLOCK + PAGE, 6 * PAGE, 2 * GIB);
+    let page = Some(Level::PAGE);
+    assert_eq!(invalidations(&machine), [(BLOCK + PAGE, 6 * PAGE, page)]);
+    let leaves = mapped(&machine);
+    assert_eq!(leaves[0], (BLOCK, 3, GIB));
+    assert_eq!(leaves[1], (BLOCK + PAGE, 3, 2 * GIB));
+    assert_eq!(leaves[6], (BLOCK + 6 * PAGE, 3, 2 * GIB + 5 * PAGE));
+    assert_eq!(leaves[7], (BLOCK + 7 * PAGE, 3, GIB + 7 * PAGE));
+    assert_clean(&machine);
+}
+
+#[test]
+fn pages_that_stay_are_not_broken_among_those_that_are_replaced() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map_pages(&mut space, 0, 4 * PAGE, GIB);
+    map(&mut space, PAGE, PAGE, 2 * GIB + PAGE);
+    let _ = machine.take_events();
+    map_pages(&mut space, 0, 4 * PAGE, 2 * GIB);
+    let page = Some(Level::PAGE);
+    let expected = [(0, PAGE, page), (2 * PAGE, 2 * PAGE, page)];
+    assert_eq!(invalidations(&machine), expected);
+    assert_eq!(mapped(&machine)[1], (PAGE, 3, 2 * GIB + PAGE));
+    assert_eq!(mapped(&machine)[3], (3 * PAGE, 3, 2 * GIB + 3 * PAGE));
+    assert_clean(&machine);
+}
+
+#[test]
+fn blocks_over_tables_take_one_invalidation() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map_pages(&mut space, 0, PAGE, GIB);
+    map_pages(&mut space, BLOCK, PAGE, GIB + PAGE);
+    map(&mut space, 2 * BLOCK, BLOCK, 3 * GIB);
+    let _ = machine.take_events();
+    map(&mut space, 0, 3 * BLOCK, 2 * GIB);
+    assert_eq!(invalidations(&machine).len(), 1);
+    let expected = [
+        (0, 2, 2 * GIB),
+        (BLOCK, 2, 2 * GIB + BLOCK),
+        (2 * BLOCK, 2, 2 * GIB + 2 * BLOCK),
+    ];
+    assert_eq!(mapped(&machine), expected);
+    assert_eq!(machine.tables_in_use(), 2);
+    assert_clean(&machine);
+}
+
+#[test]
+fn other_permissions_over_many_pages_take_one_invalidation() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map_pages(&mut space, 0, 4 * PAGE, GIB);
+    let _ = machine.take_events();
+    let read = MapRequest {
+        attrs: LeafAttrs::normal(Perms::READ),
+        ..request(PAGE, 2 * PAGE, GIB + PAGE)
+    };
+    space.map(&read).unwrap();
+    assert_eq!(
+        invalidations(&machine),
+        [(PAGE, 2 * PAGE, Some(Level::PAGE))]
+    );
+    assert!(leaf_at(&machine, 0).write && !leaf_at(&machine, PAGE).write);
+    assert_clean(&machine);
 }
