@@ -4,8 +4,10 @@
 #![expect(unsafe_code, reason = "implements the unsafe traits")]
 #![expect(clippy::unwrap_used, reason = "a model that cannot be set up fails")]
 
+use std::panic::Location;
 use std::ptr::NonNull;
 use std::sync::Mutex as Plain;
+use std::sync::atomic::AtomicUsize as PlainUsize;
 
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
@@ -13,12 +15,14 @@ use loom::thread;
 use stage2::format::TableFormat;
 use stage2::*;
 
-/// Two entries a table, two levels: small enough to explore.
+/// Two entries a table, two or three levels: small enough to explore. Three levels are the
+/// shape in which a page takes the short way.
 #[derive(Debug)]
 struct Tiny(ArmStage2, Geometry);
 
 impl Tiny {
-    fn new() -> Self {
+    fn new(start: Level) -> Self {
+        let bits = if start == Level::L1 { 15 } else { 14 };
         let config = ArmConfig {
             granule: Granule::K4,
             input_bits: 32,
@@ -28,7 +32,7 @@ impl Tiny {
         };
         Self(
             ArmStage2::new(&config).unwrap(),
-            Geometry::new(12, 1, 14, Level::L2).unwrap(),
+            Geometry::new(12, 1, bits, start).unwrap(),
         )
     }
 }
@@ -59,6 +63,15 @@ unsafe impl TableFormat for Tiny {
     fn kind(&self, raw: u64, level: Level) -> WordKind {
         self.0.kind(raw, level)
     }
+    fn plain_table(&self, raw: u64) -> Option<Pa> {
+        self.0.plain_table(raw)
+    }
+    fn plain_outputs(&self) -> u64 {
+        self.0.plain_outputs()
+    }
+    fn plain_page(&self, attrs: u64, pa: Pa) -> u64 {
+        self.0.plain_page(attrs, pa)
+    }
     fn output(&self, raw: u64, level: Level) -> Pa {
         self.0.output(raw, level)
     }
@@ -79,22 +92,28 @@ unsafe impl TableFormat for Tiny {
     }
 }
 
+/// As many as two threads take that both build a chain.
+const TABLES: usize = 5;
+
 struct Memory {
     words: Vec<AtomicEntry>,
     free: Plain<Vec<u64>>,
     invalidations: AtomicUsize,
+    /// Compare-and-swaps on the short way, which are no step of the model.
+    short: PlainUsize,
 }
 
 impl Memory {
     fn new() -> Self {
         Self {
-            words: (0..8).map(|_| AtomicEntry::new(0xbad1)).collect(),
-            free: Plain::new((0..4).map(|n| n * 4096).collect()),
+            words: (0..2 * TABLES).map(|_| AtomicEntry::new(0xbad1)).collect(),
+            free: Plain::new((0..TABLES as u64).map(|n| n * 4096).collect()),
             invalidations: AtomicUsize::new(0),
+            short: PlainUsize::new(0),
         }
     }
     fn in_use(&self) -> usize {
-        4 - self.free.lock().unwrap().len()
+        TABLES - self.free.lock().unwrap().len()
     }
 }
 
@@ -114,6 +133,15 @@ unsafe impl TableMemory for Memory {
     }
     fn table_ptr(&self, table: Pa) -> NonNull<AtomicEntry> {
         NonNull::from(&self.words[table.get() as usize / 4096 * 2..]).cast()
+    }
+    #[track_caller]
+    fn compare_exchange(&self, entry: EntryRef<'_>, old: u64, new: u64) -> bool {
+        if Location::caller().file().ends_with("short.rs") {
+            self.short.fetch_add(1, Ordering::Relaxed);
+        }
+        let (success, failure) = (Ordering::AcqRel, Ordering::Acquire);
+        let swapped = entry.word.compare_exchange(old, new, success, failure);
+        swapped.is_ok()
     }
 }
 
@@ -136,8 +164,26 @@ impl CacheMaintenance for Memory {
 type Space = Stage2<Tiny, &'static Memory>;
 
 fn space() -> (Space, &'static Memory) {
+    from_level(Level::L2)
+}
+
+fn from_level(start: Level) -> (Space, &'static Memory) {
     let memory: &'static Memory = Box::leak(Box::new(Memory::new()));
-    (Stage2::new(Tiny::new(), memory, ()).unwrap(), memory)
+    let space = Stage2::new(Tiny::new(start), memory, ()).unwrap();
+    (space, memory)
+}
+
+/// A space in which a table of pages exists, so that the next fault takes the short way: page 1
+/// is mapped.
+fn short_space() -> (Space, &'static Memory) {
+    let (space, memory) = from_level(Level::L1);
+    fault(&space, 1);
+    (space, memory)
+}
+
+/// Whether this many compare-and-swaps took the short way.
+fn took_short_way(memory: &Memory, times: usize) -> bool {
+    memory.short.load(Ordering::Relaxed) == times
 }
 
 fn window() -> IpaRange {
@@ -264,5 +310,82 @@ fn a_zap_beside_an_importer_that_comes_and_goes() {
         assert!(space.destroy().is_ok());
         assert_eq!(device.0.load(Ordering::SeqCst), told);
         assert_eq!(memory.in_use(), 0);
+    });
+}
+
+#[test]
+fn two_installs_on_the_short_way_agree() {
+    loom::model(|| {
+        let (space, memory) = short_space();
+        let space = Arc::new(space);
+        let other = Arc::clone(&space);
+        let second = thread::spawn(move || fault(&other, 0));
+        let mut outcomes = [fault(&space, 0), join(second)];
+        outcomes.sort_by_key(|outcome| *outcome == FaultOutcome::AlreadyMapped);
+        let expected = [
+            FaultOutcome::Mapped(Level::PAGE),
+            FaultOutcome::AlreadyMapped,
+        ];
+        assert_eq!(outcomes, expected);
+        assert_eq!(leaf(&space, 0), Some(Pa::new(0x10_0000)));
+        assert!(took_short_way(memory, 1) || took_short_way(memory, 2));
+    });
+}
+
+/// The zap's word is not empty, so the short way leaves it to the long one, which answers.
+#[test]
+fn an_install_on_the_short_way_beside_a_zap_is_there_or_gone_never_broken() {
+    loom::model(|| {
+        let (space, memory) = short_space();
+        fault(&space, 0);
+        assert!(took_short_way(memory, 1));
+        let space = Arc::new(space);
+        let other = Arc::clone(&space);
+        let zapper = thread::spawn(move || other.zap(window()).unwrap());
+        let outcome = fault(&space, 0);
+        join(zapper);
+        let entry = space.lookup(Ipa::new(0)).unwrap().entry;
+        match outcome {
+            FaultOutcome::Mapped(_) => assert!(entry.is_leaf() && took_short_way(memory, 2)),
+            FaultOutcome::AlreadyMapped | FaultOutcome::Retry => assert_eq!(entry, Entry::Invalid),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(memory.invalidations.load(Ordering::SeqCst), 1);
+    });
+}
+
+/// A leaf that a zap has not seen is of after the zap; one that it has seen is gone.
+#[test]
+fn an_install_into_an_empty_entry_beside_a_zap_is_there_or_was_zapped() {
+    loom::model(|| {
+        let (space, memory) = short_space();
+        let space = Arc::new(space);
+        let other = Arc::clone(&space);
+        let zapper = thread::spawn(move || other.zap(window()).unwrap());
+        let outcome = fault(&space, 0);
+        join(zapper);
+        assert_eq!(outcome, FaultOutcome::Mapped(Level::PAGE));
+        assert!(took_short_way(memory, 1));
+        let entry = space.lookup(Ipa::new(0)).unwrap().entry;
+        assert!(entry.is_leaf() || entry == Entry::Invalid);
+        assert_eq!(leaf(&space, 1), None);
+    });
+}
+
+#[test]
+fn an_install_on_the_short_way_beside_one_that_makes_the_table() {
+    loom::model(|| {
+        let (space, memory) = from_level(Level::L1);
+        let space = Arc::new(space);
+        let other = Arc::clone(&space);
+        let second = thread::spawn(move || fault(&other, 1));
+        let first = fault(&space, 0);
+        assert_eq!(
+            [first, join(second)],
+            [FaultOutcome::Mapped(Level::PAGE); 2]
+        );
+        assert_eq!(leaf(&space, 0), Some(Pa::new(0x10_0000)));
+        assert_eq!(leaf(&space, 1), Some(Pa::new(0x10_1000)));
+        assert_eq!(memory.in_use(), 3);
     });
 }
