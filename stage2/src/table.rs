@@ -168,3 +168,118 @@ fn write_unseen(word: &AtomicEntry, raw: u64) {
 fn write_unseen(word: &AtomicEntry, raw: u64) {
     word.store(raw, Ordering::Relaxed);
 }
+
+/// The code that dereferences, small enough for Miri.
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::prelude::rust_2024::*;
+
+    use super::*;
+    use crate::platform::DetachedTable;
+
+    /// One table of 32 entries, all of which say where they are.
+    struct OneTable(Vec<AtomicEntry>);
+
+    const ENTRIES: usize = 32;
+
+    // SAFETY: the vector holds the table and stays where it is; nothing is handed out.
+    unsafe impl TableMemory for OneTable {
+        fn alloc_table(&self) -> Option<Pa> {
+            None
+        }
+        fn free_table(&self, _table: DetachedTable) {}
+        fn alloc_root(&self, _size: u64) -> Option<Pa> {
+            None
+        }
+        fn free_root(&self, _root: DetachedTable, _size: u64) {}
+        fn table_ptr(&self, _table: Pa) -> NonNull<AtomicEntry> {
+            NonNull::from(self.0.as_slice()).cast()
+        }
+    }
+
+    fn memory() -> OneTable {
+        OneTable((1000..1032).map(AtomicEntry::new).collect())
+    }
+
+    fn words(memory: &OneTable) -> Vec<u64> {
+        let load = |word: &AtomicEntry| word.load(Ordering::Relaxed);
+        memory.0.iter().map(load).collect()
+    }
+
+    #[test]
+    fn a_run_is_written_where_it_belongs_and_nowhere_else() {
+        for (first, count) in [
+            (0, 32),
+            (0, 0),
+            (0, 1),
+            (3, 8),
+            (5, 7),
+            (7, 25),
+            (31, 1),
+            (2, 17),
+        ] {
+            let memory = memory();
+            let table = Table::at(&memory, Pa::new(0x1000), ENTRIES);
+            table.init_run(first, count, 50, 3);
+            let mut expected: Vec<u64> = (1000..1032).collect();
+            for (n, word) in expected[first..first + count].iter_mut().enumerate() {
+                *word = 50 + 3 * n as u64;
+            }
+            assert_eq!(words(&memory), expected);
+            assert_eq!(table.run(first, count, 50, 3), count);
+        }
+    }
+
+    #[test]
+    fn a_run_ends_with_the_table() {
+        let memory = memory();
+        let table = Table::at(&memory, Pa::new(0x1000), ENTRIES);
+        table.init_run(20, 100, u64::MAX, 1);
+        let wrapped: Vec<u64> = core::iter::once(u64::MAX).chain(0..11).collect();
+        assert_eq!(words(&memory)[20..], wrapped);
+        assert_eq!(words(&memory)[..20], (1000..1020).collect::<Vec<u64>>());
+        assert_eq!(table.run(20, 100, u64::MAX, 1), 12);
+    }
+
+    #[test]
+    fn runs_are_counted_up_to_the_first_that_differs() {
+        let memory = memory();
+        let table = Table::at(&memory, Pa::new(0x1000), ENTRIES);
+        assert_eq!(table.run(4, 28, 1004, 1), 28);
+        assert_eq!(table.run(4, 9, 1004, 1), 9);
+        assert_eq!(table.run(4, 28, 1005, 1), 0);
+        table.init_run(8, 8, 0, 0);
+        assert_eq!(table.zero_run(8, 24), 8);
+        assert_eq!(table.zero_run(10, 24), 6);
+        assert_eq!(table.zero_run(7, 24), 0);
+        assert_eq!(table.run(4, 28, 1004, 1), 4);
+    }
+
+    #[test]
+    fn entries_outside_a_range_are_looked_at_on_both_sides() {
+        let memory = memory();
+        let table = Table::at(&memory, Pa::new(0x1000), ENTRIES);
+        table.init_run(0, ENTRIES, 0, 0);
+        table.init(9, 5);
+        assert!(table.is_zero_outside(9, 10));
+        assert!(table.is_zero_outside(4, 12));
+        assert!(!table.is_zero_outside(10, 12));
+        assert!(!table.is_zero_outside(4, 9));
+        assert!(!table.is_zero_outside(0, 0));
+        assert!(table.is_zero_outside(0, ENTRIES));
+    }
+
+    #[test]
+    fn entries_handed_to_the_platform_say_where_they_are() {
+        let memory = memory();
+        let table = Table::at(&memory, Pa::new(0x1000), ENTRIES);
+        for (n, entry) in table.entry_run(30, 9).enumerate() {
+            assert_eq!((entry.table, entry.index), (Pa::new(0x1000), 30 + n));
+            entry.word.store(n as u64, Ordering::Release);
+        }
+        assert_eq!(words(&memory)[29..], [1029, 0, 1]);
+        assert_eq!(table.entry(31).index, 31);
+        assert_eq!(table.load(31), 1);
+        assert_eq!((table.entries(), table.pa()), (32, Pa::new(0x1000)));
+    }
+}
