@@ -20,6 +20,7 @@ mod edit;
 mod error;
 mod info;
 mod iommu;
+mod pci;
 mod place;
 mod ranges;
 #[cfg(test)]
@@ -35,6 +36,7 @@ pub use info::{
     PsciConduit, SelfTest, StartMethod, UartKind, check_header,
 };
 pub use iommu::{Iommu, MAX_DOORBELLS, MAX_STREAM_MAPS, StreamMap};
+pub use pci::{PciBridge, PciWindow};
 pub use place::{Placement, highest_free, lowest_free};
 pub use ranges::{AddrRange, PAGE_SIZE, RangeList};
 pub use tree::Tree;

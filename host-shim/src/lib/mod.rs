@@ -12,6 +12,7 @@ extern crate std;
 pub mod fit;
 pub mod image;
 pub mod keys;
+pub mod pci;
 pub mod pl011;
 pub mod random;
 pub mod tree;
