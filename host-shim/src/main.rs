@@ -22,12 +22,16 @@ mod call;
 #[cfg(target_os = "none")]
 mod console;
 #[cfg(target_os = "none")]
+mod edu;
+#[cfg(target_os = "none")]
 mod linux;
 #[cfg(target_os = "none")]
 mod machine;
 #[cfg(target_os = "none")]
 #[path = "vmm/mod.rs"]
 mod monitor;
+#[cfg(target_os = "none")]
+mod pci;
 #[cfg(target_os = "none")]
 mod report;
 #[cfg(target_os = "none")]

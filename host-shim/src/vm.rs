@@ -1,8 +1,8 @@
 //! Calls about VMs, typed.
 
 use abi::{
-    Call, DonationKind, ErrorCode, Exit, LeafInfo, SMCCC_SUCCESS, SlotState, SlotWord, VmConfig,
-    VmCounter,
+    Call, DmaFault, DonationKind, ErrorCode, Exit, LeafInfo, SMCCC_SUCCESS, SlotState, SlotWord,
+    VmConfig, VmCounter,
 };
 use board::{AddrRange, PAGE_SIZE};
 use smccc::Hvc;
@@ -53,6 +53,23 @@ pub(crate) fn donate_heap(donated: AddrRange) -> Result<(), Refused> {
 /// Takes a page from the living protected guest that owns it.
 pub(crate) fn reclaim_page(address: u64) -> Result<(), Refused> {
     vm_call!(Call::MemoryReclaim, address).map(drop)
+}
+
+/// Takes a PCI function, by its requester ID, from ourselves: its DMA aborts.
+pub(crate) fn take_device(function: u16) -> Result<(), Refused> {
+    vm_call!(Call::DeviceTake, u64::from(function)).map(drop)
+}
+
+/// Takes back a function that no VM has: its DMA reaches our memory.
+pub(crate) fn give_device(function: u16) -> Result<(), Refused> {
+    vm_call!(Call::DeviceGive, u64::from(function)).map(drop)
+}
+
+/// How many of a function's DMA accesses were refused, the address of the last one, and what is known
+/// of it.
+pub(crate) fn device_faults(function: u16) -> Result<(u64, u64, DmaFault), Refused> {
+    let [_, count, address, fault] = vm_call!(Call::DeviceFaults, u64::from(function))?;
+    Ok((count, address, DmaFault::from_bits(fault)))
 }
 
 /// A VM, by its handle.
@@ -183,6 +200,23 @@ impl Vm {
     /// Registers a device whose DMA is not snooped, or takes it back.
     pub(crate) fn noncoherent_device(self, register: bool) -> Result<(), Refused> {
         vm_call!(Call::DmaDevice, self.handle, 1, u64::from(register)).map(drop)
+    }
+
+    /// Lets a function that was taken do DMA at this VM's addresses.
+    pub(crate) fn attach_device(self, function: u16, snooped: bool) -> Result<(), Refused> {
+        let function = u64::from(function);
+        vm_call!(
+            Call::DeviceAttach,
+            self.handle,
+            function,
+            u64::from(!snooped)
+        )
+        .map(drop)
+    }
+
+    /// Ends that.
+    pub(crate) fn detach_device(self, function: u16) -> Result<(), Refused> {
+        vm_call!(Call::DeviceDetach, self.handle, u64::from(function)).map(drop)
     }
 
     /// Takes memory behind a slot of a protected VM from ourselves and gives it to the guest.

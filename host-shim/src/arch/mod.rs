@@ -12,6 +12,7 @@ pub(crate) mod guest;
 pub(crate) mod heap;
 pub(crate) mod mem;
 pub(crate) mod mmu;
+pub(crate) mod pci;
 pub(crate) mod walks;
 
 use core::arch::asm;
@@ -47,6 +48,28 @@ impl Mmio {
     /// The registers at `base`, which the device tree names.
     pub(crate) const fn new(base: u64) -> Self {
         Self { base }
+    }
+}
+
+impl Mmio {
+    /// Loads a register of 64 bits.
+    pub(crate) fn read_long(self, offset: u64) -> u64 {
+        let value: u64;
+        // SAFETY: a plain LDR of a device register, as below.
+        unsafe {
+            asm!("ldr {0}, [{1}]", out(reg) value, in(reg) self.base + offset,
+                options(nostack, preserves_flags));
+        }
+        value
+    }
+
+    /// Stores a register of 64 bits.
+    pub(crate) fn write_long(self, offset: u64, value: u64) {
+        // SAFETY: as above, STR.
+        unsafe {
+            asm!("str {0}, [{1}]", in(reg) value, in(reg) self.base + offset,
+                options(nostack, preserves_flags));
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 mod abi_calls;
 mod any_call;
 mod cores;
+mod dma;
 mod firmware;
 mod guests;
 mod isolation;
@@ -24,7 +25,7 @@ use crate::report::Report;
 
 type Scenario = fn(&Machine, &mut Report);
 
-const ALL: [(&str, Scenario); 10] = [
+const ALL: [(&str, Scenario); 11] = [
     ("abi", abi_calls::run),
     ("firmware", firmware::run),
     ("memory", memory::run),
@@ -33,6 +34,7 @@ const ALL: [(&str, Scenario); 10] = [
     ("guests", guests::run),
     ("memory-of-guests", memory_of_guests),
     ("protection", protection::run),
+    ("dma", dma::run),
     ("storm", storm::run),
     ("any-call", any_call::run),
 ];

@@ -3,6 +3,7 @@
 
 use abi::{ErrorCode, Exit, SlotWord, VmConfig};
 use board::{AddrRange, Gic, PAGE_SIZE, Placement, highest_free};
+use spin::Once;
 use vmm::platform::{RAM, UART};
 use vmm::{image, tree};
 
@@ -40,8 +41,9 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Finds it; once, because a part of it becomes heap. Other scenarios use what is above.
+    /// Finds it, always the same; a part of it is heap. Other scenarios use what is above.
     pub(super) fn find(machine: &Machine) -> Option<Self> {
+        static HEAP_GIVEN: Once<()> = Once::new();
         let want = Placement {
             size: 4 * BLOCK + RAM_SIZE,
             align: BLOCK,
@@ -49,7 +51,8 @@ impl Memory {
         };
         let range = highest_free(&machine.board.memory, &machine.board.reserved, want)?;
         let part = |at: u64, size: u64| AddrRange::with_size(range.start() + at, size);
-        heap::give(part(0, HEAP)?);
+        let heap = part(0, HEAP)?;
+        HEAP_GIVEN.call_once(|| heap::give(heap));
         Some(Self {
             other: part(BLOCK, BLOCK)?,
             ram: part(2 * BLOCK, RAM_SIZE)?,
