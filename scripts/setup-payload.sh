@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# Fetches Debian's current arm64 kernel (with the boards' device trees and the modules for virtio devices) and a
-# static arm64 busybox into build/debian/. A private apt configuration is used: no root, and the machine's own apt is left as it is.
+# Fetches Debian's current arm64 kernel (with the boards' device trees and the modules for virtio devices and a file
+# system) and a static arm64 busybox into build/debian/. A private apt configuration is used: no root, and the machine's own apt is left as it is.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 OUT="$BUILD/debian"
 APT="$BUILD/apt"
-[ -s "$OUT/version" ] && [ -d "$OUT/modules" ] && exit 0
+MODULES=(drivers/virtio/virtio_mmio drivers/block/virtio_blk drivers/char/hw_random/virtio-rng
+    lib/crc16 fs/mbcache fs/jbd2/jbd2 crypto/crc32c_generic fs/ext4/ext4)
+has_modules() {
+    local module
+    for module in "${MODULES[@]}"; do [ -s "$OUT/modules/${module##*/}.ko" ] || return 1; done
+}
+[ -s "$OUT/version" ] && has_modules && exit 0
 
 release="$(debian_release)"
 mirror="$(debian_mirror)"
@@ -45,7 +51,7 @@ mkdir -p "$OUT/dtb"
 mv "$OUT"/unpacked/usr/lib/linux-image-*/broadcom "$OUT/dtb/"
 mv "$OUT/unpacked/bin/busybox" "$OUT/busybox"
 mkdir -p "$OUT/modules"
-for module in drivers/virtio/virtio_mmio drivers/block/virtio_blk drivers/char/hw_random/virtio-rng; do
+for module in "${MODULES[@]}"; do
     file="$(echo "$OUT"/unpacked/lib/modules/*/kernel/$module.ko*)"
     cp "$file" "$OUT/modules/"
     case "$file" in *.xz) xz -d "$OUT/modules/$(basename "$file")" ;; esac

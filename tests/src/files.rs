@@ -40,3 +40,17 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
         .and_then(|()| std::fs::rename(&new, path))
         .with_context(|| format!("cannot write {}", path.display()))
 }
+
+/// Makes a file of so many zeros, which take no room until they are written; a file that is there becomes that.
+///
+/// # Errors
+/// The folder or the file cannot be written.
+pub fn write_zeros(path: &Path, length: u64) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    }
+    std::fs::File::create(path)
+        .and_then(|file| file.set_len(length))
+        .with_context(|| format!("cannot write {}", path.display()))
+}

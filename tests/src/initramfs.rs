@@ -146,6 +146,18 @@ pub fn linux_host(busybox: &[u8], init: &[u8], programs: &[(String, Vec<u8>)]) -
     archive.finish()
 }
 
+/// An archive to put behind another one (the kernel unpacks both): more programs or modules in `/bin`.
+///
+/// # Errors
+/// A file is 4 GiB or larger.
+pub fn more_programs(programs: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
+    let mut archive = Archive::new();
+    for (name, bytes) in programs {
+        archive.program(&format!("bin/{name}"), bytes)?;
+    }
+    archive.finish()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -199,6 +199,7 @@ fn emulated(settings: &Settings) -> Result<Machine> {
             Entry::El2
         },
         clock: Clock::Real,
+        iommu: false,
     })
 }
 

@@ -82,6 +82,8 @@ pub struct Machine {
     pub entry: Entry,
     /// Its clock.
     pub clock: Clock,
+    /// An `SMMUv3` stands before its PCI devices; `raspi4b` has none.
+    pub iommu: bool,
 }
 
 /// What is booted on it.
@@ -110,6 +112,7 @@ impl Machine {
             memory_mib: 1024,
             entry,
             clock,
+            iommu: false,
         }
     }
 
@@ -129,6 +132,15 @@ impl Machine {
     pub fn entered_at(&self, entry: Entry) -> Self {
         Self {
             entry,
+            ..self.clone()
+        }
+    }
+
+    /// The same machine with an IOMMU before its PCI devices.
+    #[must_use]
+    pub fn with_iommu(&self) -> Self {
+        Self {
+            iommu: true,
             ..self.clone()
         }
     }
@@ -181,7 +193,8 @@ impl Machine {
         } else {
             ""
         };
-        format!("virt,virtualization={virtualization},gic-version={gic}{random}")
+        let iommu = if self.iommu { ",iommu=smmuv3" } else { "" };
+        format!("virt,virtualization={virtualization},gic-version={gic}{iommu}{random}")
     }
 
     /// The full command line; the console is on standard input and output.
@@ -252,14 +265,37 @@ impl Machine {
 /// Arguments that give `virt` a virtio block device over MMIO, whose bytes are the file's.
 #[must_use]
 pub fn disk_args(file: &Path) -> Vec<String> {
-    // A comma ends a value; two of them are one.
-    let file = text(file).replace(',', ",,");
     vec![
         "-drive".into(),
-        format!("if=none,id=disk,format=raw,file={file}"),
+        drive("disk", file),
         "-device".into(),
         "virtio-blk-device,drive=disk".into(),
     ]
+}
+
+/// PCI device number of the first of [`pci_disk_args`]: number 0 is the host bridge.
+pub const FIRST_PCI_DISK: u8 = 1;
+
+/// Arguments that give `virt` a virtio block device over PCI for each file, at 00:01.0 and behind it, with this many
+/// queues. Its DMA goes through the IOMMU if there is one.
+#[must_use]
+pub fn pci_disk_args(files: &[&Path], queues: u32) -> Vec<String> {
+    let mut args = Vec::new();
+    for (number, file) in (FIRST_PCI_DISK..).zip(files) {
+        let id = format!("pci-disk{number}");
+        args.extend(["-drive".into(), drive(&id, file), "-device".into()]);
+        args.push(format!(
+            "virtio-blk-pci,drive={id},addr={number:#x},num-queues={queues},iommu_platform=on,disable-legacy=on,romfile="
+        ));
+    }
+    args
+}
+
+/// The value of `-drive` for the bytes of a file.
+fn drive(id: &str, file: &Path) -> String {
+    // A comma ends a value; two of them are one.
+    let file = text(file).replace(',', ",,");
+    format!("if=none,id={id},format=raw,file={file}")
 }
 
 /// A Raspberry Pi device tree of Debian's kernel package.
@@ -310,6 +346,21 @@ mod tests {
                 .args(&Software::default())
                 .contains(&"virt,virtualization=off,gic-version=3".to_owned())
         );
+    }
+
+    #[test]
+    fn an_iommu_and_the_disks_behind_it_are_named() {
+        let machine = Machine::virt("max", Gic::V3, 1).with_iommu();
+        let line = machine.args(&Software::default()).join(" ");
+        assert!(line.contains("gic-version=3,iommu=smmuv3"), "{line}");
+        let args = pci_disk_args(&[Path::new("a,b"), Path::new("c")], 4).join(" ");
+        for part in [
+            "id=pci-disk1,format=raw,file=a,,b",
+            "drive=pci-disk1,addr=0x1,num-queues=4,iommu_platform=on",
+            "drive=pci-disk2,addr=0x2,",
+        ] {
+            assert!(args.contains(part), "{part} is missing in {args}");
+        }
     }
 
     #[test]

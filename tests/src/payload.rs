@@ -3,7 +3,7 @@
 use crate::machine::debian_dtb;
 use crate::{device_tree, files, fit, initramfs};
 use anyhow::Result;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Where the built payloads are.
 #[derive(Debug, Clone)]
@@ -45,6 +45,9 @@ impl Default for Payloads {
 /// Drivers of a guest's virtio devices, which Debian does not link into the kernel, in the order of loading.
 const MODULES: [&str; 3] = ["virtio_mmio", "virtio_blk", "virtio-rng"];
 
+/// What ext2 needs of Debian's modules, in the order of loading.
+const FILE_SYSTEM_MODULES: [&str; 5] = ["crc16", "mbcache", "jbd2", "crc32c_generic", "ext4"];
+
 const SETUP: &str = "run `make setup`";
 
 /// Builds initramfs and FIT from what set-up fetched and built.
@@ -61,11 +64,7 @@ pub fn prepare() -> Result<Payloads> {
     )?;
     let ticks = files::read(&files::build("guests/ticks"), "run scripts/build-guests.sh")?;
     let mut programs = vec![("ticks".to_owned(), ticks)];
-    for module in MODULES {
-        let name = format!("{module}.ko");
-        let path = files::build("debian/modules").join(&name);
-        programs.push((name, files::read(&path, SETUP)?));
-    }
+    programs.extend(modules(&MODULES)?);
     let ramdisk = initramfs::linux_host(&busybox, &init, &programs)?;
     let host = fit::HostLinux {
         kernel: &kernel,
@@ -76,6 +75,41 @@ pub fn prepare() -> Result<Payloads> {
     files::write(&payloads.fit, &fit::host_linux(&host)?)?;
     files::write(&payloads.pi4_tree, &pi4_tree()?)?;
     Ok(payloads)
+}
+
+impl Payloads {
+    /// The same with the modules of a file system behind the initramfs, in files of their own in `folder`: a boot that
+    /// has no disk need not unpack 2 MiB more.
+    ///
+    /// # Errors
+    /// The modules have not been fetched, or the folder cannot be written.
+    pub fn with_file_system(&self, folder: &Path) -> Result<Self> {
+        let mut ramdisk = files::read(&self.initramfs, "run `make build`")?;
+        ramdisk.extend(initramfs::more_programs(&modules(&FILE_SYSTEM_MODULES)?)?);
+        let payloads = Self {
+            initramfs: folder.join("initramfs-disk.cpio"),
+            fit: folder.join("host-linux-disk.fit"),
+            ..self.clone()
+        };
+        let host = fit::HostLinux {
+            kernel: &files::read(&self.linux, SETUP)?,
+            ramdisk: &ramdisk,
+            arguments: None,
+        };
+        files::write(&payloads.initramfs, &ramdisk)?;
+        files::write(&payloads.fit, &fit::host_linux(&host)?)?;
+        Ok(payloads)
+    }
+}
+
+/// Modules by their file names, with their bytes.
+fn modules(names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
+    let read = |module| {
+        let name = format!("{module}.ko");
+        let bytes = files::read(&files::build("debian/modules").join(&name), SETUP)?;
+        Ok((name, bytes))
+    };
+    names.iter().map(read).collect()
 }
 
 fn pi4_tree() -> Result<Vec<u8>> {
