@@ -1,6 +1,6 @@
 //! QEMU's `edu`, a PCI device with a DMA engine: it copies between memory and a buffer of its own.
 //!
-//! Source: QEMU, `docs/specs/edu.rst`. A transfer starts 100 ms after its command. The buffer can only
+//! Source: QEMU, `docs/specs/edu.rst`. A transfer happens 100 ms after its command, at once. The buffer can only
 //! be seen by another transfer. The device takes addresses of any width with `dma_mask=-1`.
 
 use board::uart::UartRegs;
@@ -24,8 +24,15 @@ const RUN: u64 = 1 << 0;
 const TO_MEMORY: u64 = 1 << 1;
 /// Where the device's buffer is in its own addresses.
 const BUFFER: u64 = 0x4_0000;
-/// Seconds that a transfer may take, on an emulator that has little time.
-const PATIENCE: u64 = 20;
+/// Milliseconds from a command to its transfer.
+pub(crate) const DELAY: u64 = 100;
+
+/// When a transfer happens that is started now, in ticks of the counter: the emulator counts whole
+/// milliseconds of the same clock.
+pub(crate) fn due() -> u64 {
+    let per_millisecond = ticks_per_second() / 1000;
+    (ticks() / per_millisecond + DELAY) * per_millisecond
+}
 
 /// Which way a transfer goes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -39,20 +46,25 @@ pub(crate) enum Direction {
 /// A device, by its registers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Edu {
-    registers: Mmio,
+    base: u64,
     function: Function,
 }
 
 impl Edu {
     /// Turns the device on; `None` if it is none.
     pub(crate) fn open(pci: &Pci, device: &Device) -> Option<Self> {
-        let registers = Mmio::new(pci.registers(device, 0)?.start());
+        let base = pci.registers(device, 0)?.start();
         pci.enable(device.function());
-        let known = registers.read(IDENTIFICATION) & 0xff == 0xed;
+        let known = Mmio::new(base).read(IDENTIFICATION) & 0xff == 0xed;
         known.then_some(Self {
-            registers,
+            base,
             function: device.function(),
         })
+    }
+
+    /// Address of its registers; all that is needed is in the first page.
+    pub(crate) const fn registers(self) -> u64 {
+        self.base
     }
 
     /// Which function it is.
@@ -61,43 +73,21 @@ impl Edu {
     }
 
     /// Tells it to copy `bytes`, at most [`MAX_BYTES`], between bus address `address` and the start of
-    /// its buffer. That begins 100 ms later.
+    /// its buffer. It does so after [`DELAY`].
     pub(crate) fn start(self, direction: Direction, address: u64, bytes: u64) {
         let (source, destination, way) = match direction {
             Direction::FromMemory => (address, BUFFER, 0),
             Direction::ToMemory => (BUFFER, address, TO_MEMORY),
         };
-        self.registers.write_long(SOURCE, source);
-        self.registers.write_long(DESTINATION, destination);
-        self.registers.write_long(COUNT, bytes.min(MAX_BYTES));
-        self.registers.write_long(COMMAND, RUN | way);
+        let registers = Mmio::new(self.base);
+        registers.write_long(SOURCE, source);
+        registers.write_long(DESTINATION, destination);
+        registers.write_long(COUNT, bytes.min(MAX_BYTES));
+        registers.write_long(COMMAND, RUN | way);
     }
 
-    /// Whether a transfer has begun or is to begin.
+    /// Whether a transfer is still to come.
     pub(crate) fn is_busy(self) -> bool {
-        self.registers.read_long(COMMAND) & RUN != 0
-    }
-
-    /// Waits until nothing is left to do.
-    pub(crate) fn finish(self) -> Result<(), &'static str> {
-        let deadline = ticks() + PATIENCE * ticks_per_second();
-        while self.is_busy() {
-            if ticks() > deadline {
-                return Err("a transfer does not end");
-            }
-            core::hint::spin_loop();
-        }
-        Ok(())
-    }
-
-    /// A transfer from start to end, whether or not memory was reached.
-    pub(crate) fn transfer(
-        self,
-        direction: Direction,
-        address: u64,
-        bytes: u64,
-    ) -> Result<(), &'static str> {
-        self.start(direction, address, bytes);
-        self.finish()
+        Mmio::new(self.base).read_long(COMMAND) & RUN != 0
     }
 }

@@ -8,7 +8,7 @@ use core::arch::asm;
 use board::Gic;
 use board::uart::UartRegs;
 
-use super::{Mmio, mrs, ticks_per_second};
+use super::{Mmio, mrs, ticks, ticks_per_second};
 
 /// INTID of the EL1 virtual timer's private interrupt.
 const VIRTUAL_TIMER: u32 = 27;
@@ -27,12 +27,28 @@ macro_rules! msr {
 
 /// Lets this core's virtual timer signal its interrupt after `milliseconds`.
 pub(crate) fn arm_timer(gic: &Gic, milliseconds: u64) -> Result<(), &'static str> {
+    arm_timer_at(gic, ticks() + ticks_per_second() * milliseconds / 1000)
+}
+
+/// The same when CNTVCT_EL0 reaches `deadline`.
+fn arm_timer_at(gic: &Gic, deadline: u64) -> Result<(), &'static str> {
     match gic {
         Gic::V2 { gicd, gicc, .. } => enable_v2(gicd.start(), gicc.start()),
         Gic::V3 { gicd, gicr } => enable_v3(gicd.start(), gicr.start(), gicr.end())?,
     }
-    msr!("cntv_tval_el0", ticks_per_second() * milliseconds / 1000);
+    msr!("cntv_cval_el0", deadline);
     msr!("cntv_ctl_el0", 1);
+    Ok(())
+}
+
+/// Waits in WFI until CNTVCT_EL0 reaches `deadline`: an emulator whose clock counts instructions
+/// skips the time. Takes this core's virtual timer.
+pub(crate) fn sleep_until(gic: &Gic, deadline: u64) -> Result<(), &'static str> {
+    while ticks() < deadline {
+        arm_timer_at(gic, deadline)?;
+        wait();
+        disarm_timer(gic);
+    }
     Ok(())
 }
 

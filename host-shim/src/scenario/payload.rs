@@ -27,6 +27,12 @@ pub(super) const RAM_SLOT: SlotWord = SlotWord {
     flags: 0,
 };
 
+const CONFIG: VmConfig = VmConfig {
+    vcpus: 1,
+    protected: false,
+    devices: false,
+};
+
 /// Free memory for such VMs, one after the other.
 pub(super) struct Memory {
     /// 2 MiB for another slot.
@@ -90,17 +96,33 @@ impl Guest {
         Self::create_in(memory, memory.ram, bootargs)
     }
 
+    /// The same for a VM that devices can be attached to.
+    pub(super) fn create_with_devices(
+        memory: &Memory,
+        bootargs: &str,
+    ) -> Result<Self, &'static str> {
+        let config = VmConfig {
+            devices: true,
+            ..CONFIG
+        };
+        Self::create_as(config, memory, memory.ram, bootargs)
+    }
+
     /// The same with this part of the memory as RAM.
     pub(super) fn create_in(
         memory: &Memory,
         ram: AddrRange,
         bootargs: &str,
     ) -> Result<Self, &'static str> {
-        let config = VmConfig {
-            vcpus: 1,
-            protected: false,
-            devices: false,
-        };
+        Self::create_as(CONFIG, memory, ram, bootargs)
+    }
+
+    fn create_as(
+        config: VmConfig,
+        memory: &Memory,
+        ram: AddrRange,
+        bootargs: &str,
+    ) -> Result<Self, &'static str> {
         let vm = words(Vm::create(config, memory.state))?;
         let guest = Self {
             vm,
@@ -113,27 +135,18 @@ impl Guest {
     }
 
     fn fill(&self, memory: &Memory, range: AddrRange, bootargs: &str) -> Result<(), &'static str> {
-        let payload = crate::run::DEMO;
-        let layout =
-            image::layout(payload, 0, range.size()).map_err(|_| "the payload does not fit")?;
-        let tree = tree::build(&tree::Guest {
-            vcpus: 1,
-            memory: range.size(),
-            gic_v3: memory.gic_v3,
-            bootargs,
-            ramdisk: None,
-            seed: None,
-            virtio: 0,
-        });
-        let tree = tree.map_err(|_| "the guest's device tree can't be built")?;
-        let ram = mem::bytes_mut(range);
-        for (at, bytes) in [(0, &tree[..]), (layout.kernel as usize, payload)] {
-            let place = ram.get_mut(at..).and_then(|ram| ram.get_mut(..bytes.len()));
-            mem::copy(bytes, place.ok_or("the payload does not fit")?);
-        }
+        let entry = load(memory, range, bootargs)?;
         words(self.vm.create_slot(RAM_SLOT, RAM, range))?;
         words(self.vm.create_vcpu(0))?;
-        words(self.vm.start_vcpu(0, RAM + layout.kernel, RAM))
+        words(self.vm.start_vcpu(0, entry, RAM))
+    }
+
+    /// Resets the VM and lets it start over; its slots stay.
+    pub(super) fn restart(&mut self, memory: &Memory, bootargs: &str) -> Result<(), &'static str> {
+        words(self.vm.reset())?;
+        let entry = load(memory, memory.ram, bootargs)?;
+        self.console = Console::default();
+        words(self.vm.start_vcpu(0, entry, RAM))
     }
 
     /// Runs it until it asks, or has powered off; `answer` is what its last question wants.
@@ -165,6 +178,28 @@ impl Guest {
             }
         }
     }
+}
+
+/// Puts the payload and its device tree into the VM's RAM; gives where it starts.
+fn load(memory: &Memory, range: AddrRange, bootargs: &str) -> Result<u64, &'static str> {
+    let payload = crate::run::DEMO;
+    let layout = image::layout(payload, 0, range.size()).map_err(|_| "the payload does not fit")?;
+    let tree = tree::build(&tree::Guest {
+        vcpus: 1,
+        memory: range.size(),
+        gic_v3: memory.gic_v3,
+        bootargs,
+        ramdisk: None,
+        seed: None,
+        virtio: 0,
+    });
+    let tree = tree.map_err(|_| "the guest's device tree can't be built")?;
+    let ram = mem::bytes_mut(range);
+    for (at, bytes) in [(0, &tree[..]), (layout.kernel as usize, payload)] {
+        let place = ram.get_mut(at..).and_then(|ram| ram.get_mut(..bytes.len()));
+        mem::copy(bytes, place.ok_or("the payload does not fit")?);
+    }
+    Ok(RAM + layout.kernel)
 }
 
 /// What the guest prints.

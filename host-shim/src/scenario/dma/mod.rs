@@ -2,70 +2,68 @@
 //! SMMU. Every access to EL2's memory, a protected guest's, or what was just donated is refused and
 //! recorded, and no byte changes. Without an IOMMU nothing of that can be promised, and EL2 says so.
 
+mod assigned;
+mod attack;
 mod own;
+mod race;
+mod setup;
+mod storm;
+mod taken;
 
 use abi::{ErrorCode, Features};
-use alloc::vec::Vec;
 
 use super::guests::expect;
-use super::payload;
-use crate::console::line;
-use crate::edu::{self, Edu};
 use crate::machine::Machine;
-use crate::pci::Pci;
 use crate::report::Report;
 use crate::vm::{self, Vm};
-
-/// What the checks use.
-struct Setup {
-    memory: payload::Memory,
-    pci: Pci,
-    devices: Vec<Edu>,
-}
-
-type Check = fn(&Setup) -> Result<(), &'static str>;
+use setup::Setup;
 
 /// A handle that was never given.
 const NO_VM: u64 = 0xffff;
 
+type Check = fn(&Setup<'_>) -> Result<(), &'static str>;
+
 /// Checks that also hold where DMA is not isolated.
-const PLAIN: [(&str, Check); 1] = [("a_device_reaches_the_hosts_memory", own::reached)];
+const PLAIN: &[(&str, Check)] = &[("a_device_reaches_the_hosts_memory", own::reached)];
+
+/// Checks of the isolation.
+const ISOLATED: &[(&str, Check)] = &[
+    ("no_device_reaches_el2s_memory", attack::el2),
+    ("a_transfer_into_el2s_memory_ends_before_it", attack::across),
+    ("no_device_reaches_a_protected_guest", attack::protected),
+    ("no_device_reaches_what_a_vm_is_made_of", attack::state),
+    ("a_donated_page_is_out_of_reach_at_once", race::donations),
+    ("a_page_is_wiped_before_it_is_back_in_reach", race::returns),
+    (
+        "a_taken_device_reaches_nothing_until_it_is_back",
+        taken::aborts,
+    ),
+    ("a_device_has_one_user", taken::refusals),
+    ("a_guest_drives_its_device", assigned::driven),
+    (
+        "a_guests_memory_changes_under_its_device",
+        assigned::changes,
+    ),
+    (
+        "a_guests_device_comes_and_goes",
+        assigned::comings_and_goings,
+    ),
+    ("a_storm_of_refused_dma_stops_nobody", storm::survived),
+];
 
 pub(super) fn run(machine: &Machine, report: &mut Report) {
     let isolated = machine.has(Features::DMA_ISOLATION);
     if !isolated {
         report.check("without_an_iommu_no_device_is_taken", no_iommu());
     }
-    let Some(setup) = find(machine) else {
+    let Some(setup) = Setup::find(machine) else {
         return;
     };
-    for (name, check) in PLAIN {
+    let guarded = ISOLATED.iter().filter(|_| isolated);
+    for (name, check) in PLAIN.iter().chain(guarded) {
         report.check(name, check(&setup));
     }
-    // What comes next finds them silent.
-    for device in &setup.pci.devices {
-        setup.pci.reset(device);
-    }
-}
-
-/// The `edu` devices of the machine, turned on; `None` if it has none.
-fn find(machine: &Machine) -> Option<Setup> {
-    let memory = payload::Memory::find(machine)?;
-    let pci = Pci::start(machine)?;
-    let (vendor, device) = edu::ID;
-    let open = |device| Edu::open(&pci, device);
-    let devices: Vec<Edu> = pci.of(vendor, device).filter_map(open).collect();
-    for edu in &devices {
-        let function = edu.function();
-        let interrupt = pci.interrupt(function).unwrap_or(0);
-        line(format_args!("  edu {function}, INTID {interrupt}"));
-    }
-    let setup = Setup {
-        memory,
-        pci,
-        devices,
-    };
-    (!setup.devices.is_empty()).then_some(setup)
+    setup.end();
 }
 
 fn no_iommu() -> Result<(), &'static str> {

@@ -3,6 +3,7 @@
 mod attributes;
 mod bench;
 pub mod demo;
+mod edu;
 mod fp;
 mod hello;
 mod interrupts;
@@ -27,6 +28,7 @@ pub const ALL: &[(&str, Run)] = &[
     ("bench", bench::run),
     ("code", memory::code),
     ("edges", attributes::edges),
+    ("edu", edu::run),
     ("faults", memory::faults),
     ("flood", power::flood),
     ("fp", fp::run),

@@ -1,0 +1,124 @@
+//! Functions that the host has given away: their DMA goes nowhere, until they are back.
+
+use abi::{ErrorCode, VmConfig};
+use board::AddrRange;
+use vmm::pci::Function;
+
+use super::setup::Setup;
+use crate::arch::mem;
+use crate::edu::{Direction, MAX_BYTES};
+use crate::scenario::guests::{end, expect, words};
+use crate::scenario::payload::RAM_SLOT;
+use crate::scenario::remote::{self, RAM};
+use crate::vm::{self, Refused, Vm};
+
+const CANARY: u8 = 0xc3;
+const BLANK: u8 = 0x77;
+
+fn code(result: Result<(), Refused>) -> Option<ErrorCode> {
+    result.err().map(|refused| refused.code)
+}
+
+fn uniform(page: AddrRange, byte: u8) -> bool {
+    let moved = mem::bytes(page).iter().take(MAX_BYTES as usize);
+    moved.copied().all(|found| found == byte)
+}
+
+/// DMA of a function that is taken aborts; when it is given back, it works again.
+pub(super) fn aborts(setup: &Setup<'_>) -> Result<(), &'static str> {
+    let device = setup.devices[0];
+    let function = device.function().requester();
+    let [from, to] = [setup.filled(0, CANARY)?, setup.filled(1, BLANK)?];
+    let move_to = |direction, page: AddrRange| {
+        setup.transfers(direction, [page.start()].into_iter(), MAX_BYTES)
+    };
+    move_to(Direction::FromMemory, from)?;
+    words(vm::take_device(function))?;
+    let result = move_to(Direction::ToMemory, to)
+        .and_then(|()| expect(uniform(to, BLANK), "a taken device wrote memory"))
+        .and_then(|()| {
+            mem::bytes_mut(from).fill(0x5a);
+            move_to(Direction::FromMemory, from)
+        });
+    words(vm::give_device(function))?;
+    result?;
+    move_to(Direction::ToMemory, to)?;
+    expect(!uniform(to, 0x5a), "a taken device read memory")?;
+    expect(!uniform(to, BLANK), "a device that is back does not write")?;
+    move_to(Direction::FromMemory, from)?;
+    move_to(Direction::ToMemory, to)?;
+    expect(uniform(to, 0x5a), "a device that is back does not read")
+}
+
+/// What is refused, and with which error.
+pub(super) fn refusals(setup: &Setup<'_>) -> Result<(), &'static str> {
+    let function = setup.devices[0].function().requester();
+    let config = VmConfig {
+        vcpus: 1,
+        protected: false,
+        devices: true,
+    };
+    let vm = words(Vm::create(config, setup.guest.state))?;
+    let result = of_a_vm(setup, vm, function);
+    let still = code(vm::give_device(function));
+    // The VM's end takes the device from it, not from who took it.
+    end(vm)?;
+    result?;
+    expect(
+        still == Some(ErrorCode::NotPermitted),
+        "a VM's device was given to the host",
+    )?;
+    words(vm::give_device(function))?;
+    of_a_protected_vm(setup, function)
+}
+
+fn of_a_vm(setup: &Setup<'_>, vm: Vm, function: u16) -> Result<(), &'static str> {
+    let not_permitted = Some(ErrorCode::NotPermitted);
+    let hosts = [
+        code(vm::give_device(function)),
+        code(vm.attach_device(function, true)),
+        code(vm.detach_device(function)),
+    ];
+    words(vm::take_device(function))?;
+    let twice = code(vm::take_device(function));
+    let unlocked = code(vm.attach_device(function, true));
+    words(vm.create_slot(RAM_SLOT, RAM, setup.guest.ram))?;
+    words(vm.lock_slot(RAM_SLOT.id))?;
+    let unattached = code(vm.detach_device(function));
+    let nobody = code(Vm::from_handle(0xffff).attach_device(function, true));
+    words(vm.attach_device(function, true))?;
+    let attached_twice = code(vm.attach_device(function, true));
+    let taken = code(vm::take_device(function));
+    let other = setup.devices.get(1).map(|device| device.function());
+    let not_its = code(vm.detach_device(other.map_or(1, Function::requester)));
+    expect(
+        hosts == [not_permitted; 3],
+        "a device of the host's was used",
+    )?;
+    expect(twice == Some(ErrorCode::Exists), "it was taken twice")?;
+    expect(
+        unlocked == not_permitted,
+        "it was attached to pages that come and go",
+    )?;
+    expect(
+        unattached == not_permitted,
+        "it was detached from where it was not",
+    )?;
+    expect(nobody.is_some(), "it was attached to no VM")?;
+    expect(attached_twice.is_some(), "it was attached twice")?;
+    expect(taken == Some(ErrorCode::Exists), "a VM's device was taken")?;
+    expect(not_its == not_permitted, "another device was detached")
+}
+
+fn of_a_protected_vm(setup: &Setup<'_>, function: u16) -> Result<(), &'static str> {
+    let mut guest = remote::protected(&setup.guest)?;
+    words(vm::take_device(function))?;
+    let attached = code(guest.vm.attach_device(function, true));
+    words(vm::give_device(function))?;
+    guest.off()?;
+    end(guest.vm)?;
+    expect(
+        attached == Some(ErrorCode::NotPermitted),
+        "a protected VM got a device",
+    )
+}
