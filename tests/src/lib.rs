@@ -5,7 +5,7 @@
 //! * Emulator: [`machine`] describes one, [`process`] runs it under a time limit and keeps its console,
 //!   [`verdict`] says what must come out, [`runner`] runs many and reports.
 //! * [`suite`] lists the scenarios, [`bench_boot`] measures the boot, [`symbolise`] reads backtraces,
-//!   [`tcb`] counts what runs at EL2.
+//!   [`tcb`] counts what runs at EL2, [`smmu_trace`] reads what QEMU's SMMU did.
 //! * [`x86`]: the x86 machine's disk image and its emulator.
 
 pub mod bench_boot;
@@ -25,6 +25,7 @@ pub mod payload;
 pub mod process;
 pub mod runner;
 pub mod sdcard;
+pub mod smmu_trace;
 pub mod suite;
 pub mod symbolise;
 pub mod tcb;

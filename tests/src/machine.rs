@@ -291,6 +291,18 @@ pub fn pci_disk_args(files: &[&Path], queues: u32) -> Vec<String> {
     args
 }
 
+/// Arguments that give `virt` this many of QEMU's `edu` devices, from 00:01.0 on, which reach every address.
+#[must_use]
+pub fn edu_args(count: u32) -> Vec<String> {
+    let device = |number| {
+        [
+            "-device".to_owned(),
+            format!("edu,addr={number:#x},dma_mask=0xffffffffffffffff"),
+        ]
+    };
+    (1..=count).flat_map(device).collect()
+}
+
 /// The value of `-drive` for the bytes of a file.
 fn drive(id: &str, file: &Path) -> String {
     // A comma ends a value; two of them are one.

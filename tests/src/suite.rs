@@ -1,6 +1,7 @@
 //! Which scenarios there are.
 
 mod bad_input;
+mod dma;
 mod guests;
 mod linux;
 mod raspi4b;

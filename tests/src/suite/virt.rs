@@ -1,9 +1,9 @@
 //! QEMU's `virt`: every CPU with every interrupt controller.
 
 use super::vm_linux::{self, DEFAULT, Setting};
-use super::{bad_input, guests, linux, shim};
+use super::{bad_input, dma, guests, linux, shim};
 use crate::device_tree::Damage;
-use crate::machine::{CPUS, Gic, Machine};
+use crate::machine::{CPUS, Clock, Gic, Machine};
 use crate::payload::Payloads;
 use crate::runner::Scenario;
 use std::sync::Arc;
@@ -30,6 +30,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     for gic in [Gic::V2, Gic::V3] {
         all.extend([8, 1].map(|cpus| shim::all(a76(gic, cpus))));
     }
+    all.extend(dma_isolation());
     all.extend(linux_guests(payloads));
     all.push(linux::reset(a76(Gic::V3, 2), payloads));
     all.push(linux::shell(a76(Gic::V3, 2), payloads));
@@ -54,6 +55,21 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     all.push(guests::too_big(&a76(Gic::V3, 2)));
     all.push(guests::without_kernel(&a76(Gic::V3, 2)));
     all
+}
+
+/// Both interrupt controllers, with and without forced write-back, in real time and repeatable.
+fn dma_isolation() -> Vec<Scenario> {
+    let repeatable = |cpu, gic, cpus| Machine {
+        clock: Clock::Instructions,
+        ..Machine::virt(cpu, gic, cpus)
+    };
+    vec![
+        dma::isolation(Machine::virt("cortex-a76", Gic::V3, 4)),
+        dma::isolation(Machine::virt("max", Gic::V2, 4)),
+        dma::isolation(repeatable("cortex-a76", Gic::V2, 1)),
+        dma::isolation(repeatable("max", Gic::V3, 2)),
+        dma::without(Machine::virt("cortex-a76", Gic::V2, 2)),
+    ]
 }
 
 /// What `make run` promises, and its settings.
