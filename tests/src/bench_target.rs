@@ -8,7 +8,7 @@ mod report;
 use crate::bench_boot::{in_instructions, median, ticks};
 use crate::emulate::{Boot, LINUX_ARGUMENTS};
 use crate::fit::{self, Guest};
-use crate::machine::{Clock, Gic, Machine};
+use crate::machine::{Clock, Gic, Machine, edu_args};
 use crate::payload::{self, Payloads};
 use crate::runner::Context;
 use crate::{files, verdict};
@@ -52,6 +52,8 @@ enum Source {
     Protected,
     /// Our host's own scenarios.
     Host,
+    /// The same, on machines with and without an SMMU.
+    Importer,
 }
 
 const fn operation(
@@ -90,6 +92,14 @@ const fn protected(name: &'static str, title: &'static str) -> Operation {
     }
 }
 
+/// What an SMMU that walks the tables adds to an operation.
+const fn importer(name: &'static str, title: &'static str) -> Operation {
+    Operation {
+        source: Source::Importer,
+        ..operation(name, title, None, [None; 5])
+    }
+}
+
 /// Most that an exit of a protected VM may take longer, in per cent.
 const TARGET_PROTECTED_PERCENT: u64 = 15;
 
@@ -103,7 +113,7 @@ const PEERS: [&str; 5] = [
 ];
 
 /// What is shown, in this order.
-const OPERATIONS: [Operation; 23] = [
+const OPERATIONS: [Operation; 29] = [
     operation(
         "hypercall",
         "null hypercall (PSCI_VERSION)",
@@ -200,6 +210,27 @@ const OPERATIONS: [Operation; 23] = [
         None,
         [None; 5],
     ),
+    importer("donate-singly", "donation of one page, SMMU's share"),
+    importer(
+        "donate-together",
+        "donation of 510 pages, for each, SMMU's share",
+    ),
+    importer(
+        "importer-remove-block",
+        "removal of a slot, one block, device's share",
+    ),
+    importer(
+        "importer-remove-pages",
+        "removal of a slot, 512 pages, device's share",
+    ),
+    importer(
+        "importer-reset-block",
+        "zap by a reset, one block, device's share",
+    ),
+    importer(
+        "importer-reset-pages",
+        "zap by a reset, 512 pages, device's share",
+    ),
 ];
 
 /// What was measured on one model, in instructions.
@@ -289,12 +320,14 @@ fn measure(cpu: &'static str, payloads: &Payloads) -> Result<Measurement> {
     let on_demand = microbench(cpu, &context, "on-demand")?;
     let protected = microbench(cpu, &context, "protected")?;
     let by_host = measured_by_host(cpu, &context)?;
+    let importer = added_by_importers(cpu, &context)?;
     let operations = OPERATIONS.iter().map(|operation| {
         let figures = match operation.source {
             Source::Locked => &locked,
             Source::OnDemand => &on_demand,
             Source::Protected => &protected,
             Source::Host => &by_host,
+            Source::Importer => &importer,
         };
         let value = figures.get(operation.name).copied();
         value.with_context(|| format!("no line 'bench {} N'", operation.name))
@@ -353,6 +386,27 @@ fn measured_by_host(cpu: &str, context: &Context) -> Result<BTreeMap<String, u64
     let transcript = Boot::shim(&machine, "shim.run=lock-cost,switch-cost").run(context, "host")?;
     verdict::closes(&transcript, 6)?;
     Ok(figures(&transcript.lines))
+}
+
+/// What an SMMU adds: our host measures changes of a VM with and without a device itself, and donations of its own pages
+/// on this machine and on one that has no SMMU.
+fn added_by_importers(cpu: &str, context: &Context) -> Result<BTreeMap<String, u64>> {
+    let args = edu_args(1);
+    let args: Vec<_> = args.iter().map(String::as_str).collect();
+    let run = |machine: &Machine, name: &str, checks| -> Result<_> {
+        let mut boot = Boot::shim(machine, "shim.run=importer-cost");
+        boot.extra = &args;
+        let transcript = boot.run(context, name)?;
+        verdict::closes(&transcript, checks)?;
+        Ok(figures(&transcript.lines))
+    };
+    let machine = machine(cpu, 2);
+    let without = run(&machine, "no-iommu", 1)?;
+    let mut added = run(&machine.with_iommu(), "iommu", 2)?;
+    for (name, value) in &mut added {
+        *value = value.saturating_sub(without.get(name).copied().unwrap_or(0));
+    }
+    Ok(added)
 }
 
 /// The lines `bench NAME VALUE`, of our host or of a guest whose lines it passes on.

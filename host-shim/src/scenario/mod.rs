@@ -6,6 +6,7 @@ mod cores;
 mod dma;
 mod firmware;
 mod guests;
+mod importer_cost;
 mod isolation;
 mod lock_cost;
 mod memory;
@@ -40,7 +41,8 @@ const ALL: [(&str, Scenario); 11] = [
 ];
 
 /// Only when asked for by name: what measures, or takes long.
-const MEASUREMENTS: [(&str, Scenario); 3] = [
+const MEASUREMENTS: [(&str, Scenario); 4] = [
+    ("importer-cost", importer_cost::run),
     ("lock-cost", lock_cost::run),
     ("switch-cost", switch_cost::run),
     ("soak", storm::soak),

@@ -20,7 +20,10 @@ pub(super) fn markdown(measurements: &[Measurement]) -> String {
          * Protected VM: the same payload, sealed; the target is at most 15 % more than the row without protection.\n\
          * Donation: by 512 pages, over 256 MiB, less what wiping and cleaning the same memory costs the host; measured: by 64 pages\n\
          with SHA-256.\n\
-         * Lock: the host's call. 1 GiB by one block where the host's memory begins at a boundary of 1 GiB, else by 512 of 2 MiB.\n\n\
+         * Lock: the host's call. 1 GiB by one block where the host's memory begins at a boundary of 1 GiB, else by 512 of 2 MiB.\n\
+         * SMMU's share: what is added where an SMMU walks the same tables, on the same machine with a device attached to the VM and\n\
+         without, or, for the host's own pages, on a machine with an SMMU and one without. The slots have 2 MiB. An emulator's SMMU\n\
+         has done a command when it is asked: a real one takes its time.\n\n\
          ![chart](target.svg)\n\n",
     );
     let mut header = String::from("| operation | target |");

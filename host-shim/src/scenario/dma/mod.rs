@@ -16,7 +16,7 @@ use super::guests::expect;
 use crate::machine::Machine;
 use crate::report::Report;
 use crate::vm::{self, Vm};
-use setup::Setup;
+pub(super) use setup::Setup;
 
 /// A handle that was never given.
 const NO_VM: u64 = 0xffff;

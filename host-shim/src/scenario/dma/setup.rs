@@ -20,15 +20,15 @@ const PATIENCE: u64 = 20_000;
 const RECORDS_IN_PIECES: u32 = 32;
 
 /// What the checks use.
-pub(super) struct Setup<'a> {
+pub(in crate::scenario) struct Setup<'a> {
     pub(super) machine: &'a Machine,
     pub(super) gic: Gic,
     /// 24 MiB of the host's; only `other`, where nothing else says so.
-    pub(super) memory: payload::Memory,
+    pub(in crate::scenario) memory: payload::Memory,
     /// For a protected VM: in the part of the above that is not `other`.
     pub(super) guest: guests::Memory,
     /// At least one.
-    pub(super) devices: Vec<Edu>,
+    pub(in crate::scenario) devices: Vec<Edu>,
     pci: Pci,
 }
 
@@ -42,7 +42,7 @@ pub(super) struct Faults {
 
 impl<'a> Setup<'a> {
     /// The `edu` devices of the machine, turned on; `None` if it has none.
-    pub(super) fn find(machine: &'a Machine) -> Option<Self> {
+    pub(in crate::scenario) fn find(machine: &'a Machine) -> Option<Self> {
         let gic = machine.board.gic?;
         let memory = payload::Memory::find(machine)?;
         let guest = guests::Memory::find(machine)?;
@@ -67,7 +67,7 @@ impl<'a> Setup<'a> {
     }
 
     /// Silences the devices, for what comes next.
-    pub(super) fn end(&self) {
+    pub(in crate::scenario) fn end(&self) {
         for device in &self.pci.devices {
             self.pci.reset(device);
         }
