@@ -58,7 +58,8 @@ calls! {
     VmTopUp = 0xc600_0112,
     /// `x1`: handle. Ends the VM: its guests never run again, its memory loses its mappings. The
     /// handle stays until everything is reclaimed. [`crate::ErrorCode::Again`]: call again, the
-    /// work is done in steps. [`crate::ErrorCode::Busy`] while a vCPU runs.
+    /// work is done in steps; for every other call the VM is gone from the first one on.
+    /// [`crate::ErrorCode::Busy`] while a vCPU runs.
     VmDestroy = 0xc600_0113,
     /// `x1`: handle, destroyed or only reserved. Gives back one range that was donated, zeroed:
     /// its address, and in `x2` its pages. When nothing is left: 0 and 0, and the handle is free.
@@ -97,7 +98,8 @@ calls! {
     SlotFlags = 0xc600_0123,
     /// `x1`: handle, `x2`: action (bit 0 lock, bit 1 unlock), `x3`: slot number, `x4`: for lock
     /// bit 0 read, bit 1 write, bit 8 blocks where they stay one mapping; for unlock bit 0: all
-    /// locked slots.
+    /// locked slots. [`crate::ErrorCode::Again`]: call again, the work is done in steps; no vCPU runs
+    /// before it is done, or taken back by the opposite call.
     SlotLock = 0xc600_0124,
     /// `x1`: handle, `x2`: slot number; gives a [`crate::SlotState`].
     SlotState = 0xc600_0125,
@@ -121,8 +123,9 @@ calls! {
     VcpuStart = 0xc600_0131,
     /// `x1`: handle, `x2`: index, `x3`: what an [`crate::Exit::MmioRead`] before asked for, `x4`: 1
     /// if the CPU has nothing else to do, so that EL2 may wait for the guest's interrupts itself
-    /// (one of the host's ends that, as it ends a run). Runs the guest until something needs the host. `x1`: an [`crate::Exit`], `x2` to `x4`: its
-    /// values. The host's FP and SIMD registers survive; the higher parts of SVE's don't.
+    /// (one of the host's ends that, as it ends a run). Runs the guest until something needs the host;
+    /// what is pending before its next instruction, such as cleaning its memory, is done in steps, with
+    /// [`crate::Exit::Interrupted`] between them. `x1`: an [`crate::Exit`], `x2` to `x4`: its values. The host's FP and SIMD registers survive; the higher parts of SVE's don't.
     VcpuRun = 0xc600_0132,
     /// `x1`: handle, `x2`: index; gives bit 0: on, bit 1: an interrupt is pending.
     VcpuState = 0xc600_0133,

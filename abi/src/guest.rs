@@ -136,6 +136,9 @@ pub enum SlotState {
     LockedClean = 2,
     /// Mapped and pinned, kept across a reset; maintenance is pending.
     LockedReset = 3,
+    /// Locked or unlocked in part: [`crate::Call::SlotLock`] gave [`crate::ErrorCode::Again`] and has
+    /// to be repeated. No vCPU runs before.
+    Unfinished = 4,
 }
 
 impl SlotState {
@@ -147,6 +150,7 @@ impl SlotState {
             Self::LockedDirty,
             Self::LockedClean,
             Self::LockedReset,
+            Self::Unfinished,
         ]
         .into_iter()
         .find(|state| *state as u64 == number)
@@ -509,13 +513,13 @@ mod tests {
 
     #[test]
     fn slot_states_and_leaves_survive() {
-        for number in 0..4 {
+        for number in 0..5 {
             assert_eq!(
                 SlotState::from_number(number).map(|s| s as u64),
                 Some(number)
             );
         }
-        assert_eq!(SlotState::from_number(4), None);
+        assert_eq!(SlotState::from_number(5), None);
         let leaf = LeafInfo {
             pages: 1 << 39,
             level: 2,

@@ -10,12 +10,14 @@ use memslot::addr::Gfn;
 use memslot::edge::Dma;
 use memslot::lock::{LockCall, LockRequest};
 use memslot::slot::{LockGranule, SlotFlags, SlotId};
+use memslot::steps::Progress;
 use spin::MutexGuard;
 use stage2::{Ipa, IpaRange, RunKind, TableFormat};
 
 use crate::arch::frames;
 use crate::hypervisor::Hypervisor;
 use crate::iommu;
+use crate::slice::Slice;
 use crate::vm::{self, Vm};
 
 /// What a call gives: `x1` to `x4`.
@@ -247,7 +249,9 @@ fn donate_heap(hypervisor: &Hypervisor, address: u64, count: u64) -> Result<u64,
 fn lock(vm: &Vm, action: u64, slot: u64, flags: u64) -> Result<u64, Refusal> {
     let blocks = action == 1 && flags & LOCK_BLOCKS != 0;
     let flags = if blocks { flags & !LOCK_BLOCKS } else { flags };
-    match LockCall::parse(action, [slot, flags, 0, 0])? {
+    let mut slice = Slice::new();
+    let go_on = || slice.go_on();
+    let progress = match LockCall::parse(action, [slot, flags, 0, 0])? {
         LockCall::Lock { id, perms } => {
             slot_id(id.0.into())?;
             let granule = if blocks {
@@ -255,18 +259,22 @@ fn lock(vm: &Vm, action: u64, slot: u64, flags: u64) -> Result<u64, Refusal> {
             } else {
                 LockGranule::BasePages
             };
-            vm.memory.lock_slot(&LockRequest {
+            let request = LockRequest {
                 granule,
                 ..LockRequest::new(id, perms)
-            })?;
+            };
+            vm.memory.lock_in_steps(&request, go_on)?
         }
         LockCall::Unlock(id) => {
             slot_id(id.0.into())?;
-            vm.memory.unlock_slot(id)?;
+            vm.memory.unlock_in_steps(id, go_on)?
         }
-        LockCall::UnlockAll => vm.memory.unlock_all()?,
+        LockCall::UnlockAll => vm.memory.unlock_all_in_steps(go_on)?,
+    };
+    match progress {
+        Progress::Done => Ok(0),
+        Progress::More => Err(ErrorCode::Again.into()),
     }
-    Ok(0)
 }
 
 fn snooping(kind: u64) -> Result<Dma, ErrorCode> {

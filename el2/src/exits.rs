@@ -20,6 +20,7 @@ use el2::vgic::Kicks;
 use memslot::addr::Gfn;
 use memslot::fault::{FaultKind as MemoryFaultKind, FaultOutcome, Stage2Fault};
 use memslot::slot::SlotKind;
+use memslot::steps::Progress;
 use memslot::toggle::CacheWatch;
 use stage2::Ipa;
 
@@ -292,7 +293,7 @@ fn register(run: &mut Running<'_>, iss: u32) -> Next {
             kick(run, kicks)
         }
         Outcome::SetWay => {
-            run.vm.memory.guest_set_way(&mut run.state.watch);
+            run.state.caches.set_way();
             watch(run)
         }
         Outcome::VmControl(register) => vm_control(run, register, value),
@@ -329,7 +330,7 @@ fn vm_control(run: &mut Running<'_>, register: VmRegister, value: u64) -> Next {
     }
     let old = regs::sctlr_el1();
     regs::write_vm_register(register, value);
-    run.vm.memory.guest_sctlr(&mut run.state.watch, old, value);
+    run.state.caches.sctlr_written(old, value);
     watch(run)
 }
 
@@ -338,10 +339,29 @@ fn watch(run: &mut Running<'_>) -> Next {
     let context = &mut run.state.context;
     world::note_serror(context);
     context.hcr &= !hcr::TVM;
-    if run.state.watch == CacheWatch::Watching {
+    if run.state.caches.watch == CacheWatch::Watching {
         context.hcr |= hcr::TVM;
     }
     world::set_hcr(context.hcr);
+    if run.state.caches.owed.is_owed() {
+        return flush(run);
+    }
+    Next::Resume
+}
+
+/// Does the flush that the guest has asked for, before its next instruction. The host's interrupts
+/// are not kept waiting for all of it: the vCPU leaves, and goes on with the flush when it runs again.
+#[cold]
+pub(crate) fn flush(run: &mut Running<'_>) -> Next {
+    while run.state.caches.owed.is_owed() {
+        let (memory, owed) = (&run.vm.memory, &mut run.state.caches.owed);
+        if memory.flush_in_steps(owed, || !regs::interrupt_pending()) == Progress::More {
+            match interrupt(run) {
+                Next::Leave(exit) => return Next::Leave(exit),
+                Next::Resume | Next::Refresh => run.refresh_interrupts(),
+            }
+        }
+    }
     Next::Resume
 }
 

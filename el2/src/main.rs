@@ -38,6 +38,8 @@ mod power;
 #[cfg(target_os = "none")]
 mod protect;
 #[cfg(target_os = "none")]
+mod slice;
+#[cfg(target_os = "none")]
 mod smp;
 #[cfg(target_os = "none")]
 mod trap;

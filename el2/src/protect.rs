@@ -7,6 +7,7 @@ use el2::measure::Start;
 use el2::protection::Protection;
 use el2::psci::StartOrder;
 use el2::vm_error::Refusal;
+use memslot::pending::Work;
 
 use crate::arch::guest_tables::GuestTables;
 use crate::arch::host_tables::HostTables;
@@ -68,6 +69,10 @@ impl Vm {
     pub(crate) fn seal(&self, entry: u64, context: u64) -> Result<u64, Refusal> {
         let protection = self.protection()?;
         let first = self.vcpu(0)?;
+        if self.memory.pending().contains(Work::UNFINISHED) {
+            // Behind the seal nobody could complete the lock.
+            return Err(ErrorCode::Busy.into());
+        }
         let start = Start {
             vcpus: self.config.vcpus,
             entry,

@@ -8,7 +8,8 @@ use el2::guest::timer::EmulatedTimer;
 use el2::psci::StartOrder;
 use el2::vgic::{CpuInterface, Kicks};
 use el2::vm_error::Refusal;
-use memslot::toggle::CacheWatch;
+use memslot::arm::VcpuCaches;
+use memslot::error::Error;
 use spin::{Mutex, MutexGuard};
 
 use crate::arch::cpu::CpuData;
@@ -16,6 +17,7 @@ use crate::arch::world::{self, Context, HostWorld, hcr};
 use crate::arch::{cpu, firmware, regs};
 use crate::exits;
 use crate::hypervisor::Hypervisor;
+use crate::slice::Slice;
 use crate::vm::Vm;
 
 /// Where a vCPU is: [`NOWHERE`], or the number of the CPU that runs it, plus one.
@@ -39,7 +41,7 @@ pub(crate) struct VcpuState {
     pub(crate) host: HostWorld,
     pub(crate) context: Context,
     pub(crate) gic: CpuInterface,
-    pub(crate) watch: CacheWatch,
+    pub(crate) caches: VcpuCaches,
     /// The load that the host is asked to complete.
     pub(crate) load: Option<exits::PendingLoad>,
     /// The physical timer that the guest sees.
@@ -177,7 +179,13 @@ impl Vcpu {
         if let Some(intid) = vm.vgic.take_ended() {
             return Ok(Exit::IrqDone { intid });
         }
-        let pass = vm.memory.enter().map_err(|_| ErrorCode::Again)?;
+        let mut slice = Slice::new();
+        let pass = match vm.memory.enter_in_steps(|| slice.go_on()) {
+            Ok(Some(pass)) => pass,
+            Ok(None) => return Ok(Exit::Interrupted),
+            Err(Error::InUse(_)) => return Err(ErrorCode::Again.into()),
+            Err(error) => return Err(error.into()),
+        };
         let me = cpu.index as u32 + 1;
         self.last_on.store(me, Ordering::Relaxed);
         self.running_on.store(me, Ordering::SeqCst);
@@ -263,7 +271,7 @@ impl VcpuState {
             host: HostWorld::default(),
             context: Context::new(features),
             gic: hypervisor.gic.new_interface(),
-            watch: CacheWatch::default(),
+            caches: VcpuCaches::default(),
             load: None,
             physical_timer: EmulatedTimer::new(),
             lists_loaded: false,
@@ -277,7 +285,7 @@ impl VcpuState {
     fn restart(&mut self, features: &Features, order: StartOrder) {
         self.context.restart(features, order.entry, order.context);
         self.context.hcr |= hcr::TVM;
-        self.watch = CacheWatch::default();
+        self.caches = VcpuCaches::default();
         self.load = None;
         self.physical_timer = EmulatedTimer::new();
         self.off = false;
@@ -306,27 +314,51 @@ impl Running<'_> {
         gic.load(&self.state.gic);
         self.refresh_timers();
         self.load_interrupts();
-        let exit = loop {
-            let vector = world::enter(&mut self.state.context);
-            self.vcpu.counts.count(VmCounter::Exits);
-            match exits::handle(self, vector) {
-                Next::Resume if self.state.lists_loaded => {}
-                Next::Resume | Next::Refresh => {
-                    self.save_interrupts();
-                    if self.vm.vgic.has_ended() {
-                        break Exit::Interrupted;
-                    }
-                    self.refresh_timers();
-                    self.load_interrupts();
-                }
-                Next::Leave(exit) => break exit,
-            }
+        let exit = match self.owed_flush() {
+            Some(exit) => exit,
+            None => self.guest_until_exit(),
         };
         self.save_interrupts();
         gic.unload(&mut self.state.gic);
         gic.set_timer_active(self.cpu, false);
         regs::stop_el2_timer();
         exit
+    }
+
+    /// Makes the core's list registers what the timers and the virtual GIC say now.
+    pub(crate) fn refresh_interrupts(&mut self) {
+        self.save_interrupts();
+        self.refresh_timers();
+        self.load_interrupts();
+    }
+
+    fn guest_until_exit(&mut self) -> Exit {
+        loop {
+            let vector = world::enter(&mut self.state.context);
+            self.vcpu.counts.count(VmCounter::Exits);
+            match exits::handle(self, vector) {
+                Next::Resume if self.state.lists_loaded => {}
+                Next::Resume | Next::Refresh => {
+                    self.refresh_interrupts();
+                    if self.vm.vgic.has_ended() {
+                        break Exit::Interrupted;
+                    }
+                }
+                Next::Leave(exit) => break exit,
+            }
+        }
+    }
+
+    /// Does what the guest waits for since its last run, before its next instruction.
+    #[inline]
+    fn owed_flush(&mut self) -> Option<Exit> {
+        if !self.state.caches.owed.is_owed() {
+            return None;
+        }
+        match exits::flush(self) {
+            Next::Leave(exit) => Some(exit),
+            Next::Resume | Next::Refresh => None,
+        }
     }
 
     /// Whether the list registers are in the core.

@@ -24,9 +24,12 @@ use el2::vgic::{GicVersion, Vgic};
 use el2::vm_counters::VmCounters;
 use el2::vm_error::Refusal;
 use memslot::addr::Gfn;
+use memslot::flush::OwedFlush;
 use memslot::lock::LockState;
 use memslot::policy::{ArmCaches, ArmPolicy};
 use memslot::slot::{Memslot, SlotFlags, SlotId, SlotKind};
+use memslot::steps::Progress;
+use memslot::toggle::Flush;
 use memslot::vm::{GuestMemory, VmConfig as MemoryConfig, VmKind};
 use spin::{Mutex, Once, RwLock};
 use stage2::{
@@ -43,6 +46,7 @@ use crate::arch::{mem, regs};
 use crate::hypervisor::Hypervisor;
 use crate::iommu::{self, Devices};
 use crate::protect::Pages;
+use crate::slice::Slice;
 use crate::vcpu::{Stopped, Vcpu};
 
 /// Most VMs: VMIDs have 8 bits on some cores, and 0 is the host's.
@@ -104,6 +108,15 @@ pub(crate) enum Entry {
         /// What the host has donated to it. Its own lock, so that a VM whose vCPUs run can get more.
         donated: Mutex<Donations>,
     },
+    /// A VM that ends: nobody uses it any more, and its memory is being cleaned.
+    Dying {
+        /// As above.
+        vm: Owned<Vm>,
+        /// As above.
+        donated: Donations,
+        /// What is left to clean.
+        owed: OwedFlush,
+    },
     /// A VM that was: its memory waits to be reclaimed.
     Dead {
         /// As above.
@@ -142,7 +155,7 @@ impl VmTable {
         let entry = entry.try_read().ok_or(ErrorCode::Busy)?;
         match &*entry {
             Entry::Live { vm, .. } => use_vm(vm),
-            Entry::Free | Entry::Reserved | Entry::Dead { .. } => Err(ErrorCode::NotFound.into()),
+            _ => Err(ErrorCode::NotFound.into()),
         }
     }
 
@@ -254,31 +267,35 @@ impl VmTable {
         })
     }
 
-    /// Ends a VM: its mappings are gone and its memory is nobody's when this returns.
+    /// Ends a VM: its mappings are gone and its memory is nobody's when this returns a value. It does
+    /// so in steps: from the first on nothing but this call reaches the VM.
     pub(crate) fn destroy(&self, hypervisor: &Hypervisor, handle: u64) -> Result<u64, Refusal> {
         let (index, entry) = self.entry(handle)?;
         let mut entry = entry.try_write().ok_or(ErrorCode::Busy)?;
-        match core::mem::take(&mut *entry) {
-            Entry::Free => Err(ErrorCode::NotFound.into()),
-            Entry::Reserved => {
-                *entry = Entry::Reserved;
-                Ok(0)
-            }
-            Entry::Dead { donated } => {
-                *entry = Entry::Dead { donated };
-                Ok(0)
+        let (vm, donated, mut owed) = match core::mem::take(&mut *entry) {
+            Entry::Free => return Err(ErrorCode::NotFound.into()),
+            ended @ (Entry::Reserved | Entry::Dead { .. }) => {
+                *entry = ended;
+                return Ok(0);
             }
             Entry::Live { vm, donated } => {
                 iommu::detach_all(&vm);
-                // Dropping the VM drops its stage 2: every table is unreachable and every TLB
-                // entry of the VMID invalidated behind this line.
-                drop(vm);
-                hypervisor.ownership.end_all_leases(index);
-                let donated = donated.into_inner();
-                *entry = Entry::Dead { donated };
-                Ok(0)
+                let owed = vm.flush_at_end();
+                (vm, donated.into_inner(), owed)
             }
+            Entry::Dying { vm, donated, owed } => (vm, donated, owed),
+        };
+        let mut slice = Slice::new();
+        if vm.memory.flush_in_steps(&mut owed, || slice.go_on()) == Progress::More {
+            *entry = Entry::Dying { vm, donated, owed };
+            return Err(ErrorCode::Again.into());
         }
+        // Every table is unreachable and every TLB entry of the VMID invalidated behind this line.
+        vm.memory.retire();
+        drop(vm);
+        hypervisor.ownership.end_all_leases(index);
+        *entry = Entry::Dead { donated };
+        Ok(0)
     }
 
     /// Gives one donated range back to the host, wiped: its address and its pages.
@@ -290,7 +307,9 @@ impl VmTable {
         let (_, entry) = self.entry(handle)?;
         let mut entry = entry.try_write().ok_or(ErrorCode::Busy)?;
         match &mut *entry {
-            Entry::Free | Entry::Live { .. } => return Err(ErrorCode::Invalid.into()),
+            Entry::Free | Entry::Live { .. } | Entry::Dying { .. } => {
+                return Err(ErrorCode::Invalid.into());
+            }
             Entry::Reserved => {}
             Entry::Dead { donated } => {
                 if let Some(range) = take_back(hypervisor, donated)? {
@@ -472,6 +491,16 @@ impl Vm {
         (0..HOST_SLOTS).filter_map(|id| self.memory.slot(SlotId(id)))
     }
 
+    /// What is to be cleaned before the VM goes: the host's memory that it has used. A protected
+    /// guest's is wiped, to the point of coherency, when it goes back.
+    fn flush_at_end(&self) -> OwedFlush {
+        let mut owed = OwedFlush::default();
+        if !self.config.protected {
+            owed.owe(Flush::All);
+        }
+        owed
+    }
+
     pub(crate) fn counters(&self) -> &VmCounters {
         &self.shared.counters
     }
@@ -584,6 +613,7 @@ impl Vm {
             Some(LockState::LockedDirty) => SlotState::LockedDirty,
             Some(LockState::LockedClean) => SlotState::LockedClean,
             Some(LockState::LockedReset) => SlotState::LockedReset,
+            Some(LockState::Unfinished) => SlotState::Unfinished,
         };
         Ok(state as u64)
     }

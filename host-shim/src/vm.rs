@@ -44,6 +44,16 @@ macro_rules! vm_call {
     }};
 }
 
+/// Repeats a call that EL2 does in steps until it is done.
+fn in_steps(mut step: impl FnMut() -> Result<[u64; 4], Refused>) -> Result<(), Refused> {
+    loop {
+        match step() {
+            Err(refused) if refused.code == ErrorCode::Again => {}
+            other => return other.map(drop),
+        }
+    }
+}
+
 /// Gives EL2 memory for its own bookkeeping, for good.
 pub(crate) fn donate_heap(donated: AddrRange) -> Result<(), Refused> {
     let pages = donated.size() / PAGE_SIZE;
@@ -127,7 +137,12 @@ impl Vm {
 
     /// Ends it.
     pub(crate) fn destroy(self) -> Result<(), Refused> {
-        vm_call!(Call::VmDestroy, self.handle).map(drop)
+        in_steps(|| self.destroy_step())
+    }
+
+    /// One step of that; [`ErrorCode::Again`] if there are more.
+    pub(crate) fn destroy_step(self) -> Result<[u64; 4], Refused> {
+        vm_call!(Call::VmDestroy, self.handle)
     }
 
     /// Takes back one donated range; `None` when nothing is left and the handle is gone.
@@ -182,13 +197,23 @@ impl Vm {
 
     /// The same by blocks where that is possible, or by single pages.
     pub(crate) fn lock_slot_as(self, id: u16, blocks: bool) -> Result<(), Refused> {
+        in_steps(|| self.lock_step(id, blocks))
+    }
+
+    /// One step of that; [`ErrorCode::Again`] if there are more.
+    pub(crate) fn lock_step(self, id: u16, blocks: bool) -> Result<[u64; 4], Refused> {
         let flags = 0b11 | u64::from(blocks) << 8;
-        vm_call!(Call::SlotLock, self.handle, 1, u64::from(id), flags).map(drop)
+        vm_call!(Call::SlotLock, self.handle, 1, u64::from(id), flags)
     }
 
     /// Unlocks a slot.
     pub(crate) fn unlock_slot(self, id: u16) -> Result<(), Refused> {
-        vm_call!(Call::SlotLock, self.handle, 2, u64::from(id)).map(drop)
+        in_steps(|| self.unlock_step(id))
+    }
+
+    /// One step of that; [`ErrorCode::Again`] if there are more.
+    pub(crate) fn unlock_step(self, id: u16) -> Result<[u64; 4], Refused> {
+        vm_call!(Call::SlotLock, self.handle, 2, u64::from(id))
     }
 
     /// State of a slot.

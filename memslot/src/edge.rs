@@ -52,9 +52,11 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// For a device that does not snoop: [`Error::InUse`] while a root is exported whose types
     /// would change, or while other devices keep locked slots from being rewritten; [`Error::VcpuRunning`] if locked
     /// slots must be rewritten and a vCPU is inside; [`Error::NonCoherent`] if a locked slot's
-    /// type would depend on a vCPU. The count has not changed then.
+    /// type would depend on a vCPU. For any: [`Error::Unfinished`] while a slot is locked in part.
+    /// The count has not changed then.
     pub fn register_device(&self, dma: Dma) -> Result<Edge, Error> {
         let mut slots = self.slots.write();
+        slots.finished()?;
         self.clean_for_device(&slots);
         match dma {
             Dma::NonSnooping => self.change_count(&mut slots, Change::Register),
@@ -72,6 +74,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// [`Error::CountUnbalanced`] if there is none, and as [`GuestMemory::register_device`].
     pub fn unregister_device(&self, dma: Dma) -> Result<Edge, Error> {
         let mut slots = self.slots.write();
+        slots.finished()?;
         match dma {
             Dma::NonSnooping => self.change_count(&mut slots, Change::Unregister),
             Dma::Snooping => {
@@ -93,6 +96,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         export: impl FnOnce(&mut T) -> Result<R, Error>,
     ) -> Result<R, Error> {
         let slots = self.slots.write();
+        slots.finished()?;
         self.clean_for_device(&slots);
         let mut mmu = self.mmu.write();
         let flagged = slots
@@ -196,7 +200,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             })?;
             // The host may write between this and the next run, as between lock and first run.
             if let Some(entry) = locked.iter_mut().find(|l| l.id == slot.id) {
-                entry.work |= self.flush_work(leaf);
+                entry.owe(self.flush_work(leaf));
             }
         }
         self.pending.publish(slots.work());

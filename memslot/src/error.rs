@@ -69,6 +69,9 @@ pub enum Error {
     /// The slot is locked.
     #[error("slot {0:?} is locked")]
     Locked(SlotId),
+    /// A call has locked or unlocked part of the slot: repeat that call first.
+    #[error("slot {0:?} is locked in part")]
+    Unfinished(SlotId),
     /// The slot is not locked.
     #[error("slot {0:?} is not locked")]
     NotLocked(SlotId),
@@ -128,6 +131,7 @@ impl Error {
         match self {
             Self::VcpuRunning
             | Self::Locked(_)
+            | Self::Unfinished(_)
             | Self::InUse(_)
             | Self::Export(ExportError::Busy | ExportError::Full | ExportError::Imported(_)) => {
                 K::Busy

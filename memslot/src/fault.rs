@@ -12,12 +12,12 @@
 //! leaf: whoever changes an input of the type excludes that section while it changes the input
 //! and removes the leaves.
 
-use stage2::{Blocks, FaultRequest, Ipa, LeafAttrs, Perms};
+use stage2::{Blocks, FaultRequest, Ipa, LeafAttrs, Perms, Pfn};
 
 use crate::addr::{Gfn, GfnRange};
 use crate::error::Error;
 use crate::frames::{FrameRun, FrameSource};
-use crate::policy::{MemTypePolicy, TypeQuery};
+use crate::policy::{LeafType, MemTypePolicy, TypeQuery};
 use crate::slot::{LockFlags, Memslot, SlotFlags, SlotKind};
 use crate::table::{GuestTable, bytes};
 use crate::vm::{GuestMemory, Mmu};
@@ -114,8 +114,10 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         vcpu: &P::Vcpu,
     ) -> Result<FaultOutcome, Error> {
         let query = TypeQuery::of(slot, gfn, mmu.noncoherent.any());
-        let (mem, combine) = self.policy.encode(self.policy.leaf_type(&query, vcpu));
+        let leaf = self.policy.leaf_type(&query, vcpu);
+        let (mem, combine) = self.policy.encode(leaf);
         let attrs = LeafAttrs::new(perms(slot, access), mem, combine);
+        let run = self.limited(slot, leaf, gfn, run);
         let Some(request) = self.request(slot, &query, vcpu, run, attrs) else {
             return Ok(FaultOutcome::NoFrame(gfn));
         };
@@ -191,6 +193,24 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         } else {
             request
         })
+    }
+
+    /// The part of a run that one fault may map. Where leaves owe cache maintenance that is 2 MiB, which
+    /// are cleaned in one go.
+    #[inline]
+    fn limited(&self, slot: &Memslot, leaf: LeafType, gfn: Gfn, run: FrameRun) -> FrameRun {
+        if slot.kind != SlotKind::Ram || !self.policy.needs_maintenance(leaf) {
+            return run;
+        }
+        let block = GfnRange::block(gfn, 9).and_then(|block| block.intersection(run.range));
+        let skipped = |range: GfnRange| {
+            let skip = range.start().get() - run.range.start().get();
+            Some((range, Pfn::try_new(run.pfn.get() + skip)?))
+        };
+        match block.and_then(skipped) {
+            Some((range, pfn)) => FrameRun { range, pfn },
+            None => run,
+        }
     }
 
     /// The largest aligned block around the page that lies in `within` and has one type.

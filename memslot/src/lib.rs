@@ -10,7 +10,8 @@
 //! | [`mtrr`], [`pat`], [`policy`] | the memory type of a leaf, x86 (two profiles) and arm64 |
 //! | [`zap`] | which leaves become stale after an event, and who removes them |
 //! | [`toggle`] | set/way operations and cache-enable changes of an arm64 guest |
-//! | [`vm`] and [`fault`], [`lock`], [`run`], [`edge`], [`change`], [`arm`], [`x86`] | all of it together, over a page table, in one lock order |
+//! | [`steps`] | how much of what grows with a VM's memory is done in one go |
+//! | [`vm`] and [`fault`], [`lock`], [`run`], [`flush`], [`edge`], [`change`], [`arm`], [`x86`] | all of it together, over a page table, in one lock order |
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -26,6 +27,7 @@ pub mod dirty;
 pub mod edge;
 pub mod error;
 pub mod fault;
+pub mod flush;
 pub mod frames;
 pub mod gate;
 pub mod lock;
@@ -37,6 +39,7 @@ pub mod policy;
 pub mod run;
 pub mod slot;
 pub mod slots;
+pub mod steps;
 pub mod sync;
 pub mod table;
 #[cfg(any(test, feature = "testing"))]

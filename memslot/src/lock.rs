@@ -10,6 +10,12 @@
 //! last; if it fails half-way, the slot's range is emptied, and only after the invalidation has
 //! completed are pages unpinned and the charge taken back. Slot flags and pending bits have not
 //! been touched by then.
+//!
+//! In steps, the first one does all of this for the slot's first pages, and the slot is locked from
+//! then on, with [`Work::UNFINISHED`] pending: nobody enters the guest, and whatever else would have
+//! to know how far the lock is refuses. Each further step is such a transaction for the next pages.
+//! Unlocking goes the other way, from the last page that is mapped; so a lock that is not complete
+//! can be continued or taken back at any time.
 
 use alloc::vec::Vec;
 
@@ -22,7 +28,8 @@ use crate::frames::{FrameRun, FrameSource, PinIntent};
 use crate::pending::Work;
 use crate::policy::{LeafType, MemTypePolicy, TypeQuery};
 use crate::slot::{LockFlags, LockGranule, Memslot, SlotFlags, SlotId, SlotLock};
-use crate::table::GuestTable;
+use crate::steps::{Cost, Extent, Progress, repeat};
+use crate::table::{GuestTable, bytes};
 use crate::vm::{GuestMemory, Locked, Mmu, SlotTable, slot_bytes};
 
 /// A decoded lock hypercall.
@@ -99,6 +106,13 @@ impl LockRequest {
             privilege: Privilege::Ordinary,
         }
     }
+
+    const fn lock(&self) -> SlotLock {
+        SlotLock {
+            flags: self.perms,
+            granule: self.granule,
+        }
+    }
 }
 
 /// The state of a slot, as the host sees it.
@@ -112,6 +126,8 @@ pub enum LockState {
     LockedClean,
     /// Mapped and pinned, kept across a reset; maintenance is pending.
     LockedReset,
+    /// A call has locked or unlocked part of it.
+    Unfinished,
 }
 
 impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
@@ -124,46 +140,102 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// them pins, charge, flags and pending work are what they were, and no leaf is there that
     /// was not before.
     pub fn lock_slot(&self, request: &LockRequest) -> Result<(), Error> {
+        self.lock_part(request, Extent::Whole).map(|_| ())
+    }
+
+    /// [`GuestMemory::lock_slot`] in steps, for as long as `go_on` allows; the same call continues
+    /// it, [`GuestMemory::unlock_in_steps`] takes it back. Until one of them is done, no vCPU enters.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::lock_slot`]; what earlier calls have done stays then.
+    pub fn lock_in_steps(
+        &self,
+        request: &LockRequest,
+        go_on: impl FnMut() -> bool,
+    ) -> Result<Progress, Error> {
+        repeat(go_on, || self.lock_part(request, Extent::Step))
+    }
+
+    fn lock_part(&self, request: &LockRequest, extent: Extent) -> Result<Progress, Error> {
         self.check_id(request.id)?;
         if !request.perms.contains(LockFlags::READ) {
             return Err(Error::LockNeedsRead);
         }
         let _closed = self.gate.close()?;
         let mut slots = self.slots.write();
-        let slot = lockable(&slots, request)?;
+        let (slot, rest) = lockable(&slots, request)?;
+        let begins = slot.lock.is_none();
         let npages = slot.range.npages();
-        self.frames.account().check(npages, request.privilege)?;
-        slots.locked.try_reserve(1)?;
+        if begins {
+            self.frames.account().check(npages, request.privilege)?;
+            slots.locked.try_reserve(1)?;
+        }
+        let part = self.next_part(&slot, request, rest, extent)?;
         let before = (self.frames.sequence(), self.removals());
-        let pins = Pins::take(&self.frames, &slot, intent(request.perms))?;
-        let charge = Charge::take(self.frames.account(), npages, request.privilege)?;
+        let pins = Pins::take(&self.frames, &slot, part, intent(request.perms))?;
+        if let Some(locked) = slots.locked_mut(slot.id) {
+            locked.pins.try_reserve(pins.runs.len())?;
+        }
+        let charged = if begins { npages } else { 0 };
+        let charge = Charge::take(self.frames.account(), charged, request.privilege)?;
         let mut mmu = self.mmu.write();
         let is_current = |run| self.frames.is_current(&slot, run);
         let moved = (self.frames.sequence(), self.removals()) != before;
         if moved || !pins.runs.iter().all(is_current) {
             return Err(Error::BackingChanged);
         }
-        if let Some(withheld) = mmu.table.first_note(slot_bytes(slot.range)?) {
+        if let Some(withheld) = mmu.table.first_note(slot_bytes(part)?) {
             let page = withheld.frame().get() - slot.range.start().get();
             return Err(Error::PinFailed(page));
         }
         let (attrs, work) = self.locked_leaf(&slot, &mmu, request.perms)?;
-        let lock = SlotLock {
-            flags: request.perms,
-            granule: request.granule,
-        };
-        map_runs(&mut mmu, &slot, lock, &pins.runs, attrs)?;
+        map_runs(
+            &mut mmu,
+            &with_lock(&slot, request),
+            &pins.runs,
+            attrs,
+            part,
+        )?;
         // Nothing fails from here on.
         let pins = pins.keep();
         charge.keep();
-        slots.locked.push(Locked {
-            id: slot.id,
-            pins,
-            work,
-        });
-        mmu.generation = slots.set.relock(slot.id, Some(lock));
-        self.pending.publish(work);
-        Ok(())
+        if begins {
+            mmu.generation = slots.set.relock(slot.id, Some(request.lock()));
+        }
+        slots.mapped(&slot, pins, part.end(), work);
+        self.pending.replace(slots.work());
+        Ok(if part.end() == slot.range.end() {
+            Progress::Done
+        } else {
+            Progress::More
+        })
+    }
+
+    /// What is mapped in one go.
+    fn next_part(
+        &self,
+        slot: &Memslot,
+        request: &LockRequest,
+        rest: GfnRange,
+        extent: Extent,
+    ) -> Result<GfnRange, Error> {
+        let mmu = self.mmu.read();
+        let (_, work) = self.locked_leaf(slot, &mmu, request.perms)?;
+        let many = if with_lock(slot, request).needs_base_pages() {
+            Cost::Pages
+        } else {
+            Cost::Blocks
+        };
+        let part = extent.first(rest, many);
+        let maps_fresh = bytes(part).is_some_and(|range| mmu.table.next_run(range).is_none());
+        // Blocks that owe cleaning are as small as a step; memory that is not aligned has none.
+        let skew = slot.backing.abs_diff(slot.range.start().get());
+        let cost = match many {
+            _ if !maps_fresh || (mmu.has_other_users() && !work.is_empty()) => Cost::Maintenance,
+            Cost::Blocks if !skew.is_multiple_of(crate::steps::FRAMES) => Cost::Pages,
+            other => other,
+        };
+        Ok(extent.first(rest, cost))
     }
 
     /// Unlocks a slot: unpins and un-charges its pages. Leaves stay, unless they never got
@@ -172,9 +244,25 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// # Errors
     /// [`Error::NoSuchSlot`], [`Error::NotLocked`] or [`Error::SlotOutOfRange`].
     pub fn unlock_slot(&self, id: SlotId) -> Result<(), Error> {
+        self.unlock_part(id, Extent::Whole).map(|_| ())
+    }
+
+    /// [`GuestMemory::unlock_slot`] in steps, for as long as `go_on` allows; the same call continues
+    /// it, and locking turns it round.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::unlock_slot`], and [`Error::NeedTables`] to cut a block of 1 GiB.
+    pub fn unlock_in_steps(
+        &self,
+        id: SlotId,
+        go_on: impl FnMut() -> bool,
+    ) -> Result<Progress, Error> {
+        repeat(go_on, || self.unlock_part(id, Extent::Step))
+    }
+
+    fn unlock_part(&self, id: SlotId, extent: Extent) -> Result<Progress, Error> {
         self.check_id(id)?;
-        let mut slots = self.slots.write();
-        self.unlock_one(&mut slots, id)
+        self.unlock_one(&mut self.slots.write(), id, extent)
     }
 
     /// Unlocks every locked slot; success if there is none.
@@ -182,11 +270,26 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// # Errors
     /// Those of the page table, which unmapping whole slots does not meet.
     pub fn unlock_all(&self) -> Result<(), Error> {
-        let mut slots = self.slots.write();
-        while let Some(id) = slots.locked.last().map(|l| l.id) {
-            self.unlock_one(&mut slots, id)?;
-        }
-        Ok(())
+        self.unlock_all_in_steps(|| true).map(|_| ())
+    }
+
+    /// [`GuestMemory::unlock_all`] in steps, for as long as `go_on` allows.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::unlock_all`].
+    pub fn unlock_all_in_steps(&self, go_on: impl FnMut() -> bool) -> Result<Progress, Error> {
+        repeat(go_on, || {
+            let mut slots = self.slots.write();
+            let Some(id) = slots.locked.last().map(|l| l.id) else {
+                return Ok(Progress::Done);
+            };
+            let _: Progress = self.unlock_one(&mut slots, id, Extent::Step)?;
+            Ok(if slots.locked.is_empty() {
+                Progress::Done
+            } else {
+                Progress::More
+            })
+        })
     }
 
     /// The state of a slot; `None` if there is no such slot.
@@ -194,7 +297,11 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     pub fn lock_state(&self, id: SlotId) -> Option<LockState> {
         let slots = self.slots.read();
         slots.set.get(id)?;
-        Some(match slots.locked(id).map(|l| l.work) {
+        let locked = slots.locked(id);
+        if locked.is_some_and(|l| l.unmapped().is_some()) {
+            return Some(LockState::Unfinished);
+        }
+        Some(match locked.map(|l| l.work) {
             None => LockState::Unlocked,
             Some(work) if work.contains(Work::INVAL_ICACHE) => LockState::LockedReset,
             Some(work) if work.contains(Work::FLUSH_DCACHE) => LockState::LockedDirty,
@@ -216,17 +323,32 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         }
         drop(mmu);
         while let Some(id) = slots.locked.last().map(|l| l.id) {
-            self.unlock_one(&mut slots, id)?;
+            let _: Progress = self.unlock_one(&mut slots, id, Extent::Whole)?;
         }
         Ok(())
     }
 
-    fn unlock_one(&self, slots: &mut SlotTable, id: SlotId) -> Result<(), Error> {
+    fn unlock_one(
+        &self,
+        slots: &mut SlotTable,
+        id: SlotId,
+        extent: Extent,
+    ) -> Result<Progress, Error> {
         let slot = *slots.set.get(id).ok_or(Error::NoSuchSlot(id))?;
         let lock = slot.lock.ok_or(Error::NotLocked(id))?;
         let mut mmu = self.mmu.write();
-        if slots.locked(id).is_some_and(|l| !l.work.is_empty()) {
-            mmu.zap(slot.range)?;
+        if let Some(locked) = slots.locked_mut(id).filter(|l| !l.work.is_empty()) {
+            if let Some(mapped) = GfnRange::new(slot.range.start().get(), locked.mapped_to) {
+                let part = extent.last(mapped);
+                mmu.zap_part(part)?;
+                locked.mapped_to = part.start().get();
+                // What is mapped again later owes its maintenance again.
+                locked.done_to = locked.done_to.min(locked.mapped_to);
+            }
+            if locked.mapped_to != slot.range.start().get() {
+                self.pending.replace(slots.work());
+                return Ok(Progress::More);
+            }
         }
         mmu.generation = slots.set.relock(id, None);
         drop(mmu);
@@ -238,7 +360,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         }
         self.frames.account().uncharge(slot.range.npages());
         self.pending.replace(slots.work());
-        Ok(())
+        Ok(Progress::Done)
     }
 
     /// What the leaves of a lock say, and what they will need.
@@ -274,8 +396,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     }
 }
 
-/// Checks 6 to 9: what the slot itself refuses.
-fn lockable(slots: &SlotTable, request: &LockRequest) -> Result<Memslot, Error> {
+/// Checks 6 to 9: what the slot itself refuses; and the frames that are still to be mapped.
+fn lockable(slots: &SlotTable, request: &LockRequest) -> Result<(Memslot, GfnRange), Error> {
     let id = request.id;
     let slot = *slots.set.get(id).ok_or(Error::NoSuchSlot(id))?;
     let logs = slot.flags.contains(SlotFlags::DIRTY_LOG);
@@ -283,10 +405,19 @@ fn lockable(slots: &SlotTable, request: &LockRequest) -> Result<Memslot, Error> 
     if request.perms.contains(LockFlags::WRITE) && refuses_writes {
         return Err(Error::WriteLockRefused(id));
     }
-    if slot.lock.is_some() {
-        Err(Error::Locked(id))
-    } else {
-        Ok(slot)
+    let rest = match slot.lock {
+        None => Some(slot.range),
+        Some(lock) if lock == request.lock() => slots.locked(id).and_then(Locked::unmapped),
+        Some(_) => None,
+    };
+    rest.map(|rest| (slot, rest)).ok_or(Error::Locked(id))
+}
+
+/// The slot as it is under the lock.
+fn with_lock(slot: &Memslot, request: &LockRequest) -> Memslot {
+    Memslot {
+        lock: Some(request.lock()),
+        ..*slot
     }
 }
 
@@ -301,15 +432,11 @@ fn intent(perms: LockFlags) -> PinIntent {
 /// Maps all runs, or none; without cache maintenance unless somebody can use them at once.
 fn map_runs<T: GuestTable>(
     mmu: &mut Mmu<T>,
-    slot: &Memslot,
-    lock: SlotLock,
+    locked: &Memslot,
     runs: &[FrameRun],
     attrs: LeafAttrs,
+    part: GfnRange,
 ) -> Result<(), Error> {
-    let locked = Memslot {
-        lock: Some(lock),
-        ..*slot
-    };
     let blocks = if locked.needs_base_pages() {
         Blocks::Never
     } else {
@@ -324,7 +451,11 @@ fn map_runs<T: GuestTable>(
         }
         if let Err(error) = mmu.table.map(&request) {
             // Whole slots cut no block, so this takes no memory and does not fail.
-            mmu.unmap(slot.range)?;
+            if part == locked.range {
+                mmu.unmap(part)?;
+            } else {
+                mmu.zap(part)?;
+            }
             return Err(error.into());
         }
     }
@@ -339,13 +470,18 @@ struct Pins<'a, S: FrameSource> {
 }
 
 impl<'a, S: FrameSource> Pins<'a, S> {
-    fn take(frames: &'a S, slot: &'a Memslot, intent: PinIntent) -> Result<Self, Error> {
+    fn take(
+        frames: &'a S,
+        slot: &'a Memslot,
+        part: GfnRange,
+        intent: PinIntent,
+    ) -> Result<Self, Error> {
         let mut pins = Self {
             frames,
             slot,
             runs: Vec::new(),
         };
-        let mut rest = Some(slot.range);
+        let mut rest = Some(part);
         while let Some(want) = rest {
             // Room first: a pin without a place in the list would leak.
             pins.runs.try_reserve(1)?;

@@ -1,7 +1,5 @@
 //! Entering the guest, the work that must be done before, and reset.
 
-use stage2::{IpaRange, PaRange};
-
 use crate::addr::GfnRange;
 use crate::error::Error;
 use crate::frames::FrameSource;
@@ -9,11 +7,9 @@ use crate::gate::RunPass;
 use crate::pending::Work;
 use crate::policy::{MemTypePolicy, TypeQuery};
 use crate::slot::SlotKind;
-use crate::table::{GuestTable, LeafRun, behind};
-use crate::vm::{GuestMemory, SlotTable, slot_bytes};
-
-/// Bytes that are maintained before the page-table lock is let go of and taken again.
-const CHUNK: u64 = 2 << 20;
+use crate::steps::{Cost, Extent, Progress};
+use crate::table::GuestTable;
+use crate::vm::{GuestMemory, Locked, SlotTable, slot_bytes};
 
 impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// Lets a vCPU into the guest, after all pending work.
@@ -23,78 +19,92 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// invalidated instructions, is the world switch.
     ///
     /// # Errors
-    /// [`Error::InUse`] while slots are being locked or rewritten: try again.
+    /// [`Error::InUse`] while slots are being locked or rewritten: try again. [`Error::Unfinished`]
+    /// while a slot is locked in part: repeat that call first.
     pub fn enter(&self) -> Result<RunPass<'_>, Error> {
+        self.enter_in_steps(|| true)?.ok_or(Error::InUse(0))
+    }
+
+    /// [`GuestMemory::enter`] that does pending work in steps, for as long as `go_on` allows; `None`
+    /// if some is left, for this vCPU or another to continue.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::enter`].
+    #[inline]
+    pub fn enter_in_steps(
+        &self,
+        go_on: impl FnMut() -> bool,
+    ) -> Result<Option<RunPass<'_>>, Error> {
         let pass = self.gate.enter()?;
-        if !self.pending.load().is_empty() {
-            self.perform_pending(&mut self.slots.write());
+        if self.pending.load().is_empty() {
+            return Ok(Some(pass));
         }
-        Ok(pass)
+        let progress = self.perform_pending(&mut self.slots.write(), go_on)?;
+        Ok((progress == Progress::Done).then_some(pass))
     }
 
     /// Does what is pending; now a vCPU may enter.
-    fn perform_pending(&self, slots: &mut SlotTable) {
+    #[cold]
+    fn perform_pending(
+        &self,
+        slots: &mut SlotTable,
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<Progress, Error> {
+        slots.finished()?;
         if slots.work().is_empty() {
-            return;
+            return Ok(Progress::Done);
         }
-        self.maintain_locked(slots, Work::all());
-        slots.locked.iter_mut().for_each(|l| l.work = Work::empty());
+        let mut flushed = 0;
+        let mut urgent = false;
+        for locked in slots.locked.iter_mut().filter(|l| !l.work.is_empty()) {
+            while let Some(rest) = GfnRange::new(locked.done_to, locked.range.end()) {
+                if urgent {
+                    return Ok(Progress::More);
+                }
+                let part = Extent::Step.first(rest, Cost::Maintenance);
+                self.maintain(part, locked.work);
+                locked.done_to = part.end();
+                urgent = !go_on();
+            }
+            flushed += u64::from(locked.work.contains(Work::FLUSH_DCACHE));
+            locked.work = Work::empty();
+        }
         // The maintenance has completed (its trait says so); now others may pass.
         self.pending.replace(Work::empty());
+        self.count(|c| {
+            c.pending_runs += 1;
+            c.slots_flushed += flushed;
+        });
+        Ok(Progress::Done)
     }
 
     /// Cleans what is pending before a device or an importer may access memory: maintenance that
     /// waits for the first run of a vCPU would come too late for it. It stays pending, because
     /// the host may go on writing until that run.
     pub(crate) fn clean_for_device(&self, slots: &SlotTable) {
-        if slots.work().contains(Work::FLUSH_DCACHE) {
-            self.maintain_locked(slots, Work::FLUSH_DCACHE);
-        }
-    }
-
-    /// Does the part of the locked slots' work that is in `which`.
-    fn maintain_locked(&self, slots: &SlotTable, which: Work) {
+        let dirty = |l: &&Locked| l.work.contains(Work::FLUSH_DCACHE);
         let mut flushed = 0;
-        for locked in &slots.locked {
-            let slot = slots.set.get(locked.id);
-            let Some(range) = slot.and_then(|s| slot_bytes(s.range).ok()) else {
-                continue;
-            };
-            let work = locked.work & which;
-            if work.contains(Work::FLUSH_DCACHE) {
-                self.flush_data(range);
-                flushed += 1;
-            }
-            if work.contains(Work::INVAL_ICACHE) {
-                self.flush_fetch(range);
-            }
+        for locked in slots.locked.iter().filter(dirty) {
+            self.maintain(locked.range, Work::FLUSH_DCACHE);
+            flushed += 1;
         }
-        self.count(|c| {
-            c.pending_runs += 1;
-            c.slots_flushed += flushed;
-        });
-    }
-
-    /// Cleans and invalidates every page of the guest that needs it: for a trapped set/way
-    /// operation, or when the guest turns its caches on or off.
-    ///
-    /// The slots are let go of before each is walked, which may take long: a slot that is made
-    /// or locked meanwhile has its own maintenance.
-    pub fn flush_all(&self) {
-        let mut from = 0;
-        while let Some(range) = self.first_ram(from) {
-            from = range.end();
-            if let Ok(range) = slot_bytes(range) {
-                self.flush_data(range);
-            }
+        if flushed > 0 {
+            self.count(|c| {
+                c.pending_runs += 1;
+                c.slots_flushed += flushed;
+            });
         }
     }
 
-    /// The first slot of RAM that starts at or behind frame `from`.
-    fn first_ram(&self, from: u64) -> Option<GfnRange> {
-        let slots = self.slots.read();
-        let ram = slots.set.iter().filter(|s| s.kind == SlotKind::Ram);
-        ram.map(|s| s.range).find(|r| r.start().get() >= from)
+    /// Does work of some frames.
+    fn maintain(&self, part: GfnRange, work: Work) {
+        let Ok(range) = slot_bytes(part) else { return };
+        if work.contains(Work::FLUSH_DCACHE) {
+            self.flush_data(range);
+        }
+        if work.contains(Work::INVAL_ICACHE) {
+            self.flush_fetch(range);
+        }
     }
 
     /// Resets the VM's memory: on-demand slots lose their leaves, so that faults redo the
@@ -103,10 +113,12 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// Not for a single vCPU that is turned off and on again: that resets registers only.
     ///
     /// # Errors
-    /// [`Error::VcpuRunning`]; or the page table's, which emptying whole slots does not meet.
+    /// [`Error::VcpuRunning`]; [`Error::Unfinished`] while a slot is locked in part; or the page
+    /// table's, which emptying whole slots does not meet.
     pub fn reset(&self) -> Result<(), Error> {
         let _closed = self.gate.close()?;
         let mut slots = self.slots.write();
+        slots.finished()?;
         let mmu = self.mmu.write();
         for slot in slots.set.iter().filter(|s| s.lock.is_none()) {
             mmu.zap(slot.range)?;
@@ -122,47 +134,9 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
                 .policy
                 .slot_type(&query)
                 .map_or(Work::FLUSH_DCACHE, |t| self.flush_work(t));
-            locked.work |= flush | Work::INVAL_ICACHE;
+            locked.owe(flush | Work::INVAL_ICACHE);
         }
         self.pending.publish(slots.work());
         Ok(())
-    }
-
-    /// Data maintenance of the leaves that need it, by their attribute.
-    fn flush_data(&self, range: IpaRange) {
-        self.for_memory(range, |table, run, memory| {
-            if run.attrs.maintenance().data {
-                table.clean_invalidate_data(memory);
-            }
-        });
-    }
-
-    /// Instruction maintenance of the leaves that can be executed.
-    fn flush_fetch(&self, range: IpaRange) {
-        self.for_memory(range, |table, run, memory| {
-            if run.attrs.perms.may_execute() {
-                table.invalidate_fetch(memory);
-            }
-        });
-    }
-
-    /// Visits the leaves of a range under the page-table lock, chunk by chunk.
-    fn for_memory(&self, range: IpaRange, f: impl Fn(&T, &LeafRun, PaRange)) {
-        let mut rest = Some(range);
-        while let Some(range) = rest {
-            let size = range.len().min(CHUNK);
-            let Ok(chunk) = IpaRange::new(range.start(), size) else {
-                return;
-            };
-            let mmu = self.mmu.read();
-            let mut part = Some(chunk);
-            while let Some(run) = part.and_then(|p| mmu.table.next_run(p)) {
-                part = behind(chunk, run.range.end());
-                if let Some(memory) = run.memory() {
-                    f(&mmu.table, &run, memory);
-                }
-            }
-            rest = behind(range, chunk.end());
-        }
     }
 }

@@ -88,6 +88,15 @@ pub trait GuestTable {
     /// The first run of equal leaves in the range, clipped to it.
     fn next_run(&self, range: IpaRange) -> Option<LeafRun>;
 
+    /// Whether some leaf may owe data-cache maintenance when it goes.
+    fn owes_data(&self) -> bool {
+        true
+    }
+
+    /// Forgets every translation; the tables are not taken down when this is dropped, nor is what
+    /// they map cleaned.
+    fn abandon(&mut self) {}
+
     /// Cleans and invalidates memory to the point of coherency.
     fn clean_invalidate_data(&self, range: PaRange);
 
@@ -140,6 +149,14 @@ impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
             RunKind::Annotated(_) => None,
         };
         self.runs(range).ok()?.find_map(mapped)
+    }
+
+    fn owes_data(&self) -> bool {
+        Self::owes_data(self)
+    }
+
+    fn abandon(&mut self) {
+        Self::abandon(self);
     }
 
     fn clean_invalidate_data(&self, range: PaRange) {

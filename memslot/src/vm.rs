@@ -15,7 +15,7 @@
 
 use alloc::vec::Vec;
 
-use stage2::{IpaRange, MapError};
+use stage2::{IpaRange, Level, MapError};
 
 use crate::addr::{Gfn, GfnRange};
 use crate::dirty::DirtyBitmap;
@@ -28,7 +28,7 @@ use crate::policy::MemTypePolicy;
 use crate::slot::{Memslot, SlotId};
 use crate::slots::Memslots;
 use crate::sync::{AtomicU64, Mutex, Ordering, RwLock, RwLockWriteGuard};
-use crate::table::{GuestTable, bytes};
+use crate::table::{GuestTable, LeafRun, bytes};
 use crate::zap::ZapList;
 
 /// Whether the host may see the VM's memory.
@@ -71,9 +71,39 @@ pub(crate) struct Mmu<T> {
 #[derive(Debug)]
 pub(crate) struct Locked {
     pub(crate) id: SlotId,
+    pub(crate) range: GfnRange,
     pub(crate) pins: Vec<FrameRun>,
+    /// One past the last frame that is mapped: the slot's end, but while the lock is made or taken
+    /// back in steps.
+    pub(crate) mapped_to: u64,
     /// What must be done for this slot before the next run.
     pub(crate) work: Work,
+    /// The first frame for which it has not been done.
+    pub(crate) done_to: u64,
+}
+
+impl Locked {
+    /// Adds work for the whole slot.
+    pub(crate) fn owe(&mut self, work: Work) {
+        if !work.is_empty() {
+            self.work |= work;
+            self.done_to = self.range.start().get();
+        }
+    }
+
+    /// The frames that are still to be mapped.
+    pub(crate) fn unmapped(&self) -> Option<GfnRange> {
+        GfnRange::new(self.mapped_to, self.range.end())
+    }
+
+    /// The work of this slot, as a VM's pending word has it.
+    fn pending(&self) -> Work {
+        if self.unmapped().is_some() {
+            self.work | Work::UNFINISHED
+        } else {
+            self.work
+        }
+    }
 }
 
 /// What the slots lock guards.
@@ -219,11 +249,40 @@ impl SlotTable {
     pub(crate) fn work(&self) -> Work {
         self.locked
             .iter()
-            .fold(Work::empty(), |all, l| all | l.work)
+            .fold(Work::empty(), |all, l| all | l.pending())
+    }
+
+    /// Refuses what needs every lock to be complete.
+    pub(crate) fn finished(&self) -> Result<(), Error> {
+        let unfinished = self.locked.iter().find(|l| l.unmapped().is_some());
+        unfinished.map_or(Ok(()), |l| Err(Error::Unfinished(l.id)))
     }
 
     pub(crate) fn locked(&self, id: SlotId) -> Option<&Locked> {
         self.locked.iter().find(|l| l.id == id)
+    }
+
+    pub(crate) fn locked_mut(&mut self, id: SlotId) -> Option<&mut Locked> {
+        self.locked.iter_mut().find(|l| l.id == id)
+    }
+
+    /// A lock has got so far; there is room for its pins.
+    pub(crate) fn mapped(&mut self, slot: &Memslot, pins: Vec<FrameRun>, to: u64, work: Work) {
+        match self.locked_mut(slot.id) {
+            Some(locked) => {
+                locked.pins.extend(pins);
+                locked.mapped_to = to;
+                locked.work |= work;
+            }
+            None => self.locked.push(Locked {
+                id: slot.id,
+                range: slot.range,
+                pins,
+                mapped_to: to,
+                work,
+                done_to: slot.range.start().get(),
+            }),
+        }
     }
 
     /// The slot, if it may be changed.
@@ -246,6 +305,19 @@ impl<T: GuestTable> Mmu<T> {
     /// Removes all leaves of a slot's range. Notes stay: what was withheld stays withheld.
     pub(crate) fn zap(&self, range: GfnRange) -> Result<(), Error> {
         self.table.zap(slot_bytes(range)?).map_err(Error::from)
+    }
+
+    /// The same for a part of a slot, whose blocks of 1 GiB keep their rest: they are not cleaned in
+    /// one go, and there is no note below them.
+    pub(crate) fn zap_part(&mut self, part: GfnRange) -> Result<(), Error> {
+        let range = slot_bytes(part)?;
+        let run = self.table.next_run(range);
+        let cuts = |run: &LeafRun| run.level.height() > Level::L2.height() && run.range == range;
+        if run.as_ref().is_some_and(cuts) {
+            self.unmap(part)
+        } else {
+            self.zap(part)
+        }
     }
 
     /// Whether anybody but a vCPU may access the memory.

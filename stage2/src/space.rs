@@ -136,6 +136,25 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         Ok(())
     }
 
+    /// Whether some leaf may owe data-cache maintenance when it goes.
+    #[must_use]
+    pub fn owes_data(&self) -> bool {
+        self.owes_data.load(Ordering::Relaxed)
+    }
+
+    /// Forgets every translation, and keeps the tables when the space is dropped: they are not given
+    /// back to the machine, which takes the memory that they are made of as a whole. Nor is what
+    /// they map cleaned.
+    ///
+    /// The hardware has stopped using the root. An exported root is forgotten only by its importer;
+    /// nothing happens then, and dropping the space keeps the tables, too.
+    pub fn abandon(&mut self) {
+        if self.exports.may_tear_down() {
+            self.platform.invalidate_all(self.context);
+            self.exports.retire();
+        }
+    }
+
     fn tear_down(&mut self) {
         // Nothing was stored, so there is nothing to publish; an importer has long left.
         self.platform.invalidate_all(self.context);

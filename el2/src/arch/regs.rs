@@ -153,6 +153,14 @@ pub(crate) fn virtual_timer_deadline(offset: u64) -> u64 {
     }
 }
 
+/// Whether a physical interrupt waits for this core, masked or not (Arm ARM D24.2.71, ISR_EL1: at EL2
+/// it shows physical ones).
+pub(crate) fn interrupt_pending() -> bool {
+    const F: u64 = 1 << 6;
+    const I: u64 = 1 << 7;
+    mrs!("isr_el1") & (I | F) != 0
+}
+
 /// Lets EL2's own timer end the guest's run at `deadline`.
 pub(crate) fn start_el2_timer(deadline: u64) {
     // SAFETY: EL2's timer, whose interrupt EL2 masks; it ends a WFI or a guest's run at most.

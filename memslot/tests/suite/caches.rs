@@ -1,11 +1,12 @@
 //! What observers see: the classic bug of early maintenance, and that deferral ends it.
 
 use crate::kit::{A, A_BASE, A_FRAME, A_PAGES, FLAG, FWB, NONE, PLAIN, RW, Vm, pages, vm, vm_with};
+use memslot::arm::VcpuCaches;
 use memslot::edge::Dma::NonSnooping;
 use memslot::fault::Access;
 use memslot::policy::ArmPolicy;
+use memslot::steps::Progress;
 use memslot::testing::{Stage1, View, guest_view};
-use memslot::toggle::CacheWatch;
 use stage2::{CacheMaintenance, Pa, PaRange};
 
 /// Memory of the first line of slot A.
@@ -247,22 +248,32 @@ fn set_way_flush_moves_data_between_the_guests_cache_and_memory() {
 fn a_guest_that_turns_its_caches_on_or_off_sees_its_own_data() {
     const ON: u64 = 0b101;
     let vm = vm();
-    let mut watch = CacheWatch::default();
+    let mut caches = VcpuCaches::default();
+    let flush = |caches: &mut VcpuCaches| {
+        assert_eq!(
+            vm.mem.flush_in_steps(&mut caches.owed, || true),
+            Progress::Done
+        );
+    };
     vm.touch(A_BASE, Access::Write);
     // Caches off: it writes memory; a CPU has speculatively fetched the old line.
     vm.caches.speculate(LINE);
     vm.caches.write(LINE, View::Uncached, 31);
-    vm.mem.guest_sctlr(&mut watch, 0, ON);
+    caches.sctlr_written(0, ON);
+    flush(&mut caches);
     assert_eq!(vm.caches.read(LINE, View::Cacheable), 31);
     // Caches on: it writes the cache, then cleans it by set and way and turns it off.
     vm.caches.write(LINE, View::Cacheable, 32);
-    vm.mem.guest_set_way(&mut watch);
+    caches.set_way();
+    flush(&mut caches);
     assert_eq!(vm.caches.read(LINE, View::Uncached), 32);
     vm.caches.write(LINE, View::Cacheable, 33);
-    vm.mem.guest_sctlr(&mut watch, ON, 0);
+    caches.sctlr_written(ON, 0);
+    flush(&mut caches);
     assert_eq!(guest_reads(&vm), 33);
     let lines = vm.data_lines();
-    vm.mem.guest_set_way(&mut watch);
+    caches.set_way();
+    flush(&mut caches);
     assert_eq!(vm.data_lines(), lines);
 }
 

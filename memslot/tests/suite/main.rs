@@ -28,6 +28,8 @@ mod real;
 #[cfg(not(miri))]
 mod rules;
 mod runs;
+#[cfg(not(miri))]
+mod steps;
 mod unlock;
 #[cfg(not(miri))]
 mod withhold;

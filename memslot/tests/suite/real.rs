@@ -11,6 +11,7 @@ use memslot::lock::LockRequest;
 use memslot::mtrr::Msr;
 use memslot::policy::{ArmPolicy, CdQuirk, EptPolicy, VcpuTypes};
 use memslot::slot::{LockGranule, SlotId};
+use memslot::steps::Progress;
 use stage2::testing::Event;
 use stage2::{ArmStage2, Combine, Level, MemType, Pa, PaRange, Perms};
 
@@ -243,6 +244,36 @@ fn a_block_larger_than_a_chunk_is_flushed_once() {
     assert_eq!(levels(&vm), [Level::L1]);
     drop(vm.mem.enter().unwrap());
     assert_eq!(vm.machine.caches.traffic().data_lines, GIB * 64);
+}
+
+#[test]
+fn a_fault_cleans_no_more_than_a_block_of_2_mib() {
+    const GIB: u64 = 1 << 18;
+    for (policy, level, lines) in [(PLAIN, Level::L2, 512 * 64), (FWB, Level::L1, 0)] {
+        let vm = arm(policy, GIB, GIB);
+        vm.mem.create_slot(slot(A, GIB, GIB, GIB, NONE)).unwrap();
+        let fault = vm.fault(GIB, Access::Read, FaultKind::Translation, &());
+        fault.map(drop).unwrap();
+        assert_eq!(levels(&vm), [level]);
+        assert_eq!(vm.machine.caches.traffic().data_lines, lines);
+    }
+}
+
+#[test]
+fn a_block_of_1_gib_is_unlocked_by_2_mib() {
+    const GIB: u64 = 1 << 18;
+    let vm = arm(PLAIN, GIB, GIB);
+    vm.mem.create_slot(slot(A, GIB, GIB, GIB, NONE)).unwrap();
+    vm.lock(&blocks(RW)).unwrap();
+    for step in 1..4 {
+        let progress = vm.mem.unlock_in_steps(A, || false);
+        assert_eq!(progress, Ok(Progress::More));
+        let left: u64 = vm.runs().iter().map(|r| r.range.len()).sum();
+        assert_eq!(left, (GIB - step * 512) << 12);
+        assert_eq!(vm.machine.caches.traffic().data_lines, step * 512 * 64);
+    }
+    assert_eq!(vm.mem.unlock_in_steps(A, || true), Ok(Progress::Done));
+    assert_eq!(levels(&vm), []);
 }
 
 const MTRR: EptPolicy = EptPolicy::guest_mtrr(CdQuirk::WriteBack);
