@@ -74,6 +74,28 @@ guest_remote:
     eret
     .balign 8
 guest_remote_end:
+
+// Turns its MMU and caches on, by the table that x0 names, and powers off.
+    .balign 8
+guest_caches:
+    mov     x1, #0xff                   // MAIR: write-back
+    msr     mair_el1, x1
+    mov     x1, #0x3519                 // TCR: 39 bits from TTBR0, walks write-back; TTBR1 is off
+    movk    x1, #0x0080, lsl #16
+    msr     tcr_el1, x1
+    msr     ttbr0_el1, x0
+    isb
+    mrs     x1, sctlr_el1
+    mov     x2, #0x1005                 // I, C, M
+    orr     x1, x1, x2
+    msr     sctlr_el1, x1
+    isb
+    mov     x0, #0x0008                 // SYSTEM_OFF
+    movk    x0, #0x8400, lsl #16
+    hvc     #0
+    b       .
+    .balign 8
+guest_caches_end:
     .previous
 "#
 );
@@ -81,6 +103,8 @@ guest_remote_end:
 unsafe extern "C" {
     static guest_hello: u8;
     static guest_hello_end: u8;
+    static guest_caches: u8;
+    static guest_caches_end: u8;
     static guest_remote: u8;
     static guest_remote_end: u8;
 }
@@ -88,6 +112,13 @@ unsafe extern "C" {
 /// It does what its device tells it to, until that says off.
 pub(crate) fn remote() -> &'static [u8] {
     let (start, end) = (&raw const guest_remote, &raw const guest_remote_end);
+    // SAFETY: the two symbols enclose the code, in read-only data.
+    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
+}
+
+/// It turns its caches on, by the table of one level that `x0` names, and powers off.
+pub(crate) fn caches() -> &'static [u8] {
+    let (start, end) = (&raw const guest_caches, &raw const guest_caches_end);
     // SAFETY: the two symbols enclose the code, in read-only data.
     unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
 }

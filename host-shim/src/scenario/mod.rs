@@ -15,6 +15,7 @@ mod payload;
 mod protection;
 mod race;
 mod remote;
+mod steps;
 mod storm;
 mod switch_cost;
 mod types;
@@ -78,6 +79,7 @@ fn memory_of_guests(machine: &Machine, report: &mut Report) {
     types::run(machine, &memory, report);
     race::run(machine, &memory, report);
     overlap::run(&memory, report);
+    steps::run(machine, &memory, report);
 }
 
 /// What a bare board does that was not asked for anything: it shows that EL2 is there.

@@ -1,0 +1,238 @@
+//! Calls that grow with a VM's memory give the core back when an interrupt waits, and are repeated.
+//!
+//! The host's timer has fired and is not acknowledged: so each call does exactly one step, and what
+//! else the host tries between two steps meets a VM that is half done.
+
+use abi::{ErrorCode, Exit, SlotState, SlotWord, VmConfig, VmCounter};
+use board::{AddrRange, Gic, PAGE_SIZE};
+
+use super::guests::{end, expect, words};
+use super::payload::Memory;
+use crate::arch::{gic, guest, mem, ticks_per_second};
+use crate::machine::Machine;
+use crate::report::Report;
+use crate::vm::{Refused, Vm};
+
+/// Bytes that are cleaned, or taken away, in one step.
+const STEP: u64 = 2 << 20;
+/// The slot lies around this boundary: up to here pages are mapped in one step.
+const BOUNDARY: u64 = 0x4400_0000;
+const SLOT: SlotWord = SlotWord {
+    id: 0,
+    device: false,
+    flags: 0,
+};
+/// A leaf of 1 GiB in a guest's own table: inner shareable, accessed, MAIR's first.
+const BLOCK: u64 = 0x701;
+
+pub(super) fn run(machine: &Machine, memory: &Memory, report: &mut Report) {
+    let Some(gic) = &machine.board.gic else {
+        return report.check("steps", Err("there is no interrupt controller"));
+    };
+    let steps = Steps { gic, memory };
+    report.check("a_lock_goes_by_steps", steps.with_vm(Steps::lock));
+    report.check("a_first_run_goes_by_steps", steps.with_vm(Steps::first_run));
+    report.check("an_unlock_goes_by_steps", steps.with_vm(Steps::unlock));
+    report.check("a_destruction_goes_by_steps", steps.destruction());
+    report.check("a_guests_flush_goes_by_steps", steps.with_vm(Steps::flush));
+}
+
+struct Steps<'a> {
+    gic: &'a Gic,
+    memory: &'a Memory,
+}
+
+fn code<T>(result: Result<T, Refused>) -> Option<ErrorCode> {
+    result.err().map(|refused| refused.code)
+}
+
+fn cleans() -> bool {
+    !crate::call::features().contains(abi::Features::FORCE_WRITE_BACK)
+}
+
+impl Steps<'_> {
+    fn ram(&self) -> AddrRange {
+        self.memory.ram
+    }
+
+    fn ipa(&self) -> u64 {
+        BOUNDARY - self.ram().size() / 2
+    }
+
+    /// Steps of cleaning, or of taking away, all of the slot.
+    fn parts(&self) -> u64 {
+        self.ram().size() / STEP
+    }
+
+    fn vm(&self) -> Result<Vm, &'static str> {
+        let config = VmConfig {
+            vcpus: 1,
+            protected: false,
+            devices: false,
+        };
+        let vm = words(Vm::create(config, self.memory.state))?;
+        words(vm.create_slot(SLOT, self.ipa(), self.ram()))?;
+        words(vm.create_vcpu(0))?;
+        Ok(vm)
+    }
+
+    fn with_vm(
+        &self,
+        check: impl FnOnce(&Self, Vm) -> Result<(), &'static str>,
+    ) -> Result<(), &'static str> {
+        let vm = self.vm()?;
+        let checked = check(self, vm);
+        end(vm)?;
+        checked
+    }
+
+    /// Runs `work` with an interrupt that waits all the time.
+    fn interrupted<R>(&self, work: impl FnOnce() -> R) -> Result<R, &'static str> {
+        gic::enable(self.gic)?;
+        gic::set_timer(gic::now());
+        let result = work();
+        let waited = gic::take(self.gic);
+        gic::stop_timer();
+        if waited == Some(gic::PHYSICAL_TIMER) {
+            Ok(result)
+        } else {
+            Err("the host's interrupt did not wait")
+        }
+    }
+
+    /// Repeats a call until it is done; says how often it was called.
+    fn count(step: impl Fn() -> Result<[u64; 4], Refused>) -> Result<u64, &'static str> {
+        for calls in 1..1000 {
+            match step() {
+                Err(refused) if refused.code == ErrorCode::Again => {}
+                other => return words(other).map(|_| calls),
+            }
+        }
+        Err("it never ends")
+    }
+
+    fn lock(&self, vm: Vm) -> Result<(), &'static str> {
+        words(vm.start_vcpu(0, self.ipa(), 0))?;
+        self.interrupted(|| {
+            let first = code(vm.lock_step(0, false));
+            expect(first == Some(ErrorCode::Again), "it was not cut short")?;
+            let state = words(vm.slot_state(0))?;
+            expect(state == Some(SlotState::Unfinished), "it is locked")?;
+            let busy = Some(ErrorCode::Busy);
+            expect(code(vm.run(0, 0, false)) == busy, "a vCPU ran")?;
+            expect(
+                code(vm.lock_step(0, true)) == busy,
+                "another lock was taken",
+            )?;
+            expect(code(vm.delete_slot(0)) == busy, "the slot was deleted")?;
+            expect(code(vm.move_slot(0, 0)) == busy, "the slot was moved")?;
+            expect(code(vm.reset()) == busy, "the VM was reset")?;
+            expect(code(vm.noncoherent_device(true)) == busy, "a device came")?;
+            expect(
+                Self::count(|| vm.lock_step(0, false))? == 1,
+                "not two steps",
+            )?;
+            let state = words(vm.slot_state(0))?;
+            expect(state != Some(SlotState::Unfinished), "it is not locked")
+        })?
+    }
+
+    fn first_run(&self, vm: Vm) -> Result<(), &'static str> {
+        words(vm.lock_slot(0))?;
+        words(vm.start_vcpu(0, self.ipa(), 0))?;
+        self.interrupted(|| {
+            for done in 1..=self.parts() {
+                let exit = words(vm.run(0, 0, false))?;
+                expect(exit == Exit::Interrupted, "the interrupt had to wait")?;
+                let flushed = words(vm.counter(VmCounter::LinesFlushed))? * mem::line_size();
+                let expected = if cleans() { done * STEP } else { 0 };
+                expect(flushed == expected, "not one step")?;
+            }
+            let state = words(vm.slot_state(0))?;
+            expect(state == Some(SlotState::LockedClean), "it is not clean")
+        })?
+    }
+
+    fn unlock(&self, vm: Vm) -> Result<(), &'static str> {
+        words(vm.lock_slot_as(0, false))?;
+        words(vm.reset())?;
+        self.interrupted(|| {
+            let first = code(vm.unlock_step(0));
+            expect(first == Some(ErrorCode::Again), "it was not cut short")?;
+            let last = self.ipa() + self.ram().size() - STEP;
+            let gone = code(vm.mapping(last));
+            expect(gone == Some(ErrorCode::NotFound), "the last part is mapped")?;
+            expect(vm.mapping(last - PAGE_SIZE).is_ok(), "the others are not")?;
+            let rest = Self::count(|| vm.unlock_step(0))?;
+            expect(rest + 1 == self.parts(), "not by steps")?;
+            let state = words(vm.slot_state(0))?;
+            expect(state == Some(SlotState::Unlocked), "it is locked")
+        })?
+    }
+
+    fn destruction(&self) -> Result<(), &'static str> {
+        let vm = self.vm()?;
+        words(vm.lock_slot_as(0, false))?;
+        self.interrupted(|| self.destroy(vm))??;
+        while words(vm.reclaim())?.is_some() {}
+        Ok(())
+    }
+
+    fn destroy(&self, vm: Vm) -> Result<(), &'static str> {
+        if !cleans() {
+            return expect(Self::count(|| vm.destroy_step())? == 1, "there are steps");
+        }
+        let first = code(vm.destroy_step());
+        expect(first == Some(ErrorCode::Again), "it was not cut short")?;
+        let gone = Some(ErrorCode::NotFound);
+        expect(code(vm.run(0, 0, false)) == gone, "a vCPU ran")?;
+        expect(code(vm.slot_state(0)) == gone, "there is a slot")?;
+        expect(
+            code(vm.top_up(self.memory.more_state)) == gone,
+            "it got memory",
+        )?;
+        let early = code(vm.reclaim());
+        expect(
+            early == Some(ErrorCode::Invalid),
+            "memory came back too early",
+        )?;
+        let rest = Self::count(|| vm.destroy_step())?;
+        // The last step finds that nothing is left.
+        expect(rest == self.parts(), "not by steps")
+    }
+
+    /// The guest turns its caches on; the host's timer fires while EL2 cleans all of its memory.
+    fn flush(&self, vm: Vm) -> Result<(), &'static str> {
+        const TABLE: usize = 0x1000;
+        let (code, ram) = (guest::caches(), mem::bytes_mut(self.ram()));
+        ram[..code.len()].copy_from_slice(code);
+        ram[TABLE..2 * TABLE].fill(0);
+        let block = (self.ipa() & !0x3fff_ffff) | BLOCK;
+        ram[TABLE + 8..TABLE + 16].copy_from_slice(&block.to_le_bytes());
+        words(vm.lock_slot(0))?;
+        words(vm.start_vcpu(0, self.ipa(), self.ipa() + TABLE as u64))?;
+        gic::enable(self.gic)?;
+        let (mut stopped_within, mut patience) = (0, ticks_per_second() / 1000);
+        let before = if cleans() { self.ram().size() } else { 0 };
+        loop {
+            gic::set_timer(gic::now() + patience);
+            let exit = words(vm.run(0, 0, false))?;
+            while gic::take(self.gic).is_some() {}
+            gic::stop_timer();
+            let flushed = words(vm.counter(VmCounter::LinesFlushed))? * mem::line_size();
+            match exit {
+                Exit::SystemOff => {
+                    expect(flushed == 2 * before, "not all of the memory was cleaned")?;
+                    break;
+                }
+                Exit::Interrupted if before < flushed && flushed < 2 * before => {
+                    stopped_within += 1
+                }
+                // The timer was too fast for the guest.
+                Exit::Interrupted => patience += patience / 2,
+                _ => return Err("the guest did something else"),
+            }
+        }
+        expect(!cleans() || stopped_within > 0, "it was not cut short")
+    }
+}
