@@ -180,10 +180,17 @@ impl<G: Platform, H: Platform, C: Contents> GuestPages<'_, '_, G, H, C> {
 
     /// Gives a page back to the host that this VM owns; the guest never finds anything there again.
     ///
+    /// A page that the guest shares is first its own again. So at every step that can fail its state
+    /// and the host's table agree, and it is in nobody's reach while it is wiped.
+    ///
     /// # Errors
     ///
-    /// Missing tables, of the VM or of the host; the host repeats the call.
+    /// Missing tables, of the VM or of the host; [`ErrorCode::Again`] if the guest shares the page
+    /// meanwhile. The host repeats the call.
     pub fn reclaim_page(&self, page: AddrRange) -> Result<u64, Refusal> {
+        if self.shares(page) {
+            self.ownership.unshare(self.host, page, self.index)?;
+        }
         let holder = self
             .backings()
             .find(|(_, memory)| memory.contains_range(page));
@@ -193,8 +200,16 @@ impl<G: Platform, H: Platform, C: Contents> GuestPages<'_, '_, G, H, C> {
             let gfns = gfn.and_then(|gfn| GfnRange::from_base(gfn, 1));
             self.withhold(gfns.ok_or(ErrorCode::Invalid)?, POISONED)?;
         }
-        self.give_to_host(page)?;
-        Ok(0)
+        match self.give_to_host(page) {
+            Err(OwnershipError::NotShared(_)) if self.shares(page) => Err(ErrorCode::Again.into()),
+            given => Ok(given.map(|()| 0)?),
+        }
+    }
+
+    /// Whether the guest shares these pages with the host.
+    fn shares(&self, pages: AddrRange) -> bool {
+        let owner = Owner::Guest(self.index);
+        self.ownership.pages().all_shared(pages, owner, true)
     }
 
     fn withhold(&self, gfns: GfnRange, note: u64) -> Result<(), Refusal> {
@@ -335,133 +350,5 @@ impl Donations {
 
 #[cfg(test)]
 #[cfg(not(loom))]
-mod tests {
-    use core::cell::Cell;
-    use core::sync::atomic::AtomicU32;
-    use std::vec::Vec;
-
-    use board::RangeList;
-    use memslot::fault::Access;
-    use memslot::frames::FrameSource;
-    use memslot::policy::ArmCaches;
-    use memslot::slot::{Memslot, SlotFlags, SlotKind};
-    use memslot::vm::{VmConfig, VmKind};
-    use stage2::Pa;
-    use stage2::testing::{Arch, FakeMachine};
-
-    use super::*;
-    use crate::features::{Features, IdRegisters};
-    use crate::host_map;
-    use crate::page_state::PageStates;
-
-    const GIB: u64 = 1 << 30;
-    const PAGES: u64 = 1024;
-    const GUEST: u8 = 3;
-
-    fn range(start: u64, pages: u64) -> AddrRange {
-        AddrRange::with_size(GIB + start * PAGE_SIZE, pages * PAGE_SIZE).unwrap()
-    }
-
-    fn features() -> Features {
-        Features::decode(&IdRegisters {
-            mmfr0: 0x10_1122,
-            mmfr1: 0x1021_2122,
-            ..IdRegisters::default()
-        })
-    }
-
-    fn machine() -> FakeMachine {
-        FakeMachine::new(Arch::arm_4k(1, 40, false), 64)
-    }
-
-    fn format() -> ArmStage2 {
-        host_map::format(&features()).unwrap()
-    }
-
-    fn slot() -> Memslot {
-        let first = range(64, 64).start() / PAGE_SIZE;
-        let base = Gfn::try_new(0).unwrap();
-        let (flags, kind) = (SlotFlags::empty(), SlotKind::Ram);
-        Memslot::new(SlotId(0), base, 64, first, flags, kind).unwrap()
-    }
-
-    /// Does something in the middle of the first wipe.
-    struct Meanwhile<'a> {
-        other: &'a dyn Fn() -> Moved,
-        saw: Cell<Option<Moved>>,
-    }
-
-    impl Contents for Meanwhile<'_> {
-        fn wipe(&self, _: AddrRange) {
-            if self.saw.get().is_none() {
-                self.saw.set(Some((self.other)()));
-            }
-        }
-        fn settle(&self, _: AddrRange) {}
-        fn show(&self, _: AddrRange, _: &mut dyn FnMut(&[u8])) {}
-    }
-
-    /// Two vCPUs give the same pages away. Were both to wipe them, the second would do it to what the
-    /// host has given to somebody else by then. And what a third has resolved before is not the
-    /// guest's any more.
-    #[test]
-    fn pages_are_given_away_once() {
-        let (hosts, guests) = (machine(), machine());
-        let words: Vec<_> = (0..PAGES).map(|_| AtomicU32::new(0)).collect();
-        let mut ram = RangeList::new();
-        ram.insert(range(0, PAGES), "ram").unwrap();
-        let el2 = range(PAGES - 16, 16);
-        let states = PageStates::new(ram.clone(), &words).unwrap();
-        assert!(states.transfer(el2, Owner::Host, Owner::Hypervisor));
-        let host = HostMap::new(format(), &hosts, Default::default(), ram, el2).unwrap();
-        hosts.attach(Pa::new(host.root()));
-        let ownership = Ownership::new(states);
-        let table = Stage2::new(format(), &guests, Default::default()).unwrap();
-        guests.attach(table.root());
-        let config = VmConfig {
-            max_slots: 4,
-            gfn_limit: 1 << 20,
-            kind: VmKind::Protected,
-        };
-        let policy = ArmPolicy {
-            caches: ArmCaches::Maintenance,
-        };
-        let frames = GuestFrames::owned(ownership.pages(), GUEST);
-        let memory = GuestMemory::new(config, policy, frames, table);
-        memory.create_slot(slot()).unwrap();
-        let owner = Owner::Guest(GUEST);
-        ownership.donate(&host, range(64, 8), owner).unwrap();
-
-        let frames = GuestFrames::owned(ownership.pages(), GUEST);
-        let third = Gfn::try_new(3).unwrap();
-        let resolved = frames.resolve(&slot(), third, Access::Read).unwrap();
-        assert!(frames.is_current(&slot(), &resolved));
-        let give = |contents: &Meanwhile<'_>| {
-            let pages = GuestPages {
-                memory: &memory,
-                ownership: &ownership,
-                host: &host,
-                contents,
-                index: GUEST,
-            };
-            pages.call(MemoryCall::Relinquish, 0, 8)
-        };
-        let idle = || Moved::Refused;
-        let second = || {
-            give(&Meanwhile {
-                other: &idle,
-                saw: Cell::new(None),
-            })
-        };
-        let first = Meanwhile {
-            other: &second,
-            saw: Cell::new(None),
-        };
-        assert_eq!(give(&first), Moved::Pages(8));
-        assert_eq!(first.saw.get(), Some(Moved::Refused));
-        assert!(ownership.pages().all_owned_by(range(64, 8), Owner::Host));
-        assert!(!frames.is_current(&slot(), &resolved));
-        assert_eq!(hosts.finish(), Vec::<std::string::String>::new());
-        assert_eq!(guests.finish(), Vec::<std::string::String>::new());
-    }
-}
+#[path = "guest_memory_tests.rs"]
+mod tests;

@@ -164,18 +164,19 @@ impl<'a> Ownership<'a> {
     }
 
     /// Takes pages from a guest that can't reach them any more, to be wiped: of two who want them,
-    /// one gets them.
+    /// one gets them. They are not shared: the host can't reach them, either.
     ///
     /// # Errors
     ///
-    /// [`OwnershipError::NotOwned`] if they are not all the guest's.
+    /// [`OwnershipError::NotShared`] if they are not all the guest's own.
     pub fn take_from(&self, range: AddrRange, guest: u8) -> Result<(), OwnershipError> {
         let _leases = self.leases.lock();
         let (from, to) = (Owner::Guest(guest), Owner::Hypervisor);
-        if self.pages.transfer(range, from, to) {
+        let is_its_own = self.pages.all_shared(range, from, false);
+        if is_its_own && self.pages.transfer(range, from, to) {
             Ok(())
         } else {
-            Err(OwnershipError::NotOwned(range))
+            Err(OwnershipError::NotShared(range))
         }
     }
 
