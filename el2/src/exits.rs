@@ -26,7 +26,7 @@ use stage2::Ipa;
 
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::world::{self, GuestRegs, hcr};
-use crate::arch::{cpu, firmware};
+use crate::arch::{cpu, firmware, windows};
 use crate::vcpu::{Next, Running, VcpuState};
 
 /// Vectors of exceptions from a guest: synchronous, IRQ, FIQ, SError; plus four from AArch32.
@@ -234,7 +234,7 @@ fn protected(run: &mut Running<'_>, request: Request) -> Next {
 
 /// How both stages together access an address of the guest.
 fn attributes(run: &mut Running<'_>, address: u64) -> Next {
-    let answer = match world::memory_attributes(address) {
+    let answer = match windows::memory_attributes(address) {
         Some((attribute, shareability)) => [0, attribute, shareability, 0],
         None => [smccc::INVALID_PARAMETER, 0, 0, 0],
     };
@@ -441,7 +441,7 @@ const fn memory_kind(kind: FaultKind) -> Option<MemoryFaultKind> {
 /// walk (Arm ARM D24.2.61): then stage 1 is asked.
 fn address(abort: &Abort, syndrome: &Syndrome) -> Option<u64> {
     if abort.kind == FaultKind::Permission && !abort.on_s1_walk {
-        let page = world::translate_stage1(syndrome.far)?;
+        let page = windows::translate_stage1(syndrome.far)?;
         return Some(page | syndrome.far & 0xfff);
     }
     Some(esr::fault_ipa(abort, syndrome.hpfar, syndrome.far))

@@ -14,7 +14,7 @@ use spin::{Mutex, MutexGuard};
 
 use crate::arch::cpu::CpuData;
 use crate::arch::world::{self, Context, HostWorld, hcr};
-use crate::arch::{cpu, firmware, regs};
+use crate::arch::{cpu, firmware, regs, windows};
 use crate::exits;
 use crate::hypervisor::Hypervisor;
 use crate::slice::Slice;
@@ -227,7 +227,7 @@ impl Vcpu {
         }
         let exit = running.until_exit();
         let VcpuState { host, context, .. } = &mut *running.state;
-        world::settle_errors(context);
+        windows::settle_errors(context);
         host.load_host(features, context);
         if let Some(id) = hypervisor.mitigations.between_worlds() {
             firmware::call(u64::from(id), [0; 7]);

@@ -3,7 +3,7 @@
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::cpu::this_cpu;
-use super::{mem, regs, world};
+use super::{mem, regs, windows};
 use crate::{panic, trap};
 
 /// General registers as vectors.S saves them.
@@ -41,11 +41,11 @@ extern "C" fn exception_from_el2(regs: &Regs, vector: u64) {
         regs::skip_instruction();
         return;
     }
-    if vector == SYNC_EL2 && world::failed_translation(regs::syndrome().elr) {
+    if vector == SYNC_EL2 && windows::failed_translation(regs::syndrome().elr) {
         regs::skip_instruction();
         return;
     }
-    if vector == SERROR_EL2 && world::expected_serror(regs::syndrome().elr) {
+    if vector == SERROR_EL2 && windows::expected_serror(regs::syndrome().elr) {
         return;
     }
     panic::report_exception(regs, vector)

@@ -24,6 +24,7 @@ pub(crate) mod regs;
 pub(crate) mod self_test;
 pub(crate) mod smmu;
 pub(crate) mod tlb;
+pub(crate) mod windows;
 pub(crate) mod world;
 
 core::arch::global_asm!(

@@ -17,7 +17,7 @@
 .macro from_el2, vector
     .balign 128
     // Both registers are EL0's, which never runs again unless this was a probe at boot, or is what
-    // world.rs expects, which puts them back.
+    // windows.rs expects, which puts them back.
     msr     tpidrro_el0, x30
     msr     tpidr_el0, x29
     mov     x30, #\vector
