@@ -14,12 +14,13 @@ use board::{AddrRange, PAGE_SIZE};
 use memslot::addr::{Gfn, GfnRange};
 use memslot::policy::ArmPolicy;
 use memslot::slot::SlotId;
+use memslot::table::GuestTable;
 use memslot::vm::GuestMemory;
-use stage2::{Annotation, ArmStage2, Ipa, IpaRange, Platform, RunKind, Stage2};
+use stage2::{Annotation, ArmStage2, Ipa, IpaRange, Stage2};
 
 use crate::guest::protected::{MAX_PAGES, MemoryCall};
 use crate::guest_frames::GuestFrames;
-use crate::host_map::HostMap;
+use crate::host_map::HostReach;
 use crate::ownership::{Ownership, OwnershipError};
 use crate::page_state::Owner;
 use crate::protection::Stage;
@@ -48,20 +49,20 @@ pub trait Contents {
 pub type VmMemory<'s, G> = GuestMemory<Stage2<ArmStage2, G>, ArmPolicy, GuestFrames<'s>>;
 
 /// A protected VM's memory and everything that has to agree about it.
-pub struct GuestPages<'a, 's, G: Platform, H: Platform, C> {
+pub struct GuestPages<'a, 's, T, H, C> {
     /// The VM's.
-    pub memory: &'a VmMemory<'s, G>,
+    pub memory: &'a GuestMemory<T, ArmPolicy, GuestFrames<'s>>,
     /// The board's.
     pub ownership: &'a Ownership<'s>,
     /// The host's.
-    pub host: &'a HostMap<H>,
+    pub host: &'a H,
     /// The machine's.
     pub contents: &'a C,
     /// The VM's index.
     pub index: u8,
 }
 
-impl<G: Platform, H: Platform, C> core::fmt::Debug for GuestPages<'_, '_, G, H, C> {
+impl<T, H, C> core::fmt::Debug for GuestPages<'_, '_, T, H, C> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("GuestPages")
             .field("index", &self.index)
@@ -93,7 +94,7 @@ impl From<Refusal> for Moved {
     }
 }
 
-impl<G: Platform, H: Platform, C: Contents> GuestPages<'_, '_, G, H, C> {
+impl<T: GuestTable, H: HostReach, C: Contents> GuestPages<'_, '_, T, H, C> {
     /// The slot that holds all of a range, and the memory behind that.
     fn behind(&self, ipa: u64, pages: u64) -> Option<(GfnRange, AddrRange)> {
         let first = Gfn::try_new(ipa / PAGE_SIZE)?;
@@ -119,12 +120,8 @@ impl<G: Platform, H: Platform, C: Contents> GuestPages<'_, '_, G, H, C> {
     /// The first note in a range.
     fn note(&self, ipa: u64, pages: u64) -> Option<u64> {
         let range = IpaRange::new(Ipa::new(ipa), pages * PAGE_SIZE).ok()?;
-        self.memory.with_table(|table| {
-            table.runs(range).ok()?.find_map(|run| match run.kind {
-                RunKind::Annotated(note) => Some(note.get()),
-                RunKind::Mapped { .. } => None,
-            })
-        })
+        let first = self.memory.with_table(|table| table.first_note(range));
+        first.map(|(_, note)| note.get())
     }
 
     /// Whether the host took the page at `ipa`.
@@ -325,10 +322,10 @@ impl Donations {
     /// # Errors
     ///
     /// Missing tables of the host: to be repeated.
-    pub fn take_back<H: Platform>(
+    pub fn take_back(
         &mut self,
         ownership: &Ownership<'_>,
-        host: &HostMap<H>,
+        host: &impl HostReach,
         contents: &impl Contents,
     ) -> Result<Option<AddrRange>, OwnershipError> {
         while let Some(donation) = self.0.last_mut() {
@@ -348,6 +345,9 @@ impl Donations {
     }
 }
 
+#[cfg(all(test, loom))]
+#[path = "guest_memory_models.rs"]
+mod models;
 #[cfg(test)]
 #[cfg(not(loom))]
 #[path = "guest_memory_tests.rs"]

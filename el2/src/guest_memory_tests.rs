@@ -15,7 +15,7 @@ use stage2::testing::{Arch, FakeMachine};
 
 use super::*;
 use crate::features::{Features, IdRegisters};
-use crate::host_map::{self, Answer};
+use crate::host_map::{self, Answer, HostMap};
 use crate::page_state::PageStates;
 
 const GIB: u64 = 1 << 30;
@@ -76,6 +76,9 @@ impl Ground {
     }
 }
 
+type Pages<'p, 'a, C> =
+    GuestPages<'p, 'a, Stage2<ArmStage2, &'a FakeMachine>, HostMap<&'a FakeMachine>, C>;
+
 /// A host, and a guest with one slot.
 struct World<'a> {
     ground: &'a Ground,
@@ -115,11 +118,7 @@ impl<'a> World<'a> {
         }
     }
 
-    fn with<C: Contents, R>(
-        &self,
-        contents: &C,
-        act: impl FnOnce(&GuestPages<'_, 'a, &'a FakeMachine, &'a FakeMachine, C>) -> R,
-    ) -> R {
+    fn with<C: Contents, R>(&self, contents: &C, act: impl FnOnce(&Pages<'_, 'a, C>) -> R) -> R {
         act(&GuestPages {
             memory: &self.memory,
             ownership: self.ownership,
@@ -196,9 +195,8 @@ fn a_forced_reclaim_that_lacks_tables_keeps_state_and_table_in_agreement() {
             let world = World::new(&ground, &ownership);
             let page = range(2, 1);
             if shared {
-                let share = |p: &GuestPages<'_, '_, _, _, Meanwhile<'_>>| {
-                    p.call(MemoryCall::Share, 0, SLOT_PAGES)
-                };
+                let share =
+                    |p: &Pages<'_, '_, Meanwhile<'_>>| p.call(MemoryCall::Share, 0, SLOT_PAGES);
                 assert_eq!(world.with(&idle(), share), Moved::Pages(SLOT_PAGES));
                 // The host maps all of it by one block.
                 assert_ne!(world.host.fault(page.start()), Answer::Refused);

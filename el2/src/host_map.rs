@@ -45,6 +45,23 @@ pub enum HostMapError {
     Range(AddrRange),
 }
 
+/// What moving memory asks of the host's address space.
+pub trait HostReach {
+    /// Takes a range away from the host: its leaves go, and faults on it are refused from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::NoMemory`] if tables are lacking; nothing has changed then.
+    fn take_away(&self, range: AddrRange, owner: Owner) -> Result<(), HostMapError>;
+
+    /// Lets the host reach a range again.
+    ///
+    /// # Errors
+    ///
+    /// As [`HostReach::take_away`].
+    fn give_back(&self, range: AddrRange) -> Result<(), HostMapError>;
+}
+
 /// What became of a host's fault.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Answer {
@@ -230,44 +247,6 @@ impl<P: Platform> HostMap<P> {
         ask(self.space.read().platform())
     }
 
-    /// Takes a range away from the host: its leaves go, and faults on it are refused from now on.
-    ///
-    /// # Errors
-    ///
-    /// [`MapError::NoMemory`] where it lies inside a block and tables are lacking, even after the
-    /// device mappings have been thrown away; nothing has changed then.
-    pub fn take_away(&self, range: AddrRange, owner: Owner) -> Result<(), HostMapError> {
-        let (Some(pages), Some(note)) = (ipa_range(range), note(owner)) else {
-            return Err(HostMapError::Range(range));
-        };
-        let mut space = self.space.write();
-        match space.annotate(pages, note) {
-            Err(MapError::NoMemory { .. }) => {
-                self.drop_devices(&mut space);
-                Ok(space.annotate(pages, note)?)
-            }
-            result => Ok(result?),
-        }
-    }
-
-    /// Gives a range back that [`Self::take_away`] took: the host may fault it in again.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::take_away`]; a range that was taken as a whole needs no tables.
-    pub fn give_back(&self, range: AddrRange) -> Result<(), HostMapError> {
-        let pages = ipa_range(range).ok_or(HostMapError::Range(range))?;
-        let mut space = self.space.write();
-        if self.exported.is_none() {
-            return Ok(space.unmap(pages)?);
-        }
-        // Devices can't fault it in.
-        let (start, attrs) = (pages.start(), LeafAttrs::normal(Perms::RWX));
-        let request = MapRequest::new(start, pages.len(), Pa::new(start.get()), attrs);
-        space.map(&request)?;
-        Ok(())
-    }
-
     /// Answers a translation fault at `address`.
     #[must_use]
     pub fn fault(&self, address: u64) -> Answer {
@@ -345,6 +324,38 @@ impl<P: Platform> HostMap<P> {
         let start = around.start().max(free.start());
         let inside = AddrRange::new(start, around.end().min(free.end()).min(self.end))?;
         Some((ipa_range(inside)?, LeafAttrs::normal(perms)))
+    }
+}
+
+impl<P: Platform> HostReach for HostMap<P> {
+    /// Tables are lacking only where the range lies inside a block, even after the device mappings
+    /// have been thrown away.
+    fn take_away(&self, range: AddrRange, owner: Owner) -> Result<(), HostMapError> {
+        let (Some(pages), Some(note)) = (ipa_range(range), note(owner)) else {
+            return Err(HostMapError::Range(range));
+        };
+        let mut space = self.space.write();
+        match space.annotate(pages, note) {
+            Err(MapError::NoMemory { .. }) => {
+                self.drop_devices(&mut space);
+                Ok(space.annotate(pages, note)?)
+            }
+            result => Ok(result?),
+        }
+    }
+
+    /// The host may fault it in again. A range that was taken as a whole needs no tables.
+    fn give_back(&self, range: AddrRange) -> Result<(), HostMapError> {
+        let pages = ipa_range(range).ok_or(HostMapError::Range(range))?;
+        let mut space = self.space.write();
+        if self.exported.is_none() {
+            return Ok(space.unmap(pages)?);
+        }
+        // Devices can't fault it in.
+        let (start, attrs) = (pages.start(), LeafAttrs::normal(Perms::RWX));
+        let request = MapRequest::new(start, pages.len(), Pa::new(start.get()), attrs);
+        space.map(&request)?;
+        Ok(())
     }
 }
 

@@ -15,12 +15,12 @@
 use alloc::vec::Vec;
 
 use board::AddrRange;
-use spin::Mutex;
-use stage2::{MapError, Platform};
+use stage2::MapError;
 use thiserror::Error;
 
-use crate::host_map::{HostMap, HostMapError};
+use crate::host_map::{HostMapError, HostReach};
 use crate::page_state::{Owner, PageStates};
+use crate::sync::Mutex;
 
 /// Why memory does not move. Nothing has changed then.
 #[derive(Clone, Debug, Error, PartialEq)]
@@ -74,7 +74,7 @@ pub struct Ownership<'a> {
 impl<'a> Ownership<'a> {
     /// Over the states that boot has filled in; no leases.
     #[must_use]
-    pub const fn new(pages: PageStates<'a>) -> Self {
+    pub fn new(pages: PageStates<'a>) -> Self {
         Self {
             pages,
             leases: Mutex::new(Vec::new()),
@@ -93,9 +93,9 @@ impl<'a> Ownership<'a> {
     /// # Errors
     ///
     /// [`OwnershipError`].
-    pub fn donate<P: Platform>(
+    pub fn donate(
         &self,
-        host: &HostMap<P>,
+        host: &impl HostReach,
         range: AddrRange,
         owner: Owner,
     ) -> Result<(), OwnershipError> {
@@ -132,9 +132,9 @@ impl<'a> Ownership<'a> {
     /// # Errors
     ///
     /// [`OwnershipError`].
-    pub fn give_back<P: Platform>(
+    pub fn give_back(
         &self,
-        host: &HostMap<P>,
+        host: &impl HostReach,
         range: AddrRange,
         owner: Owner,
     ) -> Result<(), OwnershipError> {
@@ -186,9 +186,9 @@ impl<'a> Ownership<'a> {
     ///
     /// [`OwnershipError::NotShared`] if they are not all the guest's, or one is shared already;
     /// [`OwnershipError::NoTables`].
-    pub fn share<P: Platform>(
+    pub fn share(
         &self,
-        host: &HostMap<P>,
+        host: &impl HostReach,
         range: AddrRange,
         guest: u8,
     ) -> Result<(), OwnershipError> {
@@ -207,9 +207,9 @@ impl<'a> Ownership<'a> {
     /// # Errors
     ///
     /// As [`Self::share`], the other way round.
-    pub fn unshare<P: Platform>(
+    pub fn unshare(
         &self,
-        host: &HostMap<P>,
+        host: &impl HostReach,
         range: AddrRange,
         guest: u8,
     ) -> Result<(), OwnershipError> {
@@ -270,7 +270,7 @@ mod tests {
 
     use super::*;
     use crate::features::{Features, IdRegisters};
-    use crate::host_map::{self, Answer};
+    use crate::host_map::{self, Answer, HostMap};
 
     const GIB: u64 = 1 << 30;
     const PAGES: u64 = 1024;

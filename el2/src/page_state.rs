@@ -5,7 +5,8 @@
 //! is the state of a machine on which EL2 has taken nothing.
 
 use board::{AddrRange, MAX_MEMORY, PAGE_SIZE, RangeList};
-use core::sync::atomic::{AtomicU32, Ordering};
+
+use crate::sync::{AtomicU32, Ordering};
 
 /// Bits of a word that hold the owner.
 const OWNER: u32 = 0x3ff;

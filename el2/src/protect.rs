@@ -3,11 +3,13 @@
 use abi::{DonationKind, ErrorCode};
 use board::AddrRange;
 use el2::guest_memory::{Contents, GuestPages};
+use el2::host_map::HostMap;
 use el2::measure::Start;
 use el2::protection::Protection;
 use el2::psci::StartOrder;
 use el2::vm_error::Refusal;
 use memslot::pending::Work;
+use stage2::{ArmStage2, Stage2};
 
 use crate::arch::guest_tables::GuestTables;
 use crate::arch::host_tables::HostTables;
@@ -43,7 +45,7 @@ impl Vm {
     pub(crate) fn pages<'a>(
         &'a self,
         hypervisor: &'a Hypervisor,
-    ) -> GuestPages<'a, 'static, GuestTables, HostTables, Pages> {
+    ) -> GuestPages<'a, 'static, Stage2<ArmStage2, GuestTables>, HostMap<HostTables>, Pages> {
         GuestPages {
             memory: &self.memory,
             ownership: &hypervisor.ownership,

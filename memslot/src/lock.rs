@@ -184,7 +184,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if moved || !pins.runs.iter().all(is_current) {
             return Err(Error::BackingChanged);
         }
-        if let Some(withheld) = mmu.table.first_note(slot_bytes(part)?) {
+        if let Some((withheld, _)) = mmu.table.first_note(slot_bytes(part)?) {
             let page = withheld.frame().get() - slot.range.start().get();
             return Err(Error::PinFailed(page));
         }

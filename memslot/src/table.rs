@@ -76,8 +76,8 @@ pub trait GuestTable {
     /// The table's; nothing has changed then.
     fn annotate(&mut self, range: IpaRange, note: Annotation) -> Result<(), MapError>;
 
-    /// The first address of a range that has a note.
-    fn first_note(&self, range: IpaRange) -> Option<Ipa>;
+    /// The first address of a range that has a note, and the note.
+    fn first_note(&self, range: IpaRange) -> Option<(Ipa, Annotation)>;
 
     /// Removes leaves of a range, completely before it returns; tables and notes stay.
     ///
@@ -125,10 +125,11 @@ impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
         Self::annotate(self, range, note)
     }
 
-    fn first_note(&self, range: IpaRange) -> Option<Ipa> {
-        let is_note = |run: &stage2::Run| matches!(run.kind, RunKind::Annotated(_));
-        let run = self.runs(range).ok()?.find(is_note)?;
-        Some(run.range.start().max(range.start()))
+    fn first_note(&self, range: IpaRange) -> Option<(Ipa, Annotation)> {
+        self.runs(range).ok()?.find_map(|run| match run.kind {
+            RunKind::Annotated(note) => Some((run.range.start().max(range.start()), note)),
+            RunKind::Mapped { .. } => None,
+        })
     }
 
     fn zap(&self, range: IpaRange) -> Result<(), MapError> {

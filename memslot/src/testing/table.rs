@@ -239,10 +239,11 @@ impl GuestTable for ModelTable {
         Ok(())
     }
 
-    fn first_note(&self, range: IpaRange) -> Option<Ipa> {
+    fn first_note(&self, range: IpaRange) -> Option<(Ipa, Annotation)> {
         let bytes = range.start().get()..range.end().get();
-        let first = self.lock().notes.range(bytes).next().map(|(at, _)| *at);
-        first.map(Ipa::new)
+        let inner = self.lock();
+        let (at, note) = inner.notes.range(bytes).next()?;
+        Some((Ipa::new(*at), *note))
     }
 
     fn zap(&self, range: IpaRange) -> Result<(), MapError> {

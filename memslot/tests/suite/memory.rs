@@ -107,7 +107,7 @@ impl GuestTable for Flat {
     fn annotate(&mut self, range: IpaRange, _: Annotation) -> Result<(), MapError> {
         self.zap(range)
     }
-    fn first_note(&self, _: IpaRange) -> Option<Ipa> {
+    fn first_note(&self, _: IpaRange) -> Option<(Ipa, Annotation)> {
         None
     }
     fn zap(&self, range: IpaRange) -> Result<(), MapError> {

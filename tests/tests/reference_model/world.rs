@@ -108,6 +108,9 @@ const fn ipa(page: usize) -> u64 {
     IPA + page as u64 * PAGE
 }
 
+type Table<'a> = Stage2<ArmStage2, &'a FakeMachine>;
+type Pages<'p, 'a> = GuestPages<'p, 'a, Table<'a>, HostMap<&'a FakeMachine>, Tags>;
+
 struct Vm<'a> {
     protection: Protection,
     memory: VmMemory<'a, &'a FakeMachine>,
@@ -226,7 +229,7 @@ impl<'a> World<'a> {
     fn with<R>(
         &self,
         guest: usize,
-        act: impl FnOnce(&GuestPages<'_, 'a, &'a FakeMachine, &'a FakeMachine, Tags>, &Protection) -> R,
+        act: impl FnOnce(&Pages<'_, 'a>, &Protection) -> R,
     ) -> Option<R> {
         let vm = self.guests[guest].vm.as_ref()?;
         let pages = GuestPages {
