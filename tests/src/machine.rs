@@ -273,15 +273,12 @@ pub fn disk_args(file: &Path) -> Vec<String> {
     ]
 }
 
-/// PCI device number of the first of [`pci_disk_args`]: number 0 is the host bridge.
-pub const FIRST_PCI_DISK: u8 = 1;
-
-/// Arguments that give `virt` a virtio block device over PCI for each file, at 00:01.0 and behind it, with this many
-/// queues. Its DMA goes through the IOMMU if there is one.
+/// Arguments that give `virt` virtio block devices over PCI, by their device numbers on the first bus (1 to 31) and the
+/// files that hold their bytes, with this many queues each. Their DMA goes through the IOMMU if there is one.
 #[must_use]
-pub fn pci_disk_args(files: &[&Path], queues: u32) -> Vec<String> {
+pub fn pci_disk_args(disks: &[(u8, &Path)], queues: u32) -> Vec<String> {
     let mut args = Vec::new();
-    for (number, file) in (FIRST_PCI_DISK..).zip(files) {
+    for (number, file) in disks {
         let id = format!("pci-disk{number}");
         args.extend(["-drive".into(), drive(&id, file), "-device".into()]);
         args.push(format!(
@@ -365,11 +362,11 @@ mod tests {
         let machine = Machine::virt("max", Gic::V3, 1).with_iommu();
         let line = machine.args(&Software::default()).join(" ");
         assert!(line.contains("gic-version=3,iommu=smmuv3"), "{line}");
-        let args = pci_disk_args(&[Path::new("a,b"), Path::new("c")], 4).join(" ");
+        let args = pci_disk_args(&[(1, Path::new("a,b")), (20, Path::new("c"))], 4).join(" ");
         for part in [
             "id=pci-disk1,format=raw,file=a,,b",
             "drive=pci-disk1,addr=0x1,num-queues=4,iommu_platform=on",
-            "drive=pci-disk2,addr=0x2,",
+            "drive=pci-disk20,addr=0x14,",
         ] {
             assert!(args.contains(part), "{part} is missing in {args}");
         }

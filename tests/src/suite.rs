@@ -4,6 +4,7 @@ mod bad_input;
 mod dma;
 mod guests;
 mod linux;
+mod pci_disks;
 mod raspi4b;
 mod shim;
 mod virt;

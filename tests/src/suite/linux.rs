@@ -1,5 +1,6 @@
 //! Linux as host: its own checks, the comparison with the bare machine, reset and shell.
 
+use super::pci_disks::{disks_of_zeros, isolated};
 use super::shim::name;
 use crate::emulate::Boot;
 use crate::machine::Machine;
@@ -136,6 +137,34 @@ pub(super) fn shell(machine: Machine, payloads: &Arc<Payloads>) -> Scenario {
         );
         verdict::ended_well(&transcript)
     })
+}
+
+/// Queues of each disk.
+const QUEUES: u32 = 4;
+
+/// File systems on virtio disks behind the IOMMU, all used at once: what Linux wrote is what it reads after another mount,
+/// and what the disks then hold.
+pub(super) fn disks(machine: Machine, payloads: &Arc<Payloads>, count: u8) -> Scenario {
+    let payloads = Arc::clone(payloads);
+    let cpus = machine.cpus;
+    Scenario::new(
+        name(&machine, &format!("linux-disks-{count}")),
+        move |context| {
+            let payloads = payloads.with_file_system(&context.folder)?;
+            let disks = disks_of_zeros(context, &(1..=count).collect::<Vec<_>>())?;
+            let mut boot = Boot::linux_host(&machine, &payloads, "disks");
+            boot.software.arguments += &format!(" ravelin.disks={count}");
+            let args = disks.args(QUEUES);
+            let args: Vec<_> = args.iter().map(String::as_str).collect();
+            boot.extra = &args;
+            let transcript = boot.run(context, "console")?;
+            isolated(&transcript)?;
+            verdict::line_with(&transcript, "fact iommu-groups=0")?;
+            verdict::closes(&transcript, 2 * u32::from(count) + 2)?;
+            disks.hold(b": kept by a disk of el2")
+        },
+    )
+    .for_cpus(cpus)
 }
 
 #[cfg(test)]

@@ -34,6 +34,9 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     all.extend(linux_guests(payloads));
     all.push(linux::reset(a76(Gic::V3, 2), payloads));
     all.push(linux::shell(a76(Gic::V3, 2), payloads));
+    all.push(linux::disks(a76(Gic::V3, 4).with_iommu(), payloads, 1));
+    let max = Machine::virt("max", Gic::V2, 4).with_iommu();
+    all.push(linux::disks(max, payloads, 3));
     all.push(shim::demo(a76(Gic::V3, 4)));
     all.push(shim::demo(Machine::virt("max", Gic::V2, 1)));
     all.push(shim::log_levels(a76(Gic::V3, 2)));
