@@ -3,14 +3,17 @@
 //!
 //! A FIT is a device tree whose `/images/*` nodes hold `data`. Properties of a configuration that
 //! are ours: `ravelin,role` ("host" or "guest"), and for guests `ravelin,memory` (bytes, 64 bits),
-//! `ravelin,vcpus`, `ravelin,disk` (the image that is its disk), `ravelin,host-disk`,
-//! `ravelin,protected`, `ravelin,no-lock`, `ravelin,non-coherent` (flags).
+//! `ravelin,vcpus`, `ravelin,disk` (the image that is its disk), `ravelin,assigned` (PCI functions of
+//! the machine that are its own, such as "00:01.0"), `ravelin,host-disk`, `ravelin,protected`, `ravelin,no-lock`, `ravelin,non-coherent` (flags).
 
 use alloc::vec::Vec;
 
 use board::dtoolkit::fdt::{Fdt, FdtNode};
 use board::dtoolkit::{Node, Property};
 use thiserror::Error;
+
+use crate::pci::Function;
+use crate::platform::MAX_ASSIGNED;
 
 /// Why a FIT can't be used.
 #[derive(Clone, Copy, Debug, Eq, Error, PartialEq)]
@@ -45,6 +48,9 @@ pub enum FitError {
     /// A size that is no multiple of 2 MiB, or zero.
     #[error("ravelin,memory must be a multiple of 2 MiB, at least 2 MiB")]
     BadMemory,
+    /// Too many PCI functions, or one that is not written as it should.
+    #[error("ravelin,assigned must be at most {MAX_ASSIGNED} functions such as 00:01.0")]
+    BadFunction,
 }
 
 /// A guest's configuration.
@@ -72,6 +78,8 @@ pub struct GuestConfig<'a> {
     pub lock: bool,
     /// It has a device that does not snoop.
     pub noncoherent: bool,
+    /// The machine's PCI functions that are its own.
+    pub assigned: Vec<Function>,
 }
 
 /// Bytes of RAM of a guest that does not say.
@@ -95,6 +103,7 @@ pub const fn demo(kernel: &[u8], vcpus: u8) -> GuestConfig<'_> {
         protected: false,
         lock: true,
         noncoherent: false,
+        assigned: Vec::new(),
     }
 }
 
@@ -173,7 +182,27 @@ fn guest<'a>(fit: Fdt<'a>, node: &FdtNode<'a>) -> Guest<'a> {
         protected: has("ravelin,protected"),
         lock: !has("ravelin,no-lock"),
         noncoherent: has("ravelin,non-coherent"),
+        assigned: assigned(node)?,
     })
+}
+
+/// A list of strings, one for each function.
+fn assigned(node: &FdtNode<'_>) -> Result<Vec<Function>, FitError> {
+    let Some(property) = node.property("ravelin,assigned") else {
+        return Ok(Vec::new());
+    };
+    let list = property.value().strip_suffix(b"\0");
+    let names = list.ok_or(FitError::BadFunction)?.split(|byte| *byte == 0);
+    let functions = names.map(|name| {
+        let name = core::str::from_utf8(name).ok();
+        name.and_then(|name| name.parse().ok())
+            .ok_or(FitError::BadFunction)
+    });
+    let functions: Vec<Function> = functions.collect::<Result<_, _>>()?;
+    if functions.len() > MAX_ASSIGNED {
+        return Err(FitError::BadFunction);
+    }
+    Ok(functions)
 }
 
 fn text<'a>(node: &FdtNode<'a>, name: &str) -> Option<&'a str> {
@@ -226,6 +255,7 @@ mod tests {
         assert_eq!((guest.vcpus, guest.memory), (1, 256 << 20));
         assert!(guest.lock && !guest.protected && !guest.noncoherent);
         assert!(guest.ramdisk.is_none() && guest.bootargs.is_empty());
+        assert!(guest.assigned.is_empty());
     }
 
     #[test]
@@ -240,6 +270,8 @@ mod tests {
             w.property_null("ravelin,no-lock").unwrap();
             w.property_null("ravelin,non-coherent").unwrap();
             w.property_null("ravelin,protected").unwrap();
+            w.property("ravelin,assigned", b"00:01.0\x0002:1f.7\0")
+                .unwrap();
         });
         let guest = guests(&fit).unwrap().remove(0).unwrap();
         assert_eq!((guest.vcpus, guest.memory), (8, 64 << 20));
@@ -247,6 +279,8 @@ mod tests {
         assert_eq!(guest.bootargs, "quiet");
         assert_eq!(guest.disk, Some(&b"kernel's bytes"[..]));
         assert!(guest.host_disk);
+        let assigned: Vec<_> = guest.assigned.iter().map(|f| f.requester()).collect();
+        assert_eq!(assigned, [0x0008, 0x02ff]);
     }
 
     #[test]
@@ -290,6 +324,31 @@ mod tests {
         for (configure, error) in cases {
             let fit = fit(configure);
             assert_eq!(guests(&fit).unwrap()[0].as_ref().unwrap_err(), &error);
+        }
+    }
+
+    #[test]
+    fn functions_that_make_no_sense_are_refused() {
+        for list in [
+            &b""[..],
+            b"\0",
+            b"00:01.0",
+            b"00:20.0\0",
+            b"00:01.8\0",
+            b"0:1.0\0",
+            b"00:01.0 \0",
+            b"+0:01.0\0",
+            b"00:01.0\0\0",
+            b"\xff0:01.0\0",
+            b"00:01.0\x0000:02.0\x0000:03.0\x0000:04.0\x0000:05.0\0",
+        ] {
+            let fit = fit(|w| {
+                w.property_string("kernel", "kernel").unwrap();
+                w.property("ravelin,assigned", list).unwrap();
+            });
+            let guests = guests(&fit).unwrap();
+            let error = guests[0].as_ref().unwrap_err();
+            assert_eq!(error, &FitError::BadFunction, "{list:?}");
         }
     }
 

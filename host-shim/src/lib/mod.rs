@@ -34,6 +34,18 @@ pub mod platform {
     pub const VIRTIO_STRIDE: u64 = 0x200;
     /// Interrupt of the first: SPI 16; the next ones follow.
     pub const VIRTIO_INTID: u32 = 48;
+    /// Memory window of the PCI bus; bus addresses are IPAs.
+    pub const PCI_WINDOW: u64 = 0x1000_0000;
+    /// Its size.
+    pub const PCI_WINDOW_SIZE: u64 = 0x2eff_0000;
+    /// Configuration space of the PCI bus (ECAM): one bus.
+    pub const PCI_ECAM: u64 = 0x3f00_0000;
+    /// Its size.
+    pub const PCI_ECAM_SIZE: u64 = 0x10_0000;
+    /// Interrupt of the first PCI function: SPI 3; the next ones follow.
+    pub const PCI_INTID: u32 = 35;
+    /// Most functions of the machine that a VM can have.
+    pub const MAX_ASSIGNED: usize = 4;
     /// Distributor.
     pub const GICD: u64 = 0x0800_0000;
     /// CPU interface of a GICv2.

@@ -7,8 +7,8 @@ use core::fmt::Write;
 use vm_fdt::{Error, FdtWriter};
 
 use crate::platform::{
-    GICC, GICD, GICR, GICR_STRIDE, RAM, UART, UART_INTID, UART_SIZE, VIRTIO, VIRTIO_INTID,
-    VIRTIO_STRIDE,
+    GICC, GICD, GICR, GICR_STRIDE, MAX_ASSIGNED, PCI_ECAM, PCI_ECAM_SIZE, PCI_INTID, PCI_WINDOW,
+    PCI_WINDOW_SIZE, RAM, UART, UART_INTID, UART_SIZE, VIRTIO, VIRTIO_INTID, VIRTIO_STRIDE,
 };
 
 /// What the tree says.
@@ -28,6 +28,8 @@ pub struct Guest<'a> {
     pub seed: Option<[u64; 5]>,
     /// Which virtio devices there are, as a bitmap.
     pub virtio: u32,
+    /// There is a PCI bus, with functions of the machine on it.
+    pub pci: bool,
 }
 
 const INTERRUPT_CONTROLLER: u32 = 1;
@@ -65,6 +67,9 @@ pub fn build(guest: &Guest<'_>) -> Result<Vec<u8>, Error> {
     uart(&mut tree)?;
     for number in (0..u32::BITS).filter(|number| guest.virtio & 1 << number != 0) {
         virtio(&mut tree, number)?;
+    }
+    if guest.pci {
+        pci(&mut tree)?;
     }
     tree.end_node(root)?;
     tree.finish()
@@ -164,6 +169,38 @@ fn virtio(tree: &mut FdtWriter, number: u32) -> Result<(), Error> {
     tree.end_node(node)
 }
 
+/// The bridge to the functions that are the guest's own (host-generic-pci.yaml). Each device has an
+/// interrupt of its own, whichever pin it asserts. Their memory accesses are snooped.
+fn pci(tree: &mut FdtWriter) -> Result<(), Error> {
+    const MEMORY: u32 = 2 << 24;
+    const PIN_A: u32 = 1;
+    let low = |address: u64| u32::try_from(address).unwrap_or(u32::MAX);
+    let (start, size) = (low(PCI_WINDOW), low(PCI_WINDOW_SIZE));
+    let node = tree.begin_node(&at("pcie", PCI_ECAM))?;
+    tree.property_string("compatible", "pci-host-ecam-generic")?;
+    tree.property_string("device_type", "pci")?;
+    tree.property_u32("#address-cells", 3)?;
+    tree.property_u32("#size-cells", 2)?;
+    tree.property_array_u64("reg", &[PCI_ECAM, PCI_ECAM_SIZE])?;
+    tree.property_array_u32("bus-range", &[0, 0])?;
+    tree.property_u32("linux,pci-domain", 0)?;
+    // Bus addresses are IPAs.
+    tree.property_array_u32("ranges", &[MEMORY, 0, start, 0, start, 0, size])?;
+    tree.property_u32("#interrupt-cells", 1)?;
+    tree.property_array_u32("interrupt-map-mask", &[31 << 11, 0, 0, 7])?;
+    let routes: Vec<u32> = (1..)
+        .zip(PCI_INTID - 32..)
+        .take(MAX_ASSIGNED)
+        .flat_map(|(device, spi)| {
+            let (address, controller) = (device << 11, INTERRUPT_CONTROLLER);
+            [address, 0, 0, PIN_A, controller, SPI, spi, LEVEL_HIGH]
+        })
+        .collect();
+    tree.property_array_u32("interrupt-map", &routes)?;
+    tree.property_null("dma-coherent")?;
+    tree.end_node(node)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,6 +215,7 @@ mod tests {
         ramdisk: Some((0x4300_0000, 0x4310_0000)),
         seed: Some([1, 2, 3, 4, 5]),
         virtio: 0b101,
+        pci: true,
     };
 
     fn board(guest: &Guest<'_>) -> Board<'static> {
@@ -237,6 +275,26 @@ mod tests {
         let blob = build(&bare).unwrap().leak();
         let chosen = Tree::new(blob).unwrap().fdt().find_node("/chosen").unwrap();
         assert!(chosen.property("kaslr-seed").is_none());
+    }
+
+    #[test]
+    fn the_pci_bus_is_where_a_guest_expects_it() {
+        let blob = build(&GUEST).unwrap().leak();
+        let bridge = Tree::new(blob).unwrap().pci_bridge().unwrap();
+        assert_eq!(bridge.ecam.start(), 0x3f00_0000);
+        assert_eq!((bridge.first_bus, bridge.last_bus), (0, 0));
+        let window = bridge.memory32.unwrap();
+        assert_eq!((window.cpu.start(), window.bus), (0x1000_0000, 0x1000_0000));
+        assert_eq!(window.cpu.end(), 0x3eff_0000);
+        assert_eq!(bridge.memory64, None);
+        let interrupts = [1, 2, 3, 4, 5].map(|device| bridge.interrupt(device, 1));
+        assert_eq!(interrupts, [Some(35), Some(36), Some(37), Some(38), None]);
+        let without = Guest {
+            pci: false,
+            ..GUEST
+        };
+        let blob = build(&without).unwrap().leak();
+        assert_eq!(Tree::new(blob).unwrap().pci_bridge(), None);
     }
 
     #[test]

@@ -192,6 +192,7 @@ fn load(memory: &Memory, range: AddrRange, bootargs: &str) -> Result<u64, &'stat
         ramdisk: None,
         seed: None,
         virtio: 0,
+        pci: false,
     });
     let tree = tree.map_err(|_| "the guest's device tree can't be built")?;
     let ram = mem::bytes_mut(range);

@@ -318,6 +318,7 @@ impl Guest {
             } else {
                 self.devices.lock().present()
             },
+            pci: false,
         });
         let tree = tree.map_err(|_| "the guest's device tree can't be built")?;
         if tree.len() as u64 > image::TREE_SIZE {

@@ -186,6 +186,7 @@ pub(crate) fn fit(data: &[u8]) {
 
 fn check_guest(guest: &GuestConfig<'_>) {
     assert!((1..=8).contains(&guest.vcpus));
+    assert!(guest.assigned.len() <= 4);
     assert!(guest.memory != 0 && guest.memory.is_multiple_of(2 << 20));
     let ramdisk = guest.ramdisk.map_or(0, <[u8]>::len) as u64;
     if let Ok(layout) = vmm::image::layout(guest.kernel, ramdisk, guest.memory) {

@@ -7,15 +7,19 @@
 //!
 //! Source: PCI Local Bus 3.0, chapter 6; PCI Express Base 5.0, chapter 7.
 
+pub mod assigned;
 mod bars;
 mod capabilities;
 #[cfg(test)]
 mod tests;
+mod virtio;
 
 pub use bars::{Bar, BarKind, MAX_BARS, PciError, Windows, bars, place, restore};
 pub use capabilities::{Capability, capabilities, find_capability, reset_function};
+pub use virtio::virtio_status;
 
 use core::fmt;
+use core::str::FromStr;
 
 /// Register of vendor (bits 15:0) and device (31:16).
 const ID: u16 = 0x00;
@@ -91,6 +95,25 @@ impl fmt::Display for Function {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (bus, device, number) = (self.bus(), self.device(), self.number());
         write!(f, "{bus:02x}:{device:02x}.{number}")
+    }
+}
+
+/// This is not written as `bus:device.function`, hexadecimal with two, two and one digits.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct NoFunction;
+
+impl FromStr for Function {
+    type Err = NoFunction;
+
+    fn from_str(text: &str) -> Result<Self, NoFunction> {
+        let digits = |text: &str, count: usize| {
+            let plain = text.len() == count && text.bytes().all(|b| b.is_ascii_hexdigit());
+            let number = plain.then(|| u8::from_str_radix(text, 16).ok());
+            number.flatten().ok_or(NoFunction)
+        };
+        let (bus, rest) = text.split_once(':').ok_or(NoFunction)?;
+        let (device, number) = rest.split_once('.').ok_or(NoFunction)?;
+        Self::new(digits(bus, 2)?, digits(device, 2)?, digits(number, 1)?).ok_or(NoFunction)
     }
 }
 

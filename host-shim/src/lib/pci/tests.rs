@@ -312,3 +312,29 @@ fn a_function_that_can_not_is_not_reset() {
     )));
     assert_eq!(bus.read(without, 0x48), 0);
 }
+
+#[test]
+fn the_status_of_a_virtio_device_is_in_its_common_configuration() {
+    let mut bus = Bus::default();
+    let id = (0, 0x1042_1af4, 0);
+    let status = (4, 0x0010_0000, 0);
+    let list = [
+        (0x34, 0x40, 0),
+        (0x40, 0x0510_5009, 0),
+        (0x50, 0x0110_0009, 0),
+    ];
+    let place = [(0x54, 4, 0), (0x58, 0x1000, 0), (0x5c, 0x38, 0)];
+    let with = |id, place: [_; 3]| [&[id, status][..], &list, &place].concat();
+    let good = bus.add((1, 0), &with(id, place));
+    assert_eq!(virtio_status(&bus, good), Some((4, 0x1014)));
+    let other = bus.add((2, 0), &with((0, 0x1042_1af5, 0), place));
+    let [bar, offset, _] = place;
+    let short = bus.add((3, 0), &with(id, [bar, offset, (0x5c, 0x14, 0)]));
+    let far = bus.add(
+        (4, 0),
+        &with(id, [bar, (0x58, u32::MAX, 0), (0x5c, 0x38, 0)]),
+    );
+    for wrong in [other, short, far] {
+        assert_eq!(virtio_status(&bus, wrong), None);
+    }
+}
