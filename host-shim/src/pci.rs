@@ -6,7 +6,7 @@ use board::{AddrRange, PciBridge, Tree};
 use vmm::pci::{self, Bar, Function, Identity, MAX_BARS, Windows};
 
 use crate::arch::pci::Ecam;
-use crate::arch::{mem, ticks, ticks_per_second};
+use crate::arch::{Mmio, mem, ticks, ticks_per_second};
 use crate::console::line;
 use crate::machine::Machine;
 
@@ -99,14 +99,47 @@ impl Pci {
         let function = device.function();
         pci::quiesce(&self.space, function);
         let done = pci::reset_function(&self.space, function, || {
-            let deadline = ticks() + ticks_per_second() / 10;
-            while ticks() < deadline {
-                core::hint::spin_loop();
-            }
+            let _ = within_100_ms(|| false);
         });
         if done {
             pci::restore(&self.space, function, &device.bars);
         }
+        done || self.reset_virtio(device)
+    }
+
+    /// Resets a virtio device by its status.
+    fn reset_virtio(&self, device: &Device) -> bool {
+        let function = device.function();
+        let status = pci::virtio_status(&self.space, function);
+        let Some((bar, offset)) = status else {
+            return false;
+        };
+        let registers = self.registers(device, bar.into());
+        let offset = u64::from(offset);
+        let Some(registers) = registers.filter(|range| offset < range.size()) else {
+            return false;
+        };
+        pci::set_command(
+            &self.space,
+            function,
+            pci::MEMORY_SPACE | pci::INTERRUPT_DISABLE,
+        );
+        let status = Mmio::new(registers.start() + offset);
+        status.write_byte(0, 0);
+        let done = within_100_ms(|| status.read_byte(0) == 0);
+        pci::quiesce(&self.space, function);
         done
     }
+}
+
+/// Waits until something is so, at most 100 ms; says whether it is.
+fn within_100_ms(is_so: impl Fn() -> bool) -> bool {
+    let deadline = ticks() + ticks_per_second() / 10;
+    while !is_so() {
+        if ticks() >= deadline {
+            return false;
+        }
+        core::hint::spin_loop();
+    }
+    true
 }

@@ -302,6 +302,12 @@ impl Vm {
         .map(drop)
     }
 
+    /// Makes an interrupt line high until the guest has ended the interrupt; then
+    /// [`Exit::IrqDone`] says so.
+    pub(crate) fn raise_line(self, intid: u32) -> Result<(), Refused> {
+        vm_call!(Call::IrqLine, self.handle, u64::from(intid), 2).map(drop)
+    }
+
     /// The first run of leaves that ends behind `ipa`: where it is, what is behind, what it says.
     pub(crate) fn mapping(self, ipa: u64) -> Result<(u64, u64, LeafInfo), Refused> {
         let [start, pa, info, _] = vm_call!(Call::VmMapping, self.handle, ipa)?;

@@ -143,6 +143,62 @@ pub(crate) fn enable(gic: &Gic) -> Result<(), &'static str> {
     Ok(())
 }
 
+/// First interrupt of a device that all cores share (IHI 0069H 2.2.1).
+pub(crate) const FIRST_SHARED: u32 = 32;
+
+/// Lets a device's level-triggered interrupt come to core `number`, whose affinity is `mpidr`. It is
+/// masked whenever [`take`] has given it, until [`unmask`].
+pub(crate) fn route(gic: &Gic, intid: u32, number: usize, mpidr: u64) {
+    let distributor = distributor(gic);
+    let word = 4 * u64::from(intid / 32);
+    let bit = 1 << (intid % 32);
+    let configuration = 0xc00 + 4 * u64::from(intid / 16);
+    let level = Mmio::new(distributor + configuration);
+    level.write(0, level.read(0) & !(2 << (intid % 16 * 2))); // GICD_ICFGR
+    match gic {
+        Gic::V2 { .. } => {
+            // GICD_ITARGETSR: a byte for each interrupt.
+            let targets = Mmio::new(distributor + 0x800 + u64::from(intid & !3));
+            let shift = intid % 4 * 8;
+            let core = 1u32 << (number % 8);
+            targets.write(0, targets.read(0) & !(0xff << shift) | core << shift);
+        }
+        Gic::V3 { .. } => {
+            let group = Mmio::new(distributor + 0x80 + word);
+            group.write(0, group.read(0) | bit); // GICD_IGROUPR: group 1
+            let affinity = mpidr & 0xff_00ff_ffff;
+            // GICD_IROUTER: 64 bits for each interrupt.
+            Mmio::new(distributor).write_long(0x6000 + 8 * u64::from(intid), affinity);
+        }
+    }
+    unmask(gic, intid);
+}
+
+/// Lets an interrupt come again that [`take`] has given.
+pub(crate) fn unmask(gic: &Gic, intid: u32) {
+    let word = 0x100 + 4 * u64::from(intid / 32); // GICD_ISENABLER
+    Mmio::new(distributor(gic) + word).write(0, 1 << (intid % 32));
+}
+
+/// Keeps an interrupt from coming.
+pub(crate) fn mask(gic: &Gic, intid: u32) {
+    let distributor = distributor(gic);
+    let word = 0x180 + 4 * u64::from(intid / 32); // GICD_ICENABLER
+    Mmio::new(distributor + word).write(0, 1 << (intid % 32));
+    if matches!(gic, Gic::V3 { .. }) {
+        // GICD_CTLR.RWP: the write has not taken effect yet.
+        while Mmio::new(distributor).read(0) & 1 << 31 != 0 {
+            core::hint::spin_loop();
+        }
+    }
+}
+
+const fn distributor(gic: &Gic) -> u64 {
+    match gic {
+        Gic::V2 { gicd, .. } | Gic::V3 { gicd, .. } => gicd.start(),
+    }
+}
+
 /// Acknowledges and ends the most urgent interrupt that is pending on this core.
 pub(crate) fn take(gic: &Gic) -> Option<u32> {
     match gic {
@@ -152,7 +208,7 @@ pub(crate) fn take(gic: &Gic) -> Option<u32> {
             if id & 0x3ff >= SPECIAL {
                 return None;
             }
-            silence(id & 0x3ff);
+            silence(gic, id & 0x3ff);
             interface.write(0x10, id); // GICC_EOIR
             Some(id & 0x3ff)
         }
@@ -161,17 +217,19 @@ pub(crate) fn take(gic: &Gic) -> Option<u32> {
             if id >= u64::from(SPECIAL) {
                 return None;
             }
-            silence(id as u32);
+            silence(gic, id as u32);
             msr!("s3_0_c12_c12_1", id); // ICC_EOIR1_EL1
             Some(id as u32)
         }
     }
 }
 
-/// A timer's line stays high until it is turned off.
-fn silence(id: u32) {
+/// A timer's line stays high until it is turned off, a device's until its driver has been there.
+fn silence(gic: &Gic, id: u32) {
     if id == PHYSICAL_TIMER {
         msr!("cntp_ctl_el0", 0);
+    } else if id >= FIRST_SHARED {
+        mask(gic, id);
     }
 }
 

@@ -73,6 +73,28 @@ impl Mmio {
     }
 }
 
+impl Mmio {
+    /// Loads a register of 8 bits.
+    pub(crate) fn read_byte(self, offset: u64) -> u8 {
+        let value: u32;
+        // SAFETY: a plain LDRB of a device register, as below.
+        unsafe {
+            asm!("ldrb {0:w}, [{1}]", out(reg) value, in(reg) self.base + offset,
+                options(nostack, preserves_flags));
+        }
+        value.to_le_bytes()[0]
+    }
+
+    /// Stores a register of 8 bits.
+    pub(crate) fn write_byte(self, offset: u64, value: u8) {
+        // SAFETY: as above, STRB.
+        unsafe {
+            asm!("strb {0:w}, [{1}]", in(reg) u32::from(value), in(reg) self.base + offset,
+                options(nostack, preserves_flags));
+        }
+    }
+}
+
 impl UartRegs for Mmio {
     fn read(&self, offset: usize) -> u32 {
         let value: u32;

@@ -182,6 +182,7 @@ fn list(guest: &Guest) {
 }
 
 fn stat(guest: &Guest) {
+    guest.report_functions();
     for (counter, name) in VmCounter::ALL {
         match guest.vm().counter(counter) {
             Ok(value) => line(format_args!("{name:>26} {value}")),

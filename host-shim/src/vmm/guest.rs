@@ -13,6 +13,7 @@ use vmm::platform::RAM;
 use vmm::tree;
 use vmm::virtio::block::{Disk, RamDisk};
 
+use super::assigned::Functions;
 use super::devices::{self, Devices};
 use super::{BLOCK, Memory, random};
 use crate::arch::mem;
@@ -99,6 +100,8 @@ pub(crate) struct Guest {
     pub(crate) devices: Mutex<Devices>,
     /// The devices have something left to do; changes under their lock.
     pub(crate) backlog: AtomicBool,
+    /// PCI functions of the machine.
+    pub(super) functions: Functions,
     layout: Layout,
     gic_v3: bool,
     state: AtomicU8,
@@ -131,7 +134,7 @@ impl Guest {
         let vm_config = VmConfig {
             vcpus: config.vcpus,
             protected: config.protected,
-            devices: false,
+            devices: !config.assigned.is_empty(),
         };
         let disk = disk(&config, memory, host_disk)?;
         let vm = with_heap(memory, || Vm::create(vm_config, state)).map_err(reason)?;
@@ -156,6 +159,7 @@ impl Guest {
             ram,
             devices: Mutex::new(Devices::new(disk)),
             backlog: AtomicBool::new(false),
+            functions: Functions::default(),
             layout,
             gic_v3: matches!(gic, Gic::V3 { .. }),
             state: AtomicU8::new(State::Running as u8),
@@ -167,12 +171,17 @@ impl Guest {
             let populated = guest.populate(memory).map_err(reason);
             populated.and_then(|()| guest.load())
         };
-        if let Err(why) = ready {
-            guest.stop();
-            guest.bury(State::Stopped, State::Killed);
-            return Err(why);
+        match ready {
+            Ok(()) => Ok(guest),
+            Err(why) => Err(guest.give_up(why)),
         }
-        Ok(guest)
+    }
+
+    /// Ends a VM that has never run; gives the reason back.
+    pub(super) fn give_up(&self, why: &'static str) -> &'static str {
+        self.stop();
+        self.bury(State::Stopped, State::Killed);
+        why
     }
 
     /// The VM.
@@ -259,7 +268,7 @@ impl Guest {
     }
 
     /// Makes a call, with more pages for the VM if it lacks some.
-    fn with_pages(
+    pub(super) fn with_pages(
         &self,
         memory: &mut Memory,
         call: impl Fn() -> Result<(), Refused>,
@@ -318,7 +327,7 @@ impl Guest {
             } else {
                 self.devices.lock().present()
             },
-            pci: false,
+            pci: !self.config.assigned.is_empty(),
         });
         let tree = tree.map_err(|_| "the guest's device tree can't be built")?;
         if tree.len() as u64 > image::TREE_SIZE {
@@ -406,6 +415,8 @@ impl Guest {
     }
 
     fn start_over(&self, memory: &mut Memory) -> Result<(), &'static str> {
+        // First: their DMA must not meet what is loaded.
+        self.reset_functions(memory)?;
         if self.config.protected {
             self.build_again(memory)?;
         } else {
@@ -437,6 +448,7 @@ impl Guest {
 
     /// Destroys the VM and takes everything back.
     fn end(&self) -> Result<(), Refused> {
+        self.release_functions();
         self.vm().destroy()?;
         while self.vm().reclaim()?.is_some() {}
         Ok(())

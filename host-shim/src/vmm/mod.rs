@@ -4,6 +4,7 @@
 //! VM's devices are behind one lock each. Interrupts are never taken by exception: they end a
 //! guest's run or a WFI and are acknowledged by hand.
 
+mod assigned;
 mod console;
 mod devices;
 mod guest;
@@ -113,7 +114,12 @@ pub(crate) fn run(
                 &mut host_disk,
             )
         };
-        let guest = config.map_err(wrong).and_then(create);
+        let guest = config.map_err(wrong).and_then(create).and_then(|guest| {
+            match guest.assign(machine, &cores, &mut memory) {
+                Ok(()) => Ok(guest),
+                Err(why) => Err(guest.give_up(why)),
+            }
+        });
         // The others run all the same.
         match guest {
             Ok(guest) => guests.push(guest),

@@ -61,8 +61,29 @@ fn take_interrupts(vmm: &Vmm) -> bool {
     let mut kicked = false;
     while let Some(id) = gic::take(&vmm.gic) {
         kicked |= id == KICK_SGI || id == gic::WAKE_SGI;
+        if id >= gic::FIRST_SHARED {
+            device_interrupt(vmm, id);
+        }
     }
     kicked
+}
+
+/// A device's interrupt, which is masked now. It stays so until the VM has ended its own, and for
+/// ever if no VM has the device.
+fn device_interrupt(vmm: &Vmm, intid: u32) {
+    let waiting = vmm.guests.iter().filter_map(|guest| guest.raise(intid));
+    if waiting.reduce(|a, b| a | b) == Some(false) {
+        gic::unmask(&vmm.gic, intid);
+    }
+}
+
+/// A VM has ended an interrupt of a device of its own.
+fn interrupt_ended(vmm: &Vmm, guest: &Guest, own: u32) {
+    if let Some(intid) = guest.interrupt_ended(own)
+        && !vmm.guests.iter().any(|guest| guest.waits_for(intid))
+    {
+        gic::unmask(&vmm.gic, intid);
+    }
 }
 
 /// Gives each vCPU of a guest on this core its turn; tells when the next one is due.
@@ -118,12 +139,10 @@ fn step(vmm: &Vmm, guest: &Guest, vcpu: &VcpuSlot) -> u64 {
             Exit::WaitForInterrupt { until } => return until,
             Exit::VcpuOff => return u64::MAX,
             Exit::MmioRead { ipa, size } => {
-                let value = guest.devices.lock().read(guest.vm(), ipa, size);
-                // An address without a device reads as all ones.
-                let value = value.unwrap_or(u64::MAX);
-                vcpu.loaded.store(value, Ordering::Relaxed);
+                vcpu.loaded.store(read(guest, ipa, size), Ordering::Relaxed);
             }
             Exit::MmioWrite { ipa, size, value } => write(vmm, guest, ipa, size, value),
+            Exit::IrqDone { intid } => interrupt_ended(vmm, guest, intid),
             Exit::NeedPages { pages } => {
                 if let Err(refused) = guest.top_up(&mut vmm.memory.lock(), pages) {
                     if refused.code == ErrorCode::Busy {
@@ -164,8 +183,19 @@ fn step(vmm: &Vmm, guest: &Guest, vcpu: &VcpuSlot) -> u64 {
     }
 }
 
+/// A guest's read of a device. An address without one reads as all ones.
+fn read(guest: &Guest, ipa: u64, size: u8) -> u64 {
+    guest.read_config(ipa, size).unwrap_or_else(|| {
+        let value = guest.devices.lock().read(guest.vm(), ipa, size);
+        value.unwrap_or(u64::MAX)
+    })
+}
+
 /// A guest's write to a device, and what it starts.
 fn write(vmm: &Vmm, guest: &Guest, ipa: u64, size: u8, value: u64) {
+    if guest.write_config(&vmm.memory, ipa, size, value) {
+        return;
+    }
     let mut devices = guest.devices.lock();
     let sent = devices.write(guest.vm(), ipa, size, value);
     if let Ok(Some(byte)) = sent {
