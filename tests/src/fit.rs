@@ -61,6 +61,8 @@ pub enum Disk<'a> {
     Image(&'a [u8]),
     /// The machine's own, if no other guest has it.
     Machine,
+    /// PCI functions of the machine, such as "00:01.0", which are the guest's own.
+    Functions(&'a [&'a str]),
 }
 
 /// The FIT with one configuration, `linux`, whose role is "host".
@@ -113,7 +115,7 @@ fn shared_files<'a>(guests: &[Guest<'a>]) -> SharedFiles<'a> {
         .filter_map(|guest| Some(("ramdisk", guest.ramdisk?)));
     let disks = guests.iter().filter_map(|guest| match guest.disk {
         Disk::Image(bytes) => Some(("disk", bytes)),
-        Disk::None | Disk::Machine => None,
+        Disk::None | Disk::Machine | Disk::Functions(_) => None,
     });
     for (kind, data) in kernels.chain(ramdisks).chain(disks) {
         if !files.iter().any(|(_, k, d)| *k == kind && *d == data) {
@@ -156,6 +158,13 @@ fn guest_configuration(
         Disk::None => {}
         Disk::Image(bytes) => set(&mut configuration, "ravelin,disk", &name_of("disk", bytes)?)?,
         Disk::Machine => flag(&mut configuration, "ravelin,host-disk"),
+        Disk::Functions(names) => {
+            let list: Vec<u8> = names
+                .iter()
+                .flat_map(|name| [name.as_bytes(), b"\0"].concat())
+                .collect();
+            configuration.add_property(DeviceTreeProperty::new_unchecked("ravelin,assigned", list));
+        }
     }
     set(&mut configuration, "bootargs", guest.arguments)?;
     let bytes = guest.memory_mib << 20;
@@ -349,7 +358,11 @@ mod tests {
             disk: Disk::Machine,
             ..one
         };
-        let fit = guests(&[one, two, one]).unwrap();
+        let four = Guest {
+            disk: Disk::Functions(&["00:01.0", "00:02.0"]),
+            ..one
+        };
+        let fit = guests(&[one, two, one, four]).unwrap();
         let property = |vm: &str, name| value(&fit, &format!("/configurations/{vm}"), name);
         assert_eq!(property("vm1", "kernel").unwrap(), b"kernel\0");
         assert_eq!(property("vm2", "kernel").unwrap(), b"kernel-1\0");
@@ -372,6 +385,11 @@ mod tests {
         assert_eq!(property("vm3", "ravelin,disk").unwrap(), b"disk\0");
         assert!(property("vm2", "ravelin,disk").is_none());
         assert!(property("vm2", "ravelin,host-disk").is_some());
+        assert_eq!(
+            property("vm4", "ravelin,assigned").unwrap(),
+            b"00:01.0\x0000:02.0\0"
+        );
+        assert!(property("vm1", "ravelin,assigned").is_none());
         assert_eq!(kernel_offset(&fit).unwrap() % 64, 0);
     }
 

@@ -3,7 +3,7 @@
 
 use super::shim::name;
 use crate::emulate::Boot;
-use crate::fit::{self, Guest};
+use crate::fit::{self, Disk, Guest};
 use crate::machine::{Board, Entry, Gic, Machine, Software};
 use crate::payload::Payloads;
 use crate::process::{Reply, Transcript};
@@ -365,6 +365,26 @@ pub(super) fn without_kernel(machine: &Machine) -> Scenario {
             "VM 1 is left out: its configuration can't be used",
         ];
         beside_hello(&machine, context, &tree.to_dtb(), &lines)
+    })
+    .for_cpus(cpus)
+}
+
+/// A VM gets no PCI function whose DMA nothing would confine; the other one runs.
+pub(super) fn without_iommu(machine: &Machine) -> Scenario {
+    let machine = machine.clone();
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "guest-without-iommu"), move |context| {
+        let kernel = files::read(&files::build("guests/payload"), "run `make build`")?;
+        let hello = hello(&kernel);
+        let exposed = Guest {
+            disk: Disk::Functions(&["00:00.0"]),
+            ..hello
+        };
+        let lines = [
+            "DMA is not isolated",
+            "VM 1 is left out: no IOMMU of EL2's stands before the PCI function",
+        ];
+        beside_hello(&machine, context, &fit::guests(&[exposed, hello])?, &lines)
     })
     .for_cpus(cpus)
 }

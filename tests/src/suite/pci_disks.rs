@@ -36,6 +36,12 @@ impl Disks {
         pci_disk_args(&disks, queues)
     }
 
+    /// Their functions, as a FIT names them.
+    pub(super) fn functions(&self) -> Vec<String> {
+        let name = |(number, _): &(u8, PathBuf)| format!("00:{number:02x}.0");
+        self.0.iter().map(name).collect()
+    }
+
     /// Each holds a file system, and in it this text.
     pub(super) fn hold(&self, text: &[u8]) -> Result<()> {
         for (_, file) in &self.0 {

@@ -1,6 +1,6 @@
 //! QEMU's `virt`: every CPU with every interrupt controller.
 
-use super::vm_linux::{self, DEFAULT, Setting};
+use super::vm_linux::{self, DEFAULT, Reset, Setting};
 use super::{bad_input, dma, guests, linux, shim};
 use crate::device_tree::Damage;
 use crate::machine::{CPUS, Clock, Gic, Machine};
@@ -57,6 +57,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     all.extend(bad_inputs(payloads));
     all.push(guests::too_big(&a76(Gic::V3, 2)));
     all.push(guests::without_kernel(&a76(Gic::V3, 2)));
+    all.push(guests::without_iommu(&a76(Gic::V3, 2)));
     all
 }
 
@@ -120,7 +121,28 @@ fn linux_guests(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     all.push(vm_linux::protected(max, payloads, four, false));
     all.push(vm_linux::devices(a76(Gic::V3), payloads, false));
     all.push(vm_linux::devices(a76(Gic::V2), payloads, true));
+    all.extend(assigned_disks(payloads, four));
     all
+}
+
+/// PCI disks that are guests' own.
+fn assigned_disks(payloads: &Arc<Payloads>, four: Setting) -> [Scenario; 4] {
+    let disks = |cpu, gic, cpus, setting, numbers, reset| {
+        let machine = Machine::virt(cpu, gic, cpus).with_iommu();
+        vm_linux::assigned(machine, payloads, setting, numbers, reset)
+    };
+    let two = Setting {
+        vms: 2,
+        memory_mib: 192,
+        ..DEFAULT
+    };
+    [
+        disks("cortex-a76", Gic::V3, 4, DEFAULT, &[1], Reset::Function),
+        disks("max", Gic::V2, 4, four, &[1, 2, 3], Reset::Function),
+        disks("cortex-a72", Gic::V2, 2, DEFAULT, &[1], Reset::Status),
+        // Devices 1 and 5 share an interrupt, which is two VMs' then.
+        disks("cortex-a76", Gic::V3, 2, two, &[1, 5], Reset::Function),
+    ]
 }
 
 fn bad_inputs(payloads: &Arc<Payloads>) -> Vec<Scenario> {

@@ -1,5 +1,6 @@
 //! Debian's kernel as a guest: what `make run` shows, on every machine that it is promised for.
 
+use super::pci_disks::{disks_of_zeros, isolated};
 use super::shim::name;
 use crate::emulate::{Boot, LINUX_ARGUMENTS};
 use crate::fit::{self, Disk, Guest};
@@ -200,7 +201,7 @@ pub(super) fn devices(machine: Machine, payloads: &Arc<Payloads>, own: bool) -> 
             } else {
                 Disk::Image(&contents)
             };
-            let mut boot = boot_with(&machine, &payloads, context, DEFAULT, disk)?;
+            let mut boot = boot_with(&machine, &payloads, context, DEFAULT, &[disk], "")?;
             let args = disk_args(&file);
             let mut extra = boot.extra.to_vec();
             extra.extend(args.iter().map(String::as_str));
@@ -228,6 +229,71 @@ pub(super) fn devices(machine: Machine, payloads: &Arc<Payloads>, own: bool) -> 
     .for_cpus(cpus)
 }
 
+/// How a PCI disk is reset when it changes hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reset {
+    /// As PCI Express has it, for one function.
+    Function,
+    /// As virtio has it, since it has nothing else.
+    Status,
+}
+
+/// PCI disks behind the IOMMU are guests' own, each VM's so many: file systems on them hold what was written, also when
+/// the guests are reset between. No DMA was refused, and the disks end with what the guests wrote.
+pub(super) fn assigned(
+    machine: Machine,
+    payloads: &Arc<Payloads>,
+    setting: Setting,
+    numbers: &'static [u8],
+    reset: Reset,
+) -> Scenario {
+    let payloads = Arc::clone(payloads);
+    let cpus = machine.cpus;
+    let word = if reset == Reset::Status {
+        "-status"
+    } else {
+        ""
+    };
+    let (vms, all) = (setting.vms, numbers.len());
+    let kind = format!("vm-linux-assigned{word}-{vms}x{}", all / vms);
+    Scenario::new(name(&machine, &kind), move |context| {
+        let payloads = payloads.with_file_system(&context.folder)?;
+        let disks = disks_of_zeros(context, numbers)?;
+        let functions = disks.functions();
+        let functions: Vec<_> = functions.iter().map(String::as_str).collect();
+        let each: Vec<_> = functions.chunks(all / vms).collect();
+        let test = format!(
+            "ravelin.test=disks ravelin.disks={} ravelin.resets=1",
+            all / vms
+        );
+        let own: Vec<_> = each.iter().map(|list| Disk::Functions(list)).collect();
+        let mut boot = boot_with(&machine, &payloads, context, setting, &own, &test)?;
+        let mut args = disks.args(1);
+        if reset == Reset::Status {
+            let devices = args
+                .iter_mut()
+                .filter(|arg| arg.starts_with("virtio-blk-pci"));
+            devices.for_each(|arg| arg.push_str(",x-pcie-flr-init=off"));
+        }
+        let mut extra = boot.extra.to_vec();
+        extra.extend(args.iter().map(String::as_str));
+        boot.extra = &extra;
+        let transcript = boot.run(context, "console")?;
+        let checks = u32::try_from(3 * (all / vms) + 2)?;
+        verdict::guests_close(&transcript, &vec![checks; vms])?;
+        isolated(&transcript)?;
+        for (vm, list) in (1..).zip(each) {
+            for function in list {
+                verdict::line_with(&transcript, &format!("VM {vm} has {function} (1af4:1042)"))?;
+                let report = format!("{function} of VM {vm}: 0 DMA accesses refused");
+                verdict::line_with(&transcript, &report)?;
+            }
+        }
+        disks.hold(b": kept by a disk of guest")
+    })
+    .for_cpus(cpus)
+}
+
 fn reply(cue: &str, send: &str) -> Reply {
     Reply {
         cue: cue.into(),
@@ -241,32 +307,38 @@ fn boot(
     context: &Context,
     setting: Setting,
 ) -> Result<Boot<'static>> {
-    boot_with(machine, payloads, context, setting, Disk::None)
+    boot_with(machine, payloads, context, setting, &[], "")
 }
 
+/// The VMs; the first ones have these disks, and all run this test.
 fn boot_with(
     machine: &Machine,
     payloads: &Payloads,
     context: &Context,
     setting: Setting,
-    disk: Disk<'_>,
+    disks: &[Disk<'_>],
+    test: &str,
 ) -> Result<Boot<'static>> {
     let kernel = files::read(&payloads.linux, "run `make setup`")?;
     let ramdisk = files::read(&payloads.initramfs, "run `make build`")?;
-    let arguments = format!("{LINUX_ARGUMENTS} ravelin.under=guest");
+    let arguments = format!("{LINUX_ARGUMENTS} ravelin.under=guest {test}");
     let guest = Guest {
         kernel: &kernel,
         ramdisk: Some(&ramdisk),
-        arguments: &arguments,
+        arguments: arguments.trim_end(),
         memory_mib: setting.memory_mib,
         vcpus: setting.vcpus,
         lock: setting.lock,
         noncoherent: setting.noncoherent,
         protected: setting.protected,
-        disk,
+        disk: Disk::None,
     };
+    let mut guests = vec![guest; setting.vms];
+    for (guest, disk) in guests.iter_mut().zip(disks) {
+        guest.disk = *disk;
+    }
     let path = context.folder.join("guests.fit");
-    files::write(&path, &fit::guests(&vec![guest; setting.vms])?)?;
+    files::write(&path, &fit::guests(&guests)?)?;
     let mut boot = Boot::shim(machine, "");
     boot.timeout = std::time::Duration::from_secs(SECONDS);
     boot.software.initrd = Some(path);
