@@ -21,6 +21,7 @@ VMS ?= 1
 LOCK ?= 1
 NONCOHERENT ?= 0
 PROTECTED ?= 0
+IOMMU ?= 0
 LOG ?= info
 RUST_ROUTE ?= auto
 FILTER ?=
@@ -36,6 +37,7 @@ help: ## this list
 	@echo
 	@echo 'Settings of make run, with their defaults:'
 	@echo '  the machine  BOARD=virt (or raspi4b) CPU=cortex-a76 (cortex-a72, neoverse-v1, neoverse-n2, max) GIC=3 (2) SMP=4 MEM=1G'
+	@echo '               IOMMU=0 (1: an SMMUv3, and a PCI disk behind it: the first VM has it, or Linux as host)'
 	@echo '  the host     HOST=shim (or linux) LOG=info (off, error, warn, debug, trace) ARGS="..."'
 	@echo '  the guests   GUEST=linux (demo, or the path of an arm64 Image or raw binary for QEMU virt) INITRD=path DISK=file'
 	@echo '               CMDLINE="..." VCPUS=1 GUEST_MEM=256M VMS=1 LOCK=1 (0: mapped on demand) NONCOHERENT=0 (1)'
@@ -53,7 +55,7 @@ build: setup ## the EL2 image with the host inside: build/ravelin.img
 run: build ## boot Linux in a VM on the emulator, to a shell; its poweroff ends the run
 	@$(RAVELIN) run --board $(BOARD) --host $(HOST) --smp $(SMP) --cpu $(CPU) --gic $(GIC) --memory $(MEM) --log $(LOG) \
 		--arguments '$(ARGS)' --guest '$(GUEST)' $(if $(INITRD),--initrd '$(INITRD)') $(if $(DISK),--disk '$(DISK)') --cmdline '$(CMDLINE)' --vcpus $(VCPUS) \
-		--guest-memory $(GUEST_MEM) --vms $(VMS) --lock $(LOCK) --noncoherent $(NONCOHERENT) --protected $(PROTECTED)
+		--guest-memory $(GUEST_MEM) --vms $(VMS) --lock $(LOCK) --noncoherent $(NONCOHERENT) --protected $(PROTECTED) --iommu $(IOMMU)
 
 build-x86: setup ## the x86 hypervisor's disk image: build/ravelin-x86.img
 	@scripts/setup-x86.sh

@@ -2,13 +2,21 @@
 
 use crate::emulate::{self, LINUX_ARGUMENTS};
 use crate::machine::{Board, Clock, Entry, Gic, Machine, QEMU, Software};
+use crate::payload::{self, Payloads};
+use crate::verdict;
 use crate::{device_tree, files, fit, machine, process};
-use crate::{payload, verdict};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+
+/// Bytes of the disk of a machine with an IOMMU that was given none.
+const SCRATCH_DISK: u64 = 64 << 20;
+/// Its device number.
+const PCI_DISK: u8 = 1;
+/// Most queues of that disk.
+const MOST_QUEUES: u32 = 4;
 
 /// What runs at EL1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -42,6 +50,9 @@ pub struct Settings {
     /// RAM, such as 512M or 2G (raspi4b: always 2G)
     #[arg(long, default_value = "1G")]
     memory: String,
+    /// 1: an IOMMU before the PCI devices, and a disk behind it (virt only)
+    #[arg(long, default_value_t = 0)]
+    iommu: u8,
     /// What EL2 says: off, error, warn, info, debug, trace
     #[arg(long, default_value = "info")]
     log: String,
@@ -95,9 +106,7 @@ pub fn run(settings: &Settings) -> Result<ExitCode> {
     let machine = emulated(settings)?;
     let software = software(settings, &machine)?;
     let mut args = with_monitor(machine.args(&software));
-    if let Some(disk) = &settings.guests.disk {
-        args.extend(disk_args(&machine, disk)?);
-    }
+    args.extend(disk_args(&machine, settings.guests.disk.as_deref())?);
     // Our own host's console has Ctrl-A for itself.
     let escape = if settings.host == Host::Shim {
         args.extend(["-echr", "0x14"].map(str::to_owned));
@@ -158,13 +167,28 @@ fn ended_well(last: &str) -> bool {
     matches!(verdict::closing_line(last), Some((1.., 0)))
 }
 
-/// A virtio disk of the machine, whose bytes are the file's.
-fn disk_args(machine: &Machine, disk: &Path) -> Result<Vec<String>> {
+/// A virtio disk of the machine, whose bytes are the file's. Behind an IOMMU it is a PCI device, and there is always one.
+fn disk_args(machine: &Machine, disk: Option<&Path>) -> Result<Vec<String>> {
+    let scratch = files::build("work/disk.img");
+    let disk = match disk {
+        None if !machine.iommu => return Ok(Vec::new()),
+        None => {
+            if !scratch.exists() {
+                files::write_zeros(&scratch, SCRATCH_DISK)?;
+            }
+            &scratch
+        }
+        Some(disk) => disk,
+    };
     ensure!(
         machine.board == Board::Virt,
         "DISK needs BOARD=virt: the other one has no virtio devices"
     );
     ensure!(disk.is_file(), "DISK={} is no file", disk.display());
+    if machine.iommu {
+        let queues = machine.cpus.min(MOST_QUEUES);
+        return Ok(machine::pci_disk_args(&[(PCI_DISK, disk)], queues));
+    }
     Ok(machine::disk_args(disk))
 }
 
@@ -179,7 +203,9 @@ fn with_monitor(args: Vec<String>) -> Vec<String> {
 }
 
 fn emulated(settings: &Settings) -> Result<Machine> {
+    ensure!(settings.iommu < 2, "IOMMU is 0 or 1");
     if settings.board == Board::Raspi4b {
+        ensure!(settings.iommu == 0, "IOMMU needs BOARD=virt");
         return Ok(Machine::raspi4b());
     }
     ensure!(
@@ -199,7 +225,7 @@ fn emulated(settings: &Settings) -> Result<Machine> {
             Entry::El2
         },
         clock: Clock::Real,
-        iommu: false,
+        iommu: settings.iommu == 1,
     })
 }
 
@@ -227,7 +253,7 @@ fn software(settings: &Settings, machine: &Machine) -> Result<Software> {
     let software = match settings.host {
         Host::Shim => shim(settings)?,
         Host::Linux => {
-            let payloads = payload::prepare()?;
+            let payloads = linux_payloads(settings)?;
             let dtb = emulate::linux_tree(machine, &payloads);
             Software {
                 kernel: emulate::ravelin_image(),
@@ -237,7 +263,7 @@ fn software(settings: &Settings, machine: &Machine) -> Result<Software> {
             }
         }
         Host::Bare => {
-            let payloads = payload::prepare()?;
+            let payloads = linux_payloads(settings)?;
             let dtb = emulate::linux_tree(machine, &payloads);
             return Ok(Software {
                 kernel: payloads.linux,
@@ -255,6 +281,15 @@ fn software(settings: &Settings, machine: &Machine) -> Result<Software> {
     with_log_level(software, machine, &settings.log)
 }
 
+/// With a file system where there is a disk for it.
+fn linux_payloads(settings: &Settings) -> Result<Payloads> {
+    let payloads = payload::prepare()?;
+    if settings.iommu == 1 {
+        return payloads.with_file_system(&files::build("work"));
+    }
+    Ok(payloads)
+}
+
 /// Our own host: with guests, unless it is asked for scenarios.
 fn shim(settings: &Settings) -> Result<Software> {
     let guests = &settings.guests;
@@ -267,13 +302,14 @@ fn shim(settings: &Settings) -> Result<Software> {
         return Ok(software);
     }
     let fit = files::build("work/run.fit");
-    files::write(&fit, &guests_fit(guests)?)?;
+    files::write(&fit, &guests_fit(settings)?)?;
     software.initrd = Some(fit);
     Ok(software)
 }
 
-/// The FIT of `vms` equal guests.
-fn guests_fit(settings: &GuestSettings) -> Result<Vec<u8>> {
+/// The FIT of `vms` equal guests; a disk is the first one's.
+fn guests_fit(all: &Settings) -> Result<Vec<u8>> {
+    let settings = &all.guests;
     ensure!(
         (1..=8).contains(&settings.vcpus),
         "VCPUS={} is out of range: 1 to 8",
@@ -288,9 +324,13 @@ fn guests_fit(settings: &GuestSettings) -> Result<Vec<u8>> {
         settings.lock < 2 && settings.noncoherent < 2 && settings.protected < 2,
         "LOCK, NONCOHERENT and PROTECTED are 0 or 1"
     );
+    ensure!(
+        all.iommu == 0 || (settings.lock == 1 && settings.protected == 0),
+        "IOMMU=1 gives VM 1 a PCI disk, for which its memory must be locked and not protected"
+    );
     let is_linux = settings.guest == "linux";
     let (kernel, own_ramdisk) = if is_linux {
-        let payloads = payload::prepare()?;
+        let payloads = linux_payloads(all)?;
         (payloads.linux, Some(payloads.initramfs))
     } else {
         (PathBuf::from(&settings.guest), None)
@@ -319,8 +359,12 @@ fn guests_fit(settings: &GuestSettings) -> Result<Vec<u8>> {
         disk: fit::Disk::None,
     };
     let mut guests = vec![guest; settings.vms];
-    if let (Some(first), Some(_)) = (guests.first_mut(), &settings.disk) {
-        first.disk = fit::Disk::Machine;
+    if let Some(first) = guests.first_mut() {
+        first.disk = match settings.disk {
+            _ if all.iommu == 1 => fit::Disk::Functions(&["00:01.0"]),
+            Some(_) => fit::Disk::Machine,
+            None => fit::Disk::None,
+        };
     }
     fit::guests(&guests)
 }
