@@ -84,9 +84,9 @@ impl Memslots {
     /// [`Error::SlotExists`], [`Error::Overlap`] with the slot that is in the way, or
     /// [`Error::OutOfMemory`].
     pub fn with(&self, slot: Memslot) -> Result<Self, Error> {
-        if self.get(slot.id).is_some() {
+        let Err(id_at) = self.id_position(slot.id) else {
             return Err(Error::SlotExists(slot.id));
-        }
+        };
         if let Some(other) = self.overlapping(slot.range) {
             return Err(Error::Overlap(other.id));
         }
@@ -97,7 +97,11 @@ impl Memslots {
         slots.extend_from_slice(self.slots.get(..at).unwrap_or_default());
         slots.push(slot);
         slots.extend_from_slice(self.slots.get(at..).unwrap_or_default());
-        self.successor(slots)
+        let at = u16::try_from(at).map_err(|_| Error::OutOfMemory)?;
+        let moved = |&old: &u16| old + u16::from(old >= at);
+        let (before, behind) = self.by_id.split_at_checked(id_at).unwrap_or_default();
+        let by_id = before.iter().map(moved).chain([at]);
+        self.successor(slots, by_id.chain(behind.iter().map(moved)))
     }
 
     /// A new collection without slot `id`.
@@ -105,12 +109,12 @@ impl Memslots {
     /// # Errors
     /// [`Error::NoSuchSlot`] or [`Error::OutOfMemory`].
     pub fn without(&self, id: SlotId) -> Result<Self, Error> {
-        if self.get(id).is_none() {
-            return Err(Error::NoSuchSlot(id));
-        }
+        let at = self.id_position(id).ok().and_then(|at| self.by_id.get(at));
+        let &at = at.ok_or(Error::NoSuchSlot(id))?;
         let mut slots = Self::vec_of(self.slots.len())?;
         slots.extend(self.slots.iter().filter(|s| s.id != id));
-        self.successor(slots)
+        let others = self.by_id.iter().filter(|&&old| old != at);
+        self.successor(slots, others.map(|&old| old - u16::from(old > at)))
     }
 
     /// A new collection in which the slot with `slot`'s number is replaced by `slot`.
@@ -155,16 +159,22 @@ impl Memslots {
         Ok(v)
     }
 
-    /// Indexes `slots`, which are sorted and do not overlap.
-    fn successor(&self, slots: Vec<Memslot>) -> Result<Self, Error> {
-        let count = u16::try_from(slots.len()).map_err(|_| Error::OutOfMemory)?;
+    /// The collection of `slots`, which are sorted and do not overlap, with their positions in the
+    /// order of their numbers.
+    fn successor(
+        &self,
+        slots: Vec<Memslot>,
+        order: impl Iterator<Item = u16>,
+    ) -> Result<Self, Error> {
+        if slots.len() > usize::from(u16::MAX) {
+            return Err(Error::OutOfMemory);
+        }
         let mut starts = Vec::new();
         starts.try_reserve_exact(slots.len())?;
         starts.extend(slots.iter().map(|s| s.range.start().get()));
         let mut by_id = Vec::new();
         by_id.try_reserve_exact(slots.len())?;
-        by_id.extend(0..count);
-        by_id.sort_unstable_by_key(|&at| slots.get(usize::from(at)).map(|s| s.id));
+        by_id.extend(order);
         Ok(Self {
             starts,
             slots,
@@ -290,12 +300,23 @@ mod tests {
     proptest! {
         #[test]
         fn look_ups_agree_with_a_linear_search(
-            raw in prop::collection::vec((0u16..64, 0u64..256, 1u64..16), 0..48),
+            // A length of 0 removes the slot.
+            raw in prop::collection::vec((0u16..64, 0u64..256, 0u64..16), 0..96),
             probes in prop::collection::vec(0u64..300, 32),
         ) {
             let mut fast = Memslots::new();
             let mut naive: Vec<Memslot> = Vec::new();
             for (id, base, n) in raw {
+                if n == 0 {
+                    let known = naive.iter().position(|o| o.id.0 == id);
+                    let next = fast.without(SlotId(id));
+                    prop_assert_eq!(next.is_ok(), known.is_some());
+                    if let (Ok(next), Some(known)) = (next, known) {
+                        naive.remove(known);
+                        fast = next;
+                    }
+                    continue;
+                }
                 let s = slot(id, base, n);
                 let free = naive.iter().all(|o| {
                     o.id != s.id
