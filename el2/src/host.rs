@@ -9,14 +9,14 @@ use stage2::Importer;
 
 use crate::arch::frames::FramePool;
 use crate::arch::host_regs::{self, Stage2Regs};
-use crate::arch::host_tables::HostTables;
+use crate::arch::tables::Tables;
 use crate::arch::tlb::Tagged;
 use crate::hypervisor::Hypervisor;
 
 /// The host's address space and the register values that select it.
 #[derive(Debug)]
 pub(crate) struct HostMemory {
-    map: HostMap<HostTables>,
+    map: HostMap<Tables>,
     registers: Stage2Regs,
     output_bits: u8,
 }
@@ -36,7 +36,7 @@ impl HostMemory {
         host_regs::select(Stage2Regs { vtcr, vttbr: 0 });
         let map = HostMap::new(
             format,
-            HostTables::new(pool, features, vtcr),
+            Tables::new(pool, None, features, vtcr),
             Tagged,
             memory.clone(),
             el2,
@@ -95,12 +95,12 @@ impl HostMemory {
     }
 
     /// The map, for changes of ownership.
-    pub(crate) fn map(&self) -> &HostMap<HostTables> {
+    pub(crate) fn map(&self) -> &HostMap<Tables> {
         &self.map
     }
 
     /// Pages that are tables now.
     pub(crate) fn tables_in_use(&self) -> u64 {
-        self.map.platform(HostTables::in_use)
+        self.map.platform(Tables::in_use)
     }
 }

@@ -11,9 +11,8 @@ use el2::vm_error::Refusal;
 use memslot::pending::Work;
 use stage2::{ArmStage2, Stage2};
 
-use crate::arch::guest_tables::GuestTables;
-use crate::arch::host_tables::HostTables;
 use crate::arch::mem;
+use crate::arch::tables::Tables;
 use crate::hypervisor::Hypervisor;
 use crate::vm::Vm;
 
@@ -45,7 +44,7 @@ impl Vm {
     pub(crate) fn pages<'a>(
         &'a self,
         hypervisor: &'a Hypervisor,
-    ) -> GuestPages<'a, 'static, Stage2<ArmStage2, GuestTables>, HostMap<HostTables>, Pages> {
+    ) -> GuestPages<'a, 'static, Stage2<ArmStage2, Tables>, HostMap<Tables>, Pages> {
         GuestPages {
             memory: &self.memory,
             ownership: &hypervisor.ownership,

@@ -37,9 +37,9 @@ use stage2::{
 };
 
 use crate::arch::frames::FramePool;
-use crate::arch::guest_tables::GuestTables;
 use crate::arch::host_regs::Stage2Regs;
 use crate::arch::owned::{Owned, Place};
+use crate::arch::tables::{Tables, Upkeep};
 use crate::arch::tlb::Tagged;
 use crate::arch::world::VmWorld;
 use crate::arch::{mem, regs};
@@ -80,7 +80,7 @@ pub(crate) struct Vm {
     pub(crate) features: Features,
     pub(crate) devices: Devices,
     pub(crate) world: VmWorld,
-    pub(crate) memory: VmMemory<'static, GuestTables>,
+    pub(crate) memory: VmMemory<'static, Tables>,
     /// What the guest's identification registers read as.
     pub(crate) ids: GuestIds,
     pub(crate) power: Power,
@@ -396,10 +396,13 @@ impl Vm {
         let format = format(features)?;
         let vtcr = host_map::vtcr(&format, features.vmid16);
         let vmid = u16::from(index) + 1;
-        let tables = GuestTables::new(
+        let tables = Tables::new(
             &borrowed.pool,
-            &borrowed.counters,
-            hypervisor.ownership.pages().memory(),
+            Some(Upkeep {
+                ram: hypervisor.ownership.pages().memory(),
+                features: &hypervisor.features,
+                counters: &borrowed.counters,
+            }),
             &hypervisor.features,
             vtcr,
         );

@@ -1,5 +1,10 @@
-//! What a guest's stage 2 needs of the machine: tables from the pages that the host donated to the
-//! VM, TLB invalidation for its VMID, cache maintenance of its memory.
+//! What a stage 2 needs of the machine: tables from a pool, TLB invalidation for its VMID, and for
+//! a guest's cache maintenance of its memory. One type for both, so that the page-table code is in
+//! the image once.
+//!
+//! The host's has no cache maintenance, because its mappings are the identity and its memory types
+//! are its own: a leaf that comes or goes changes neither the data's address nor how the host
+//! caches it. Pages that change their owner are maintained by whoever moves them.
 
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -18,37 +23,58 @@ use super::frames::FramePool;
 use super::mem;
 use super::tlb::{self, Tagged, TlbOps};
 
-/// The machine underneath one guest's stage 2.
+/// The machine underneath a stage 2.
 #[derive(Debug)]
-pub(crate) struct GuestTables {
+pub(crate) struct Tables {
     pool: &'static FramePool,
     in_use: AtomicU64,
     tlb: ArmTlb<TlbOps>,
-    memory: &'static RangeList<MAX_MEMORY>,
-    features: &'static Features,
-    counters: &'static VmCounters,
+    guest: Option<Upkeep>,
 }
 
-impl GuestTables {
-    /// Tables from `pool`; cache maintenance only inside `memory`, counted in `counters`.
+/// What only a guest's has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Upkeep {
+    /// Cache maintenance only inside it.
+    pub(crate) ram: &'static RangeList<MAX_MEMORY>,
+    /// Whether the cores need it.
+    pub(crate) features: &'static Features,
+    /// Where it is counted.
+    pub(crate) counters: &'static VmCounters,
+}
+
+impl Upkeep {
+    /// The range, if it is RAM: devices have no lines to maintain, and EL2 does not map them.
+    fn in_ram(&self, range: PaRange) -> Option<board::AddrRange> {
+        let (start, end) = (range.start().get(), range.end().get());
+        let ram = self.ram.find(start)?;
+        board::AddrRange::new(start, end.min(ram.end()))
+    }
+}
+
+impl Tables {
+    /// Tables from `pool`, for cores with `features`; of the host, or of a guest.
     pub(crate) fn new(
         pool: &'static FramePool,
-        counters: &'static VmCounters,
-        memory: &'static RangeList<MAX_MEMORY>,
-        features: &'static Features,
+        guest: Option<Upkeep>,
+        features: &Features,
         vtcr: u64,
     ) -> Self {
         Self {
             pool,
             in_use: AtomicU64::new(0),
             tlb: tlb::invalidation(features, vtcr),
-            memory,
-            features,
-            counters,
+            guest,
         }
     }
 
-    /// Makes the guest's root known to the TLB instructions.
+    fn count_zap(&self) {
+        if let Some(guest) = &self.guest {
+            guest.counters.count(VmCounter::Zaps);
+        }
+    }
+
+    /// Makes the root known to the TLB instructions.
     pub(crate) fn set_root(&self, vttbr: u64) {
         self.tlb.ops().set_root(vttbr);
     }
@@ -70,18 +96,11 @@ impl GuestTables {
         unsafe { self.pool.free(table.pa().get(), size) };
         self.in_use.fetch_sub(size >> 12, Ordering::Relaxed);
     }
-
-    /// The range, if it is RAM: devices have no lines to maintain, and EL2 does not map them.
-    fn ram(&self, range: PaRange) -> Option<board::AddrRange> {
-        let (start, end) = (range.start().get(), range.end().get());
-        let ram = self.memory.find(start)?;
-        board::AddrRange::new(start, end.min(ram.end()))
-    }
 }
 
 // SAFETY: the pool hands out each page once, page-aligned (roots: aligned to their size), mapped
 // at its own address for as long as EL2 runs.
-unsafe impl TableMemory for GuestTables {
+unsafe impl TableMemory for Tables {
     fn alloc_table(&self) -> Option<Pa> {
         self.take(board::PAGE_SIZE)
     }
@@ -100,22 +119,22 @@ unsafe impl TableMemory for GuestTables {
 
     fn table_ptr(&self, table: Pa) -> NonNull<AtomicEntry> {
         let pointer = core::ptr::with_exposed_provenance_mut(table.get() as usize);
-        // SAFETY: a table is in donated RAM, which EL2 does not use at address 0: `Place` and the
-        // pool refuse null.
+        // SAFETY: a table is in EL2's memory or in donated RAM, which EL2 does not use at address
+        // 0: the pool refuses null.
         unsafe { NonNull::new_unchecked(pointer) }
     }
 }
 
-impl TlbInvalidate for GuestTables {
+impl TlbInvalidate for Tables {
     type Context = Tagged;
 
     fn invalidate_range(&self, context: Tagged, range: IpaRange, level: Option<Level>) {
-        self.counters.count(VmCounter::Zaps);
+        self.count_zap();
         self.tlb.invalidate_range(context, range, level);
     }
 
     fn invalidate_all(&self, context: Tagged) {
-        self.counters.count(VmCounter::Zaps);
+        self.count_zap();
         self.tlb.invalidate_all(context);
     }
 
@@ -124,20 +143,26 @@ impl TlbInvalidate for GuestTables {
     }
 }
 
-impl CacheMaintenance for GuestTables {
+impl CacheMaintenance for Tables {
     fn clean_invalidate_data(&self, range: PaRange) {
-        let Some(ram) = self.ram(range) else { return };
+        let Some(guest) = &self.guest else { return };
+        let Some(ram) = guest.in_ram(range) else {
+            return;
+        };
         mem::clean_invalidate_to_poc(ram);
-        let lines = ram.size().div_ceil(u64::from(self.features.dcache_line));
-        self.counters.add(VmCounter::LinesFlushed, lines);
+        let lines = ram.size().div_ceil(u64::from(guest.features.dcache_line));
+        guest.counters.add(VmCounter::LinesFlushed, lines);
     }
 
     fn invalidate_fetch(&self, range: PaRange) {
-        let Some(ram) = self.ram(range) else { return };
-        if !self.features.idc {
+        let Some(guest) = &self.guest else { return };
+        let Some(ram) = guest.in_ram(range) else {
+            return;
+        };
+        if !guest.features.idc {
             mem::clean_to_pou(ram);
         }
-        if !self.features.dic {
+        if !guest.features.dic {
             mem::invalidate_icache();
         }
     }
