@@ -1,16 +1,15 @@
 //! The cores: their data, parking, starting the others, and going down to EL1.
 
-use core::arch::asm;
-use core::mem::offset_of;
+use core::mem::{MaybeUninit, offset_of};
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
 
-use aarch64_cpu::registers::{ELR_EL2, SPSR_EL2, TPIDR_EL2};
+use aarch64_cpu::registers::{ELR_EL2, TPIDR_EL2};
 use aarch64_cpu::registers::{Readable, Writeable};
 use board::MAX_CPUS;
 use el2::psci::{PowerSlot, StartOrder};
 
 use super::mmu::Settings;
-use super::{mem, regs};
+use super::{instructions, mem, regs};
 
 /// SPSR_EL2 for a core that starts at EL1: EL1h, D, A, I and F masked.
 const EL1H_MASKED: u64 = 0b00101 | 0xf << 6;
@@ -46,7 +45,7 @@ impl CpuData {
     /// A core that has not come up: number and affinity `id`, in its block. Once per core, at boot.
     pub(crate) fn create(block: &el2::layout::CpuBlock, id: (u64, u64)) -> &'static Self {
         let address = block.data.start() as usize;
-        let pointer = core::ptr::with_exposed_provenance_mut::<Self>(address);
+        let pointer = core::ptr::with_exposed_provenance_mut::<MaybeUninit<Self>>(address);
         let data = Self {
             stack_top: block.stack.end(),
             emergency_top: block.emergency.end(),
@@ -59,9 +58,7 @@ impl CpuData {
             timer_active: AtomicBool::new(false),
         };
         // SAFETY: the block is EL2's, mapped, this core's alone; a page is large enough (asserted).
-        unsafe { pointer.write(data) };
-        // SAFETY: initialised just now; only shared references exist from here on.
-        unsafe { &*pointer }
+        unsafe { &mut *pointer }.write(data)
     }
 
     /// Makes this core use the data.
@@ -97,13 +94,12 @@ pub(crate) fn this_cpu() -> Option<&'static CpuData> {
 unsafe extern "C" {
     fn enter_el1(stack_top: u64, context: u64) -> !;
     fn switch_stack(top: u64, to: extern "C" fn(*mut ()) -> !, argument: *mut ()) -> !;
-    fn jump_placed(entry: u64, argument: u64, ticks: u64, size: u64) -> !;
 }
 
 /// Leaves EL2's stack empty and enters the host on this core.
 pub(crate) fn enter_host(cpu: &CpuData, order: StartOrder) -> ! {
     ELR_EL2.set(order.entry);
-    SPSR_EL2.set(EL1H_MASKED);
+    regs::return_as(EL1H_MASKED);
     // SAFETY: nothing on the stack is needed again; the host runs behind its stage 2, and what it
     // enters with are ELR, SPSR and x0 as set here.
     unsafe { enter_el1(cpu.stack_top, order.context) }
@@ -130,16 +126,6 @@ pub(crate) fn continue_with<T>(
     // SAFETY: this core's own stack is mapped and empty; the frame with the continuation is on the
     // boot stack, which nobody uses again.
     unsafe { switch_stack(cpu.stack_top, run::<T>, pointer) }
-}
-
-/// Enters the copy of the image at its entry for placed images.
-///
-/// # Safety
-///
-/// The copy is complete, at the point of coherency, and not stale in the instruction cache.
-pub(crate) unsafe fn enter_placed(entry: u64, argument: u64, ticks: u64, size: u64) -> ! {
-    // SAFETY: the caller's promise.
-    unsafe { jump_placed(entry, argument, ticks, size) }
 }
 
 /// What the entry code of secondary cores reads with their MMU off. The layout is entry.S's.
@@ -193,14 +179,14 @@ pub(crate) fn publish_secondary_boot(settings: Settings, cpus: &[&'static CpuDat
 
 /// Wakes all cores that wait in [`wait_for_event`].
 pub(crate) fn send_event() {
-    // SAFETY: a barrier, so that the woken see what was stored before, and a hint.
-    unsafe { asm!("dsb ish", "sev", options(nostack, preserves_flags)) };
+    // The woken see what was stored before.
+    instructions::dsb_ish();
+    instructions::sev();
 }
 
 /// Waits for an event; may return without one.
 pub(crate) fn wait_for_event() {
-    // SAFETY: a hint.
-    unsafe { asm!("wfe", options(nostack, preserves_flags)) };
+    instructions::wfe();
 }
 
 /// Waits until an interrupt is pending for this core, without taking it.
@@ -210,25 +196,24 @@ pub(crate) fn wait_for_event() {
 pub(crate) fn wait_for_interrupt() {
     const IMO_FMO: u64 = 1 << 4 | 1 << 3;
     let hcr = regs::mrs!("hcr_el2");
-    // SAFETY: routes interrupts to EL2, which masks them.
-    unsafe { regs::msr!("hcr_el2", hcr | IMO_FMO) };
-    // SAFETY: barriers and a hint.
-    unsafe { asm!("isb", "dsb sy", "wfi", options(nostack, preserves_flags)) };
-    // SAFETY: restores what was there.
-    unsafe { regs::msr!("hcr_el2", hcr) };
+    regs::set_hcr(hcr | IMO_FMO);
+    instructions::isb();
+    instructions::dsb_sy();
+    instructions::wfi();
+    regs::set_hcr(hcr);
 }
 
 /// Waits for an interrupt in the place of a guest that is loaded: with its HCR_EL2, interrupts
 /// target EL2, which masks them.
 pub(crate) fn wait_as_guest() {
-    // SAFETY: a barrier and a hint.
-    unsafe { asm!("dsb sy", "wfi", options(nostack, preserves_flags)) };
+    instructions::dsb_sy();
+    instructions::wfi();
 }
 
 /// Stops this core for ever.
 pub(crate) fn halt() -> ! {
     loop {
-        // SAFETY: masks everything and waits.
-        unsafe { asm!("msr daifset, #0xf", "wfi", options(nostack)) };
+        instructions::mask_exceptions();
+        instructions::wfi();
     }
 }

@@ -6,19 +6,19 @@ use core::sync::atomic::AtomicU64;
 
 use board::{AddrRange, PAGE_SIZE};
 use buddy_system_allocator::Heap;
-use spin::{Mutex, Once};
+use spin::Mutex;
 
-static EL2_POOL: Once<FramePool> = Once::new();
+static EL2_POOL: FramePool = FramePool::empty();
 
-/// EL2's own pool, over the part of its memory that boot left for it, and the heap's first piece of
-/// it: later the host's tables may have taken everything. Only boot calls this, once.
+/// Gives EL2's own pool the part of its memory that boot left for it, and the heap its first piece
+/// of it: later the host's tables may have taken everything. Only boot calls this, once.
 pub(crate) fn create_el2_pool(range: AddrRange) -> &'static FramePool {
     // SAFETY: the rest of the pool that EL2's own map left: mapped, unused.
-    let pool = EL2_POOL.call_once(|| unsafe { FramePool::new(range) });
+    unsafe { EL2_POOL.add(range) };
     if !HEAP.grow(FIRST) {
         log::error!("EL2's pool is too small for a heap: VMs can't be created");
     }
-    pool
+    &EL2_POOL
 }
 
 /// EL2's heap: bookkeeping of VMs, never tables. It may run out; who allocates then gets an error.
@@ -37,14 +37,11 @@ const STEP: u64 = 4 * PAGE_SIZE;
 impl El2Heap {
     /// Takes a piece of EL2's pool that can hold `size` bytes; says whether there was one.
     fn grow(&self, size: usize) -> bool {
-        let Some(pool) = EL2_POOL.get() else {
-            return false;
-        };
         let size = (size as u64).next_power_of_two().max(STEP);
-        if pool.free_bytes() < RESERVE + size {
+        if EL2_POOL.free_bytes() < RESERVE + size {
             return false;
         }
-        let Some(start) = pool.alloc(size) else {
+        let Some(start) = EL2_POOL.alloc(size) else {
             return false;
         };
         let end = start + size;
@@ -82,9 +79,7 @@ pub(crate) fn shared_word(address: u64) -> &'static AtomicU64 {
 
 /// Adds pages that were just donated to EL2 to its own pool, for good.
 pub(crate) fn add_to_el2_pool(range: AddrRange) {
-    if let Some(pool) = EL2_POOL.get() {
-        pool.add_donated(range);
-    }
+    EL2_POOL.add_donated(range);
 }
 
 /// A naturally aligned piece of `size` bytes, a power of two; `None` for other sizes.
@@ -105,30 +100,24 @@ impl core::fmt::Debug for FramePool {
 }
 
 impl FramePool {
-    /// A pool over `range`.
-    ///
-    /// # Safety
-    ///
-    /// `range` is page-aligned, mapped, part of EL2's memory, and used by nothing else.
-    pub(crate) unsafe fn new(range: AddrRange) -> Self {
-        let mut heap = Heap::empty();
-        // SAFETY: the caller's promise.
-        unsafe { heap.add_to_heap(range.start() as usize, range.end() as usize) };
+    /// A pool that has nothing yet.
+    const fn empty() -> Self {
         Self {
-            heap: Mutex::new(heap),
+            heap: Mutex::new(Heap::empty()),
         }
     }
 
     /// A pool over memory that was just donated to a VM.
     pub(crate) fn over_donated(range: AddrRange) -> Self {
-        // SAFETY: EL2's since the donation, page-aligned, mapped like all RAM; the caller hands it
-        // to nobody else.
-        unsafe { Self::new(range) }
+        let pool = Self::empty();
+        pool.add_donated(range);
+        pool
     }
 
     /// Adds memory that was just donated to the VM whose pool this is.
     pub(crate) fn add_donated(&self, range: AddrRange) {
-        // SAFETY: as in `over_donated`.
+        // SAFETY: EL2's since the donation, page-aligned, mapped like all RAM; the caller hands it
+        // to nobody else.
         unsafe { self.add(range) };
     }
 
@@ -136,7 +125,7 @@ impl FramePool {
     ///
     /// # Safety
     ///
-    /// As [`Self::new`].
+    /// `range` is page-aligned, mapped, part of EL2's memory, and used by nothing else.
     unsafe fn add(&self, range: AddrRange) {
         let (start, end) = (range.start() as usize, range.end() as usize);
         // SAFETY: the caller's promise.

@@ -9,6 +9,7 @@ use board::{AddrRange, Gic};
 use el2::vgic::{CpuInterface, GicVersion};
 
 use super::cpu::CpuData;
+use super::instructions::isb;
 use super::mmio::Mmio;
 use super::regs::{mrs, msr};
 
@@ -83,11 +84,6 @@ const SRE_GUEST: u64 = 0x7;
 /// Bits of an INTID in GICC_HPPIR.
 const INTID_V2: u32 = 0x3ff;
 
-fn isb() {
-    // SAFETY: a barrier.
-    unsafe { core::arch::asm!("isb", options(nostack, preserves_flags)) };
-}
-
 /// Does something with each of the first `$used` list registers ICH_LR<n>_EL2 and its value in memory.
 /// Their numbers are in the instruction, so this is a sequence, which ends early.
 macro_rules! each_list {
@@ -124,14 +120,6 @@ macro_rules! priority_registers {
             (_, 2) => $do!("s3_4_c12_c9_2"),
             (_, _) => $do!("s3_4_c12_c9_3"),
         }
-    };
-}
-
-/// Writes a register of the virtual CPU interface.
-macro_rules! set {
-    ($name:literal, $value:expr) => {
-        // SAFETY: governs what EL1 gets from the virtual interface; EL2 masks its interrupts.
-        unsafe { msr!($name, $value) }
     };
 }
 
@@ -316,7 +304,7 @@ impl PhysicalGic {
                 let cluster = (affinity >> 8 & 0xff) << 16
                     | (affinity >> 16 & 0xff) << 32
                     | (affinity >> 32 & 0xff) << 48;
-                set!(
+                msr!(
                     "s3_0_c12_c11_5", // ICC_SGI1R_EL1
                     u64::from(KICK_SGI) << 24 | cluster | range | list
                 );
@@ -455,13 +443,13 @@ impl V3 {
     fn load(&self, interface: &CpuInterface) {
         // ICC_SRE_EL1 is not virtualised: the guest's accesses trap (Enable clear), so that it can't
         // take the system registers away from the host.
-        set!("s3_4_c12_c9_5", SRE_GUEST); // ICC_SRE_EL2
-        set!("s3_4_c12_c11_7", u64::from(interface.vmcr)); // ICH_VMCR_EL2
+        msr!("s3_4_c12_c9_5", SRE_GUEST); // ICC_SRE_EL2
+        msr!("s3_4_c12_c11_7", u64::from(interface.vmcr)); // ICH_VMCR_EL2
         for (group, values) in interface.active_priorities.iter().enumerate() {
             for (n, value) in values.iter().enumerate().take(self.priorities.into()) {
                 macro_rules! write {
                     ($name:literal) => {
-                        set!($name, u64::from(*value))
+                        msr!($name, u64::from(*value))
                     };
                 }
                 priority_registers!(write, group, n);
@@ -470,7 +458,7 @@ impl V3 {
     }
 
     fn unload(&self, interface: &mut CpuInterface) {
-        set!("s3_4_c12_c9_5", super::host_regs::SRE_HOST);
+        msr!("s3_4_c12_c9_5", super::host_regs::SRE_HOST);
         interface.vmcr = mrs!("s3_4_c12_c11_7") as u32;
         for (group, values) in interface.active_priorities.iter_mut().enumerate() {
             for (n, value) in values.iter_mut().enumerate().take(self.priorities.into()) {
@@ -486,18 +474,18 @@ impl V3 {
 }
 
 fn enter_lists(interface: &CpuInterface) {
-    each_list!(interface, set);
-    set!("s3_4_c12_c11_0", u64::from(interface.hcr)); // ICH_HCR_EL2
+    each_list!(interface, msr);
+    msr!("s3_4_c12_c11_0", u64::from(interface.hcr)); // ICH_HCR_EL2
 }
 
 fn leave_lists(interface: &mut CpuInterface) {
     macro_rules! take {
         ($name:literal, $value:expr) => {
             $value = mrs!($name);
-            set!($name, 0);
+            msr!($name, 0);
         };
     }
     interface.hcr = mrs!("s3_4_c12_c11_0") as u32;
-    set!("s3_4_c12_c11_0", 0);
+    msr!("s3_4_c12_c11_0", 0);
     each_list!(interface, take);
 }

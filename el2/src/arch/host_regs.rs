@@ -1,27 +1,13 @@
 //! The registers of EL2 that decide what the host can do, and those of EL1 it starts with.
 //!
 //! The host keeps all of the machine: nothing is trapped but SMC (HCR_EL2.TSC) and what stage 2
-//! refuses. Registers whose reset value is unknown are all written. Source: Arm ARM D24.2.
+//! refuses. Registers whose reset value is unknown are all written. Source: Arm ARM D24.2. The host
+//! does not run on this core meanwhile.
 
 use el2::features::Features;
 
-use super::regs::{mrs, msr};
-
-/// Writes a register that says what EL1 sees or may do.
-///
-/// Safe to use with the registers of this module only: EL2 runs on its own stage 1, without VHE,
-/// so none of them changes what EL2's own code does; the host does not run on this core meanwhile.
-macro_rules! set {
-    ($name:literal, $value:expr) => {
-        // SAFETY: see above: the register only governs EL1 and EL0.
-        unsafe { msr!($name, $value) }
-    };
-}
-
-fn synchronise() {
-    // SAFETY: a barrier.
-    unsafe { core::arch::asm!("isb", options(nostack, preserves_flags)) };
-}
+use super::instructions::{self, isb};
+use super::regs::{self, mrs, msr};
 
 /// HCR_EL2.VM: stage 2 on.
 const VM: u64 = 1;
@@ -51,9 +37,9 @@ pub(crate) struct Stage2Regs {
 /// Makes a stage 2 the current one without putting it in force (HCR_EL2.VM is clear on this core
 /// until [`configure`]): TLB maintenance is for its VMID.
 pub(crate) fn select(stage2: Stage2Regs) {
-    set!("vtcr_el2", stage2.vtcr);
-    set!("vttbr_el2", stage2.vttbr);
-    synchronise();
+    msr!("vtcr_el2", stage2.vtcr);
+    msr!("vttbr_el2", stage2.vttbr);
+    isb();
 }
 
 /// Configures this core for the host, its stage 2 on.
@@ -64,20 +50,15 @@ pub(crate) fn configure(features: &Features, stage2: Stage2Regs) {
     start_state();
     let tags = if features.mte { ATA } else { 0 };
     // The tables behind VTTBR are initialised and published (docs/host-stage2.md).
-    set!("vtcr_el2", stage2.vtcr);
-    set!("vttbr_el2", stage2.vttbr);
-    set!("hcr_el2", RW | TSC | VM | POINTER_AUTH | SCXT | tags);
-    synchronise();
-    // SAFETY: invalidating TLBs loses nothing: whatever ran here before must not leave entries.
-    unsafe {
-        core::arch::asm!(
-            "tlbi vmalls12e1",
-            "tlbi alle1",
-            "dsb nsh",
-            "isb",
-            options(nostack, preserves_flags)
-        );
-    }
+    msr!("vtcr_el2", stage2.vtcr);
+    msr!("vttbr_el2", stage2.vttbr);
+    regs::set_hcr(RW | TSC | VM | POINTER_AUTH | SCXT | tags);
+    isb();
+    // Whatever ran here before must not leave entries.
+    instructions::tlbi_vmalls12e1();
+    instructions::tlbi_alle1();
+    instructions::dsb_nsh();
+    isb();
 }
 
 /// CPTR, HSTR, MDCR and the vector length controls: nothing trapped.
@@ -95,39 +76,39 @@ fn traps(features: &Features) {
     };
     let profiling = if features.spe { 3 << 12 } else { 0 };
     let trace = if features.trbe { 3 << 24 } else { 0 };
-    set!("cptr_el2", 0x22ff | no_sve | no_sme);
-    set!("hstr_el2", 0);
-    set!("mdcr_el2", counters | profiling | trace);
-    synchronise();
+    msr!("cptr_el2", 0x22ff | no_sve | no_sme);
+    msr!("hstr_el2", 0);
+    msr!("mdcr_el2", counters | profiling | trace);
+    isb();
     if features.sve {
-        set!("s3_4_c1_c2_0", 0x1ff); // ZCR_EL2: the longest vectors
+        msr!("s3_4_c1_c2_0", 0x1ff); // ZCR_EL2: the longest vectors
     }
     if features.sme {
-        set!("s3_4_c1_c2_6", 1 << 31 | 1 << 30 | 0xf); // SMCR_EL2: FA64, EZT0, longest
+        msr!("s3_4_c1_c2_6", 1 << 31 | 1 << 30 | 0xf); // SMCR_EL2: FA64, EZT0, longest
     }
     if features.mpam {
         // MPAMHCR_EL2 is there only if MPAMIDR_EL1.HAS_HCR (bit 17) says so.
         if mrs!("s3_0_c10_c4_4") & 1 << 17 != 0 {
-            set!("s3_4_c10_c4_0", 0);
+            msr!("s3_4_c10_c4_0", 0);
         }
-        set!("s3_4_c10_c5_0", 0); // MPAM2_EL2: no traps
+        msr!("s3_4_c10_c5_0", 0); // MPAM2_EL2: no traps
     }
     if features.lor {
-        set!("s3_0_c10_c4_3", 0); // LORC_EL1: limited ordering off
+        msr!("s3_0_c10_c4_3", 0); // LORC_EL1: limited ordering off
     }
 }
 
 /// What the host sees as its identity, its counters and its interrupt controller.
 fn identity_and_time(features: &Features) {
     let (midr, mpidr) = (mrs!("midr_el1"), mrs!("mpidr_el1"));
-    set!("vpidr_el2", midr);
-    set!("vmpidr_el2", mpidr);
-    set!("cnthctl_el2", 3); // EL1PCTEN, EL1PCEN
-    set!("cntvoff_el2", 0);
+    msr!("vpidr_el2", midr);
+    msr!("vmpidr_el2", mpidr);
+    msr!("cnthctl_el2", 3); // EL1PCTEN, EL1PCEN
+    msr!("cntvoff_el2", 0);
     if features.gic_sysregs {
-        set!("s3_4_c12_c9_5", SRE_HOST); // ICC_SRE_EL2
-        synchronise();
-        set!("s3_4_c12_c11_0", 0); // ICH_HCR_EL2: no virtual interface
+        msr!("s3_4_c12_c9_5", SRE_HOST); // ICC_SRE_EL2
+        isb();
+        msr!("s3_4_c12_c11_0", 0); // ICH_HCR_EL2: no virtual interface
     }
 }
 
@@ -153,32 +134,32 @@ fn fine_grained_traps(features: &Features) {
     /// HDFGRTR_EL2, HDFGWTR_EL2: nBRBIDR (59) up to nPMSNEVFR_EL1 (62).
     const DEBUG: u64 = 0xf << 59;
     if features.hcx {
-        set!("s3_4_c1_c2_2", HCRX); // HCRX_EL2
+        msr!("s3_4_c1_c2_2", HCRX); // HCRX_EL2
     }
     if features.fgt {
-        set!("s3_4_c1_c1_4", REGISTERS); // HFGRTR_EL2
-        set!("s3_4_c1_c1_5", REGISTERS); // HFGWTR_EL2
-        set!("s3_4_c1_c1_6", INSTRUCTIONS); // HFGITR_EL2
-        set!("s3_4_c3_c1_4", DEBUG); // HDFGRTR_EL2
-        set!("s3_4_c3_c1_5", DEBUG); // HDFGWTR_EL2
+        msr!("s3_4_c1_c1_4", REGISTERS); // HFGRTR_EL2
+        msr!("s3_4_c1_c1_5", REGISTERS); // HFGWTR_EL2
+        msr!("s3_4_c1_c1_6", INSTRUCTIONS); // HFGITR_EL2
+        msr!("s3_4_c3_c1_4", DEBUG); // HDFGRTR_EL2
+        msr!("s3_4_c3_c1_5", DEBUG); // HDFGWTR_EL2
     }
     if features.fgt && features.amu {
-        set!("s3_4_c3_c1_6", 0); // HAFGRTR_EL2: activity monitors
+        msr!("s3_4_c3_c1_6", 0); // HAFGRTR_EL2: activity monitors
     }
     if features.fgt2 {
-        set!("s3_4_c3_c1_2", u64::MAX); // HFGRTR2_EL2
-        set!("s3_4_c3_c1_3", u64::MAX); // HFGWTR2_EL2
-        set!("s3_4_c3_c1_7", u64::MAX); // HFGITR2_EL2
-        set!("s3_4_c3_c1_0", u64::MAX); // HDFGRTR2_EL2
-        set!("s3_4_c3_c1_1", u64::MAX); // HDFGWTR2_EL2
+        msr!("s3_4_c3_c1_2", u64::MAX); // HFGRTR2_EL2
+        msr!("s3_4_c3_c1_3", u64::MAX); // HFGWTR2_EL2
+        msr!("s3_4_c3_c1_7", u64::MAX); // HFGITR2_EL2
+        msr!("s3_4_c3_c1_0", u64::MAX); // HDFGRTR2_EL2
+        msr!("s3_4_c3_c1_1", u64::MAX); // HDFGWTR2_EL2
     }
 }
 
 /// EL1 as a core finds it that has just been turned on (DEN 0022 6.4: MMU and caches off).
 fn start_state() {
-    set!("sctlr_el1", SCTLR_EL1_START);
-    set!("cpacr_el1", 0);
-    set!("mdscr_el1", 0);
-    set!("contextidr_el1", 0);
-    set!("cntkctl_el1", 0);
+    msr!("sctlr_el1", SCTLR_EL1_START);
+    msr!("cpacr_el1", 0);
+    msr!("mdscr_el1", 0);
+    msr!("contextidr_el1", 0);
+    msr!("cntkctl_el1", 0);
 }

@@ -1,10 +1,11 @@
 //! Raw memory by physical address, and cache maintenance by virtual address (the same numbers).
 
-use core::arch::asm;
 use core::slice;
 use core::sync::atomic::AtomicU32;
 
 use board::{AddrRange, PAGE_SIZE};
+
+use super::instructions;
 
 unsafe extern "C" {
     static __image_start: u8;
@@ -16,6 +17,7 @@ unsafe extern "C" {
     static __shim_end: u8;
     static secondary_entry: u8;
     static placed: u8;
+    fn jump_placed(entry: u64, argument: u64, ticks: u64, size: u64) -> !;
 }
 
 macro_rules! symbol {
@@ -98,7 +100,9 @@ pub(crate) fn host_memory(range: AddrRange) -> &'static mut [u8] {
 pub(crate) fn page_state_words(address: u64, ram: u64) -> &'static [AtomicU32] {
     let count = (ram / PAGE_SIZE) as usize;
     // SAFETY: the layout has room for them in EL2's memory, page-aligned; called once, at boot.
-    unsafe { zeroed_at::<AtomicU32>(address, count) }
+    let words = unsafe { slice_at::<AtomicU32>(address, count) };
+    words.iter_mut().for_each(|word| *word.get_mut() = 0);
+    words
 }
 
 /// Copies the image's file part to EL2's memory-to-be, cache maintenance included.
@@ -134,21 +138,20 @@ pub(crate) fn take_over<T>(address: u64) -> T {
 
 /// Enters the copy that [`place_image`] made.
 pub(crate) fn enter_copy(entry: u64, argument: u64, ticks: u64, size: u64) -> ! {
-    // SAFETY: complete and clean, see `place_image`.
-    unsafe { super::cpu::enter_placed(entry, argument, ticks, size) }
+    // SAFETY: complete, at the point of coherency, and not stale in the instruction cache: see
+    // `place_image`.
+    unsafe { jump_placed(entry, argument, ticks, size) }
 }
 
-/// A zeroed object at `address` that lives as long as EL2.
+/// Memory that lives as long as EL2.
 ///
 /// # Safety
 ///
-/// `address` is aligned for `T`, in EL2's memory, mapped, and given out once only; all zeros are
-/// a valid `T`.
-pub(crate) unsafe fn zeroed_at<T>(address: u64, count: usize) -> &'static mut [T] {
+/// `address` is aligned for `T`, in EL2's memory, mapped, and given out once only; all bits are a
+/// valid `T`.
+pub(crate) unsafe fn slice_at<T>(address: u64, count: usize) -> &'static mut [T] {
     let pointer = core::ptr::with_exposed_provenance_mut::<T>(address as usize);
     // SAFETY: the caller's promise: in bounds, aligned, exclusively ours.
-    unsafe { pointer.write_bytes(0, count) };
-    // SAFETY: as above, and just initialised.
     unsafe { slice::from_raw_parts_mut(pointer, count) }
 }
 
@@ -182,39 +185,26 @@ fn each_line(range: AddrRange, operate: impl Fn(u64)) {
 /// Cleans and invalidates the data cache to the point of coherency, and waits for it
 /// (Arm ARM D7.5.9: DC CIVAC, completed by DSB).
 pub(crate) fn clean_invalidate_to_poc(range: AddrRange) {
-    each_line(range, |address| {
-        // SAFETY: cleaning and invalidating loses no data, whatever the address.
-        unsafe { asm!("dc civac, {}", in(reg) address, options(nostack, preserves_flags)) };
-    });
+    each_line(range, instructions::dc_civac);
     data_barrier();
 }
 
 /// Cleans the data cache to the point of unification, where instruction fetches read, and waits.
 pub(crate) fn clean_to_pou(range: AddrRange) {
-    each_line(range, |address| {
-        // SAFETY: cleaning loses no data, whatever the address.
-        unsafe { asm!("dc cvau, {}", in(reg) address, options(nostack, preserves_flags)) };
-    });
+    each_line(range, instructions::dc_cvau);
     data_barrier();
 }
 
 /// Makes what was just written executable: the data is at the point of coherency already.
 pub(crate) fn invalidate_icache() {
-    // SAFETY: invalidating the instruction cache loses nothing.
-    unsafe {
-        asm!(
-            "ic ialluis",
-            "dsb ish",
-            "isb",
-            options(nostack, preserves_flags)
-        )
-    };
+    instructions::ic_ialluis();
+    instructions::dsb_ish();
+    instructions::isb();
 }
 
 /// DSB SY.
 pub(crate) fn data_barrier() {
-    // SAFETY: a barrier.
-    unsafe { asm!("dsb sy", options(nostack, preserves_flags)) };
+    instructions::dsb_sy();
 }
 
 /// What the host left in memory that it has donated, and that is nobody else's yet. What its caches
@@ -235,15 +225,4 @@ pub(crate) fn wipe_donated(range: AddrRange) {
     // it can't reach it (any more).
     unsafe { pointer.write_bytes(0, range.size() as usize / 8) };
     clean_invalidate_to_poc(range);
-}
-
-/// Zeroes a page of EL2's pool.
-///
-/// # Safety
-///
-/// `page` is a page-aligned page of EL2's memory that the caller alone uses.
-pub(crate) unsafe fn zero_page(page: u64) {
-    // SAFETY: the caller's promise.
-    let bytes: &mut [u64] = unsafe { zeroed_at(page, PAGE_SIZE as usize / 8) };
-    debug_assert!(bytes.iter().all(|word| *word == 0));
 }

@@ -54,7 +54,7 @@ impl Translation<El23Attributes> for EarlyTables {
         assert!(page < self.end, "EL2's pool is too small for its own map");
         self.next += PAGE_SIZE;
         // SAFETY: EL2's own pool, unused before; each page is given out once.
-        unsafe { mem::zero_page(page) };
+        unsafe { mem::slice_at::<u64>(page, PAGE_SIZE as usize / 8) }.fill(0);
         let address = PhysicalAddress(page as usize);
         (self.physical_to_virtual(address), address)
     }

@@ -13,6 +13,7 @@ pub(crate) mod firmware;
 pub(crate) mod frames;
 pub(crate) mod gic;
 pub(crate) mod host_regs;
+pub(crate) mod instructions;
 pub(crate) mod mem;
 pub(crate) mod mmio;
 pub(crate) mod mmu;

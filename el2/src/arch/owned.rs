@@ -3,7 +3,6 @@
 use core::fmt;
 use core::mem::MaybeUninit;
 use core::ops::Deref;
-use core::ptr::NonNull;
 
 use board::PAGE_SIZE;
 
@@ -13,13 +12,13 @@ use super::frames::FramePool;
 
 /// An object in a pool's pages. Dropping it drops the object; the pages stay taken until the whole
 /// pool goes.
-pub(crate) struct Owned<T> {
-    pointer: NonNull<T>,
+pub(crate) struct Owned<T: 'static> {
+    value: &'static mut T,
 }
 
 /// Pages for a `T`.
-pub(crate) struct Place<T> {
-    pointer: NonNull<MaybeUninit<T>>,
+pub(crate) struct Place<T: 'static> {
+    slot: &'static mut MaybeUninit<T>,
 }
 
 impl<T> Place<T> {
@@ -32,18 +31,17 @@ impl<T> Place<T> {
     /// Takes zeroed pages out of `pool`, which must outlive the object.
     pub(crate) fn take(pool: &FramePool) -> Option<Self> {
         let address = pool.alloc(Self::SIZE)?;
-        let pointer = NonNull::new(core::ptr::with_exposed_provenance_mut(address as usize))?;
+        let pointer = core::ptr::with_exposed_provenance_mut::<MaybeUninit<T>>(address as usize);
         // SAFETY: the pool has just handed out so many bytes, page-aligned.
-        unsafe { pointer.cast::<u8>().write_bytes(0, Self::SIZE as usize) };
-        Some(Self { pointer })
+        let slot = unsafe { &mut *pointer };
+        *slot = MaybeUninit::zeroed();
+        Some(Self { slot })
     }
 
     /// Puts `value` there.
     pub(crate) fn fill(self, value: T) -> Owned<T> {
-        // SAFETY: large and aligned enough (pages), exclusively ours.
-        unsafe { self.pointer.cast::<T>().write(value) };
         Owned {
-            pointer: self.pointer.cast(),
+            value: self.slot.write(value),
         }
     }
 }
@@ -53,7 +51,7 @@ impl Owned<crate::vm::VmShared> {
     pub(crate) fn for_tables(&self) -> &'static crate::vm::VmShared {
         // SAFETY: the VM declares it behind its tables, so it drops them first; the pages stay as
         // they are until the host reclaims them, which needs the VM to be dropped.
-        unsafe { self.pointer.as_ref() }
+        unsafe { &*core::ptr::from_ref(&*self.value) }
     }
 }
 
@@ -61,14 +59,14 @@ impl Place<Vgic> {
     /// Puts a copy of the controller after reset there: it is too large for a stack.
     pub(crate) fn fill_with_vgic(self, version: GicVersion, vcpus: u8) -> Owned<Vgic> {
         static TEMPLATE: Vgic = Vgic::new(GicVersion::V3, 1);
-        let pointer = self.pointer.cast::<Vgic>();
+        let pointer = self.slot.as_mut_ptr();
         // SAFETY: large and aligned enough, apart; a plain copy of plain values, atomics and an
         // open lock included, that nobody changes in the template.
-        unsafe { core::ptr::copy_nonoverlapping(&raw const TEMPLATE, pointer.as_ptr(), 1) };
-        let mut owned = Owned { pointer };
-        // SAFETY: initialised just now, exclusively ours.
-        unsafe { owned.pointer.as_mut() }.configure(version, vcpus);
-        owned
+        unsafe { core::ptr::copy_nonoverlapping(&raw const TEMPLATE, pointer, 1) };
+        // SAFETY: initialised just now.
+        let value = unsafe { self.slot.assume_init_mut() };
+        value.configure(version, vcpus);
+        Owned { value }
     }
 }
 
@@ -76,15 +74,14 @@ impl<T> Deref for Owned<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        // SAFETY: initialised by `fill`, alive until this is dropped.
-        unsafe { self.pointer.as_ref() }
+        self.value
     }
 }
 
 impl<T> Drop for Owned<T> {
     fn drop(&mut self) {
         // SAFETY: initialised by `fill`, dropped once.
-        unsafe { self.pointer.drop_in_place() };
+        unsafe { core::ptr::drop_in_place(self.value) };
     }
 }
 
@@ -93,8 +90,3 @@ impl<T: fmt::Debug> fmt::Debug for Owned<T> {
         T::fmt(self, f)
     }
 }
-
-// SAFETY: it owns its `T`, as a box does.
-unsafe impl<T: Send> Send for Owned<T> {}
-// SAFETY: as above.
-unsafe impl<T: Sync> Sync for Owned<T> {}

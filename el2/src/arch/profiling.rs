@@ -9,6 +9,7 @@
 
 use el2::features::Features;
 
+use super::instructions::{self, isb};
 use super::regs::{mrs, msr};
 
 /// PMBLIMITR_EL1.E, TRBLIMITR_EL1.E.
@@ -23,19 +24,6 @@ const TRACE_OF_EL1: u64 = 0b10 << 24;
 const TPMS: u64 = 1 << 14;
 /// MDCR_EL2.TTRF: so does the filter of the trace.
 const TTRF: u64 = 1 << 19;
-
-/// Writes a register of EL1's.
-macro_rules! set {
-    ($name:literal, $value:expr) => {
-        // SAFETY: turns profiling or trace of EL1 off, or back on as the host had it.
-        unsafe { msr!($name, $value) }
-    };
-}
-
-fn isb() {
-    // SAFETY: a barrier.
-    unsafe { core::arch::asm!("isb", options(nostack, preserves_flags)) };
-}
 
 /// The bits of MDCR_EL2 under which a guest runs.
 pub(crate) const fn traps(features: &Features) -> u64 {
@@ -70,7 +58,7 @@ impl Profiling {
         }
         if features.trace_filter {
             host.filter = mrs!("s3_0_c1_c2_1"); // TRFCR_EL1
-            set!("s3_0_c1_c2_1", 0);
+            msr!("s3_0_c1_c2_1", 0);
         }
         if features.trbe {
             host.trace = stop_trace();
@@ -82,16 +70,16 @@ impl Profiling {
     #[inline]
     pub(crate) fn resume(&self, features: &Features) {
         if let Some((control, limit)) = self.samples {
-            set!("s3_0_c9_c10_0", limit);
+            msr!("s3_0_c9_c10_0", limit);
             isb();
-            set!("s3_0_c9_c9_0", control);
+            msr!("s3_0_c9_c9_0", control);
         }
         if let Some(limit) = self.trace {
-            set!("s3_0_c9_c11_0", limit);
+            msr!("s3_0_c9_c11_0", limit);
             isb();
         }
         if features.trace_filter {
-            set!("s3_0_c1_c2_1", self.filter);
+            msr!("s3_0_c1_c2_1", self.filter);
         }
     }
 }
@@ -107,11 +95,12 @@ fn stop_samples() -> Option<(u64, u64)> {
         return None;
     }
     let control = mrs!("s3_0_c9_c9_0");
-    set!("s3_0_c9_c9_0", 0);
+    msr!("s3_0_c9_c9_0", 0);
     isb();
-    // SAFETY: PSB CSYNC and a barrier: what was sampled is written.
-    unsafe { core::arch::asm!("hint #17", "dsb nsh", options(nostack, preserves_flags)) };
-    set!("s3_0_c9_c10_0", 0);
+    // What was sampled is written.
+    instructions::psb_csync();
+    instructions::dsb_nsh();
+    msr!("s3_0_c9_c10_0", 0);
     isb();
     Some((control, limit))
 }
@@ -127,9 +116,10 @@ fn stop_trace() -> Option<u64> {
         return None;
     }
     isb();
-    // SAFETY: TSB CSYNC and a barrier: what was traced is written.
-    unsafe { core::arch::asm!("hint #18", "dsb nsh", options(nostack, preserves_flags)) };
-    set!("s3_0_c9_c11_0", 0);
+    // What was traced is written.
+    instructions::tsb_csync();
+    instructions::dsb_nsh();
+    msr!("s3_0_c9_c11_0", 0);
     isb();
     Some(limit)
 }

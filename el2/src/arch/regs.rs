@@ -1,9 +1,11 @@
 //! System registers that EL2 reads or writes outside a context switch, as safe functions.
 
+use aarch64_cpu::asm::random::ArmRng;
 use aarch64_cpu::registers::{
-    CNTFRQ_EL0, CNTPCT_EL0, CurrentEL, ELR_EL2, ESR_EL2, FAR_EL2, HPFAR_EL2, ID_AA64DFR0_EL1,
-    ID_AA64ISAR0_EL1, ID_AA64MMFR0_EL1, ID_AA64MMFR1_EL1, ID_AA64MMFR2_EL1, ID_AA64PFR0_EL1,
-    ID_AA64PFR1_EL1, MIDR_EL1, MPIDR_EL1, Readable, SCTLR_EL1, SCTLR_EL2, SPSR_EL2, VBAR_EL1,
+    CNTFRQ_EL0, CNTPCT_EL0, CurrentEL, ELR_EL2, ESR_EL2, FAR_EL2, HCR_EL2, HPFAR_EL2,
+    ID_AA64DFR0_EL1, ID_AA64ISAR0_EL1, ID_AA64MMFR0_EL1, ID_AA64MMFR1_EL1, ID_AA64MMFR2_EL1,
+    ID_AA64PFR0_EL1, ID_AA64PFR1_EL1, MIDR_EL1, MPIDR_EL1, Readable, SCTLR_EL1, SCTLR_EL2,
+    SPSR_EL2, VBAR_EL1,
 };
 use aarch64_cpu::registers::{ELR_EL1, ESR_EL1, FAR_EL1, SPSR_EL1, Writeable};
 use el2::features::IdRegisters;
@@ -22,15 +24,105 @@ macro_rules! mrs {
         value
     }};
 }
-/// Writes a system register by name. The caller says why that is sound.
+/// Writes a system register by name, one on which EL2's own execution does not depend.
 macro_rules! msr {
     ($name:literal, $value:expr) => {{
+        const { assert!($crate::arch::regs::is_for_lower_levels($name)) };
         let value: u64 = $value;
-        core::arch::asm!(concat!("msr ", $name, ", {}"), in(reg) value,
-            options(nostack, preserves_flags));
+        // SAFETY: the register only governs EL1 and EL0, or what they are returned to (just
+        // asserted): EL2 runs on its own stage 1, vectors, stacks and masks, without VHE.
+        unsafe {
+            core::arch::asm!(concat!("msr ", $name, ", {}"), in(reg) value,
+                options(nostack, preserves_flags));
+        }
     }};
 }
 pub(crate) use {mrs, msr};
+
+/// Registers of EL2, and such without a name for all assemblers, that any value may be written to.
+///
+/// What a wrong one breaks is the isolation of EL1's worlds, which no type guards, not EL2's own
+/// memory. Not here, for that reason: what holds EL2's tables, its stack, its vectors, its masks.
+#[rustfmt::skip]
+const FOR_LOWER_LEVELS: [&str; 75] = [
+    // Stage 2, traps and identity.
+    "vtcr_el2", "vttbr_el2", "cptr_el2", "hstr_el2", "mdcr_el2", "vpidr_el2", "vmpidr_el2",
+    // Where an exception to EL2 returns to: not to EL2, see `return_as`.
+    "elr_el2",
+    // Timers; EL2 masks the interrupt of its own.
+    "cnthctl_el2", "cntvoff_el2", "cnthp_cval_el2", "cnthp_ctl_el2",
+    // Pointer authentication keys, low and high.
+    "s3_0_c2_c1_0", "s3_0_c2_c1_1", "s3_0_c2_c1_2", "s3_0_c2_c1_3", "s3_0_c2_c2_0", "s3_0_c2_c2_1",
+    "s3_0_c2_c2_2", "s3_0_c2_c2_3", "s3_0_c2_c3_0", "s3_0_c2_c3_1",
+    // SCXTNUM_EL0, SCXTNUM_EL1.
+    "s3_3_c13_c0_7", "s3_0_c13_c0_7",
+    // PMSCR_EL1, PMBLIMITR_EL1, TRFCR_EL1, TRBLIMITR_EL1.
+    "s3_0_c9_c9_0", "s3_0_c9_c10_0", "s3_0_c1_c2_1", "s3_0_c9_c11_0",
+    // ZCR_EL2, SMCR_EL2, HCRX_EL2.
+    "s3_4_c1_c2_0", "s3_4_c1_c2_6", "s3_4_c1_c2_2",
+    // LORC_EL1, MPAMHCR_EL2, MPAM2_EL2.
+    "s3_0_c10_c4_3", "s3_4_c10_c4_0", "s3_4_c10_c5_0",
+    // VDISR_EL2, VSESR_EL2.
+    "s3_4_c12_c1_1", "s3_4_c5_c2_3",
+    // Fine-grained traps: HFGRTR, HFGWTR, HFGITR, HDFGRTR, HDFGWTR, HAFGRTR, and the second ones.
+    "s3_4_c1_c1_4", "s3_4_c1_c1_5", "s3_4_c1_c1_6", "s3_4_c3_c1_4", "s3_4_c3_c1_5", "s3_4_c3_c1_6",
+    "s3_4_c3_c1_2", "s3_4_c3_c1_3", "s3_4_c3_c1_7", "s3_4_c3_c1_0", "s3_4_c3_c1_1",
+    // ICC_SRE_EL2, ICC_SGI1R_EL1, ICH_HCR_EL2, ICH_VMCR_EL2.
+    "s3_4_c12_c9_5", "s3_0_c12_c11_5", "s3_4_c12_c11_0", "s3_4_c12_c11_7",
+    // ICH_AP0R<n>_EL2, ICH_AP1R<n>_EL2.
+    "s3_4_c12_c8_0", "s3_4_c12_c8_1", "s3_4_c12_c8_2", "s3_4_c12_c8_3", "s3_4_c12_c9_0",
+    "s3_4_c12_c9_1", "s3_4_c12_c9_2", "s3_4_c12_c9_3",
+    // ICH_LR<n>_EL2.
+    "s3_4_c12_c12_0", "s3_4_c12_c12_1", "s3_4_c12_c12_2", "s3_4_c12_c12_3", "s3_4_c12_c12_4",
+    "s3_4_c12_c12_5", "s3_4_c12_c12_6", "s3_4_c12_c12_7", "s3_4_c12_c13_0", "s3_4_c12_c13_1",
+    "s3_4_c12_c13_2", "s3_4_c12_c13_3", "s3_4_c12_c13_4", "s3_4_c12_c13_5", "s3_4_c12_c13_6",
+    "s3_4_c12_c13_7",
+];
+
+/// Whether EL2's own execution does not depend on the register.
+pub(crate) const fn is_for_lower_levels(name: &str) -> bool {
+    let name = name.as_bytes();
+    if let [.., b'_', b'e', b'l', b'0' | b'1'] = name {
+        return true;
+    }
+    let mut n = 0;
+    while n < FOR_LOWER_LEVELS.len() {
+        if is_same(name, FOR_LOWER_LEVELS[n].as_bytes()) {
+            return true;
+        }
+        n += 1;
+    }
+    false
+}
+
+const fn is_same(a: &[u8], b: &[u8]) -> bool {
+    let mut n = 0;
+    while n < a.len() && n < b.len() {
+        if a[n] != b[n] {
+            return false;
+        }
+        n += 1;
+    }
+    a.len() == b.len()
+}
+
+/// HCR_EL2.E2H, with which EL2 would have another translation regime.
+const E2H: u64 = 1 << 34;
+/// The bit of SPSR_EL2 that all of EL2's and EL3's modes have, and none that EL1 or EL0 uses.
+const PRIVILEGED: u64 = 1 << 3;
+
+/// Writes HCR_EL2, without VHE.
+#[inline]
+pub(crate) fn set_hcr(value: u64) {
+    HCR_EL2.set(value & !E2H);
+}
+
+/// Writes SPSR_EL2: the level, the mode and the flags that an exception to EL2 returns to. Never
+/// EL2, where the address may be anybody's.
+#[inline]
+pub(crate) fn return_as(pstate: u64) {
+    SPSR_EL2.set(pstate & !PRIVILEGED);
+}
 
 /// Affinity fields of MPIDR_EL1.
 pub(crate) fn mpidr() -> u64 {
@@ -129,7 +221,7 @@ pub(crate) fn inject(entry: &Entry) {
     ELR_EL1.set(ELR_EL2.get());
     SPSR_EL1.set(SPSR_EL2.get());
     ELR_EL2.set(entry.pc);
-    SPSR_EL2.set(entry.spsr);
+    return_as(entry.spsr);
 }
 
 fn pass_fault_address(entry: &Entry) {
@@ -163,16 +255,13 @@ pub(crate) fn interrupt_pending() -> bool {
 
 /// Lets EL2's own timer end the guest's run at `deadline`.
 pub(crate) fn start_el2_timer(deadline: u64) {
-    // SAFETY: EL2's timer, whose interrupt EL2 masks; it ends a WFI or a guest's run at most.
-    unsafe { msr!("cnthp_cval_el2", deadline) };
-    // SAFETY: as above.
-    unsafe { msr!("cnthp_ctl_el2", 1) };
+    msr!("cnthp_cval_el2", deadline);
+    msr!("cnthp_ctl_el2", 1);
 }
 
 /// Stops it.
 pub(crate) fn stop_el2_timer() {
-    // SAFETY: as above.
-    unsafe { msr!("cnthp_ctl_el2", 0) };
+    msr!("cnthp_ctl_el2", 0);
 }
 
 /// SCTLR_EL1 of the guest that is loaded.
@@ -182,34 +271,23 @@ pub(crate) fn sctlr_el1() -> u64 {
 
 /// Writes a register of EL1 for the guest that is loaded, whose own write was trapped.
 pub(crate) fn write_vm_register(register: VmRegister, value: u64) {
-    macro_rules! write {
-        ($name:literal) => {
-            // SAFETY: governs EL1 and EL0 only.
-            unsafe { msr!($name, value) }
-        };
-    }
     match register {
-        VmRegister::Sctlr => write!("sctlr_el1"),
-        VmRegister::Ttbr0 => write!("ttbr0_el1"),
-        VmRegister::Ttbr1 => write!("ttbr1_el1"),
-        VmRegister::Tcr => write!("tcr_el1"),
-        VmRegister::Esr => write!("esr_el1"),
-        VmRegister::Far => write!("far_el1"),
-        VmRegister::Afsr0 => write!("afsr0_el1"),
-        VmRegister::Afsr1 => write!("afsr1_el1"),
-        VmRegister::Mair => write!("mair_el1"),
-        VmRegister::Amair => write!("amair_el1"),
-        VmRegister::ContextIdr => write!("contextidr_el1"),
+        VmRegister::Sctlr => msr!("sctlr_el1", value),
+        VmRegister::Ttbr0 => msr!("ttbr0_el1", value),
+        VmRegister::Ttbr1 => msr!("ttbr1_el1", value),
+        VmRegister::Tcr => msr!("tcr_el1", value),
+        VmRegister::Esr => msr!("esr_el1", value),
+        VmRegister::Far => msr!("far_el1", value),
+        VmRegister::Afsr0 => msr!("afsr0_el1", value),
+        VmRegister::Afsr1 => msr!("afsr1_el1", value),
+        VmRegister::Mair => msr!("mair_el1", value),
+        VmRegister::Amair => msr!("amair_el1", value),
+        VmRegister::ContextIdr => msr!("contextidr_el1", value),
     }
 }
 
-/// Random numbers of the RNDR instruction (Arm ARM D24.2.143): zero flag set when it has none.
+/// Random numbers of the RNDR instruction (Arm ARM D24.2.143); `None` where there is no such
+/// instruction, or it has none now.
 pub(crate) fn random() -> Option<u64> {
-    let (value, failed): (u64, u64);
-    // SAFETY: only called where ID_AA64ISAR0_EL1.RNDR says that the register is there.
-    unsafe {
-        core::arch::asm!("mrs {}, s3_3_c2_c4_0", "cset {}, eq", out(reg) value, out(reg) failed,
-            options(nomem, nostack));
-    }
-    (failed == 0).then_some(value)
+    ArmRng::new()?.rndr()
 }

@@ -1,11 +1,10 @@
 //! An SMMU's registers, and the memory that it reads and writes.
 
-use core::arch::asm;
-
 use board::uart::UartRegs;
 use el2::smmu::Port;
 
 use super::frames::{self, FramePool};
+use super::instructions;
 use super::mmio::Mmio;
 
 /// The SMMU as its driver sees it.
@@ -44,8 +43,8 @@ impl Port for Registers {
     }
 
     fn publish(&self) {
-        // SAFETY: a barrier: the SMMU is an observer of the full system (IHI 0070 3.21.3).
-        unsafe { asm!("dsb sy", options(nostack, preserves_flags)) }
+        // The SMMU is an observer of the full system (IHI 0070 3.21.3).
+        instructions::dsb_sy();
     }
 
     fn alloc(&self, size: u64) -> Option<u64> {

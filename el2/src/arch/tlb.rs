@@ -1,7 +1,6 @@
 //! Single TLB instructions for stage 2, and nothing else: their order, operands and repetition are
 //! `stage2::arm`'s, where a test fails for each step that is missing or swapped.
 
-use core::arch::asm;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use el2::features::Features;
@@ -9,6 +8,7 @@ use stage2::arm::{ArmTlb, ArmTlbFacts, ArmTlbOps, LevelHint, Repeat};
 use stage2::{Granule, RangeOps};
 
 use super::host_regs::Stage2Regs;
+use super::instructions;
 use super::regs::{mrs, msr};
 
 /// What translations are tagged with. The instructions work for the VMID in VTTBR_EL2, which
@@ -84,32 +84,24 @@ pub(crate) fn invalidation(features: &Features, vtcr: u64) -> ArmTlb<TlbOps> {
     )
 }
 
-/// Writes registers that only govern EL1 and EL0, and waits.
+/// Writes registers that only govern EL1 and EL0, and waits. Nothing runs at EL1 on this core until
+/// what was loaded is back.
 macro_rules! switch {
     ($($name:literal = $value:expr),+) => {
-        // SAFETY: EL2 runs on its own stage 1; nothing runs at EL1 on this core until what was
-        // loaded is back.
-        unsafe { $(msr!($name, $value);)+ }
-        isb();
+        $(msr!($name, $value);)+
+        instructions::isb();
     };
-}
-
-fn isb() {
-    // SAFETY: a barrier.
-    unsafe { asm!("isb", options(nostack, preserves_flags)) };
 }
 
 macro_rules! instruction {
-    ($name:ident, $text:literal) => {
+    ($name:ident) => {
         fn $name(&self) {
-            // SAFETY: a barrier, or an invalidation that loses nothing a walk does not bring back.
-            unsafe { asm!($text, options(nostack, preserves_flags)) };
+            instructions::$name();
         }
     };
-    ($name:ident, $text:literal, operand) => {
+    ($name:ident, operand) => {
         fn $name(&self, operand: u64) {
-            // SAFETY: an invalidation loses nothing that a walk does not bring back.
-            unsafe { asm!($text, in(reg) operand, options(nostack, preserves_flags)) };
+            instructions::$name(operand);
         }
     };
 }
@@ -118,14 +110,13 @@ impl ArmTlbOps for TlbOps {
     type Context = Tagged;
     type Saved = Option<Loaded>;
 
-    instruction!(dsb_ishst, "dsb ishst");
-    instruction!(dsb_ish, "dsb ish");
-    instruction!(isb, "isb");
-    instruction!(tlbi_ipas2e1is, "tlbi ipas2e1is, {}", operand);
-    // TLBI RIPAS2E1IS by its encoding: assemblers know the name only with FEAT_TLBIRANGE.
-    instruction!(tlbi_ripas2e1is, "sys #4, c8, c0, #2, {}", operand);
-    instruction!(tlbi_vmalle1is, "tlbi vmalle1is");
-    instruction!(tlbi_vmalls12e1is, "tlbi vmalls12e1is");
+    instruction!(dsb_ishst);
+    instruction!(dsb_ish);
+    instruction!(isb);
+    instruction!(tlbi_ipas2e1is, operand);
+    instruction!(tlbi_ripas2e1is, operand);
+    instruction!(tlbi_vmalle1is);
+    instruction!(tlbi_vmalls12e1is);
 
     /// Loads the root, too, not just the VMID: a walk that the core makes ahead must find the
     /// tables that belong to it.

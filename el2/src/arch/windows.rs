@@ -4,13 +4,16 @@
 //! Each is a few instructions of guest.S between two symbols. An exception that EL2 takes from itself
 //! there comes back to it (`arch::exceptions`), and what it has changed of the guest is restored here.
 
-use super::regs::{mrs, msr};
-use super::world::{Context, hcr, set, set_hcr};
+use super::regs::{self, mrs, msr};
+use super::world::{Context, hcr, set_hcr};
 
+// SAFETY: as guest.S has them. A translation reads tables only, and an exception of its own comes back
+// as a failed one (`failed_translation`). `take_serror` opens PSTATE.A for two instructions; the
+// exception comes back, too (`expected_serror`).
 unsafe extern "C" {
-    fn translate_both(address: u64) -> u64;
-    fn translate_first(address: u64) -> u64;
-    fn take_serror() -> u64;
+    safe fn translate_both(address: u64) -> u64;
+    safe fn translate_first(address: u64) -> u64;
+    safe fn take_serror() -> u64;
     static serror_window: u8;
     static serror_window_end: u8;
     static translations: u8;
@@ -50,21 +53,19 @@ impl Interrupted {
     }
 
     fn restore(self) {
-        set!("elr_el2", self.pc);
-        set!("spsr_el2", self.pstate);
-        set!("tpidr_el0", self.threads.0);
-        set!("tpidrro_el0", self.threads.1);
+        msr!("elr_el2", self.pc);
+        regs::return_as(self.pstate);
+        msr!("tpidr_el0", self.threads.0);
+        msr!("tpidrro_el0", self.threads.1);
     }
 }
 
 /// What one of guest.S's translations gives. PAR_EL1 is the guest's, and comes back.
-fn translated(how: unsafe extern "C" fn(u64) -> u64, address: u64) -> Option<u64> {
+fn translated(how: extern "C" fn(u64) -> u64, address: u64) -> Option<u64> {
     let saved = mrs!("par_el1");
     let interrupted = Interrupted::save();
-    // SAFETY: an address translation instruction reads tables only; an exception of its own comes
-    // back as a failed translation (`failed_translation`).
-    let par = unsafe { how(address) };
-    set!("par_el1", saved);
+    let par = how(address);
+    msr!("par_el1", saved);
     if par & 1 == 0 {
         return Some(par);
     }
@@ -76,8 +77,7 @@ fn translated(how: unsafe extern "C" fn(u64) -> u64, address: u64) -> Option<u64
 /// no exception level has taken yet, that is the guest's: in the host it would be the host's end.
 pub(crate) fn settle_errors(guest: &mut Context) {
     let interrupted = Interrupted::save();
-    // SAFETY: opens PSTATE.A for two instructions; the exception comes back (`expected_serror`).
-    if unsafe { take_serror() } == 0 {
+    if take_serror() == 0 {
         return;
     }
     interrupted.restore();
@@ -100,7 +100,7 @@ pub(crate) fn failed_translation(pc: u64) -> bool {
     let end = (&raw const translations_end).addr() as u64;
     let is_one = (start..end).contains(&pc);
     if is_one {
-        set!("par_el1", 1);
+        msr!("par_el1", 1);
     }
     is_one
 }

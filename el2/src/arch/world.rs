@@ -10,19 +10,10 @@
 use el2::features::Features;
 
 use super::host_regs::Stage2Regs;
+use super::instructions::{self, isb};
 use super::profiling::{self, Profiling};
-use super::regs::{mrs, msr};
+use super::regs::{self, mrs, msr};
 use super::tlb::{MMU_ON, NO_WALKS};
-
-/// Writes a register that governs EL1 and EL0 only, or says where an exception to EL2 returns to.
-macro_rules! set {
-    ($name:literal, $value:expr) => {
-        // SAFETY: EL2's own execution does not depend on it, and nothing runs at EL1 on this core
-        // until the switch is complete.
-        unsafe { msr!($name, $value) }
-    };
-}
-pub(super) use set;
 
 /// General registers, PC and PSTATE; guest.S knows the layout.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,8 +52,8 @@ impl GuestRegs {
 
     /// Loads PC and PSTATE for the next entry.
     fn load_return(&self) {
-        set!("elr_el2", self.pc);
-        set!("spsr_el2", self.pstate);
+        msr!("elr_el2", self.pc);
+        regs::return_as(self.pstate);
     }
 
     /// Saves them.
@@ -72,10 +63,12 @@ impl GuestRegs {
     }
 }
 
+// SAFETY: as guest.S has them. FP is the worlds' alone, EL2 is built without; `FpState` has the
+// layout that both sides assert.
 unsafe extern "C" {
     fn guest_enter(registers: *mut GuestRegs) -> u64;
-    fn fp_save(state: *mut FpState);
-    fn fp_load(state: *const FpState);
+    safe fn fp_save(state: &mut FpState);
+    safe fn fp_load(state: &FpState);
     static guest_vectors: u8;
     static vectors: u8;
 }
@@ -118,11 +111,7 @@ macro_rules! context {
             /// Writes the core's.
             #[inline]
             fn write(&self) {
-                $(
-                    // SAFETY: a register of EL1 and EL0, or one that only governs them: EL2's own
-                    // execution does not depend on it.
-                    unsafe { msr!($register, self.$field) };
-                )*
+                $(msr!($register, self.$field);)*
             }
         }
     };
@@ -357,11 +346,6 @@ const CNTHCTL_GUEST: u64 = 1;
 /// VMPIDR_EL2: RES1 bit 31.
 const MPIDR_RES1: u64 = 1 << 31;
 
-fn isb() {
-    // SAFETY: a barrier.
-    unsafe { core::arch::asm!("isb", options(nostack, preserves_flags)) };
-}
-
 /// Fine-grained traps, where they exist. A guest's are all zero: what has a negative name traps.
 #[derive(Clone, Copy, Debug, Default)]
 struct FineTraps {
@@ -383,8 +367,7 @@ macro_rules! read_trap {
 }
 macro_rules! write_trap {
     ($register:literal, $value:ident) => {
-        // SAFETY: it only governs EL1 and EL0.
-        unsafe { msr!($register, *$value) }
+        msr!($register, *$value)
     };
 }
 
@@ -447,9 +430,9 @@ impl HostWorld {
     pub(crate) fn load_guest(&self, features: &Features, vm: &VmWorld, index: u8, guest: &Context) {
         let host = self;
         if features.speculative_at {
-            set!("tcr_el1", host.tcr | NO_WALKS);
+            msr!("tcr_el1", host.tcr | NO_WALKS);
             isb();
-            set!("sctlr_el1", host.sctlr | MMU_ON);
+            msr!("sctlr_el1", host.sctlr | MMU_ON);
             isb();
         }
         guest.el1.write();
@@ -464,20 +447,20 @@ impl HostWorld {
             FineTraps::default().write(features);
         }
         // The tables behind VTTBR are the guest's.
-        set!("vtcr_el2", vm.stage2.vtcr);
-        set!("vttbr_el2", vm.stage2.vttbr);
-        set!("hcr_el2", guest.hcr);
+        msr!("vtcr_el2", vm.stage2.vtcr);
+        msr!("vttbr_el2", vm.stage2.vttbr);
+        regs::set_hcr(guest.hcr);
         if features.hcx {
-            set!("s3_4_c1_c2_2", 0); // HCRX_EL2
+            msr!("s3_4_c1_c2_2", 0); // HCRX_EL2
         }
         guest.timer.write();
         if features.ras {
-            set!("s3_4_c12_c1_1", guest.deferred_error); // VDISR_EL2
-            set!("s3_4_c5_c2_3", 0); // VSESR_EL2: a virtual SError without a syndrome
+            msr!("s3_4_c12_c1_1", guest.deferred_error); // VDISR_EL2
+            msr!("s3_4_c5_c2_3", 0); // VSESR_EL2: a virtual SError without a syndrome
         }
         guest.regs.load_return();
         load_walk_registers(features, guest.sctlr, guest.tcr);
-        set_vectors((&raw const guest_vectors).addr() as u64);
+        set_vectors(&Vectors::Guest);
     }
 
     /// Reads everything of the host that a guest will replace.
@@ -486,7 +469,7 @@ impl HostWorld {
         self.profiling = Profiling::stop(features);
         self.timer = Timer::read();
         // The host's timer must not fire for the guest.
-        set!("cntv_ctl_el0", 0);
+        msr!("cntv_ctl_el0", 0);
         self.el1 = El1::read();
         self.sctlr = mrs!("sctlr_el1");
         self.tcr = mrs!("tcr_el1");
@@ -514,7 +497,7 @@ impl HostWorld {
         self.return_fp(guest);
         guest.regs.save_return();
         guest.timer = Timer::read();
-        set!("cntv_ctl_el0", 0);
+        msr!("cntv_ctl_el0", 0);
         guest.el1 = El1::read();
         guest.sctlr = mrs!("sctlr_el1");
         guest.tcr = mrs!("tcr_el1");
@@ -528,9 +511,9 @@ impl HostWorld {
             guest.deferred_error = mrs!("s3_4_c12_c1_1");
         }
         if features.speculative_at {
-            set!("tcr_el1", guest.tcr | NO_WALKS);
+            msr!("tcr_el1", guest.tcr | NO_WALKS);
             isb();
-            set!("sctlr_el1", guest.sctlr | MMU_ON);
+            msr!("sctlr_el1", guest.sctlr | MMU_ON);
             isb();
         }
         self.el1.write();
@@ -542,35 +525,33 @@ impl HostWorld {
         }
         self.controls.write();
         if features.mpam {
-            set!("s3_4_c10_c5_0", 0); // MPAM2_EL2, as `host_regs` has it
+            msr!("s3_4_c10_c5_0", 0); // MPAM2_EL2, as `host_regs` has it
         }
         if features.fgt {
             self.traps.write(features);
         }
         note_serror(guest);
         // What was there when the guest was loaded.
-        set!("vtcr_el2", self.stage2.vtcr);
-        set!("vttbr_el2", self.stage2.vttbr);
-        set!("hcr_el2", self.hcr);
+        msr!("vtcr_el2", self.stage2.vtcr);
+        msr!("vttbr_el2", self.stage2.vttbr);
+        regs::set_hcr(self.hcr);
         if features.hcx {
-            set!("s3_4_c1_c2_2", self.hcrx);
+            msr!("s3_4_c1_c2_2", self.hcrx);
         }
-        set!("elr_el2", self.pc);
-        set!("spsr_el2", self.pstate);
+        msr!("elr_el2", self.pc);
+        regs::return_as(self.pstate);
         self.timer.write();
         load_walk_registers(features, self.sctlr, self.tcr);
         self.profiling.resume(features);
-        set_vectors((&raw const vectors).addr() as u64);
+        set_vectors(&Vectors::Host);
     }
 
     /// The guest uses FP for the first time in this run: its registers in, the host's out.
     pub(crate) fn lend_fp(&mut self, guest: &mut Context) {
-        set!("cptr_el2", CPTR_GUEST & !CPTR_TFP);
+        msr!("cptr_el2", CPTR_GUEST & !CPTR_TFP);
         isb();
-        // SAFETY: as large as guest.S expects; FP is open.
-        unsafe { fp_save(&raw mut guest.host_fp) };
-        // SAFETY: as above.
-        unsafe { fp_load(&raw const guest.fp) };
+        fp_save(&mut guest.host_fp);
+        fp_load(&guest.fp);
         self.fp_is_guests = true;
     }
 
@@ -578,10 +559,9 @@ impl HostWorld {
         if !self.fp_is_guests {
             return;
         }
-        // SAFETY: as in `lend_fp`, which has opened FP.
-        unsafe { fp_save(&raw mut guest.fp) };
-        // SAFETY: as above.
-        unsafe { fp_load(&raw const guest.host_fp) };
+        // `lend_fp` has opened FP.
+        fp_save(&mut guest.fp);
+        fp_load(&guest.host_fp);
         self.fp_is_guests = false;
     }
 }
@@ -598,7 +578,7 @@ fn load_controls(features: &Features, vm: &VmWorld, index: u8, host: &Controls) 
     };
     controls.write();
     if features.mpam {
-        set!("s3_4_c10_c5_0", MPAM_TRAPS);
+        msr!("s3_4_c10_c5_0", MPAM_TRAPS);
     }
 }
 
@@ -607,16 +587,27 @@ fn load_walk_registers(features: &Features, sctlr: u64, tcr: u64) {
     if features.speculative_at {
         isb();
     }
-    set!("sctlr_el1", sctlr);
+    msr!("sctlr_el1", sctlr);
     if features.speculative_at {
         isb();
     }
-    set!("tcr_el1", tcr);
+    msr!("tcr_el1", tcr);
     isb();
 }
 
-fn set_vectors(address: u64) {
-    set!("vbar_el2", address);
+/// EL2's vectors while a guest is loaded, or while the host is.
+enum Vectors {
+    Guest,
+    Host,
+}
+
+fn set_vectors(which: &Vectors) {
+    let address = match which {
+        Vectors::Guest => &raw const guest_vectors,
+        Vectors::Host => &raw const vectors,
+    };
+    // SAFETY: both are vector tables, as large and aligned as they must be.
+    unsafe { core::arch::asm!("msr vbar_el2, {}", in(reg) address, options(nostack)) };
     isb();
 }
 
@@ -649,7 +640,7 @@ pub(crate) fn enter(guest: &mut Context) -> u64 {
 
 /// Writes HCR_EL2 of the guest that is loaded.
 pub(crate) fn set_hcr(value: u64) {
-    set!("hcr_el2", value);
+    regs::set_hcr(value);
 }
 
 /// Notes whether the virtual SError of the guest that is loaded is still pending: the core clears
@@ -677,14 +668,8 @@ pub(crate) fn reload(features: &Features, guest: &Context) {
 /// Forgets what this core has cached for another vCPU of the VM that is loaded: they share a VMID,
 /// but each has its own ASIDs, and a TLBI that does not broadcast is meant for the vCPU's own core.
 pub(crate) fn forget_other_vcpu() {
-    // SAFETY: invalidating loses nothing that a walk or a fetch does not bring back.
-    unsafe {
-        core::arch::asm!(
-            "tlbi vmalle1",
-            "ic iallu",
-            "dsb nsh",
-            "isb",
-            options(nostack, preserves_flags)
-        );
-    }
+    instructions::tlbi_vmalle1();
+    instructions::ic_iallu();
+    instructions::dsb_nsh();
+    isb();
 }
