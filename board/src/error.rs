@@ -45,12 +45,12 @@ pub enum BoardError {
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
 pub enum EditError {
     /// The tree's structure is broken.
-    #[error("device tree is corrupt: {0}")]
-    Corrupt(#[from] FdtParseError),
+    #[error("device tree is corrupt")]
+    Structure,
     /// The buffer is too small for the edited tree.
-    #[error("no room in the device tree's buffer: {needed} more bytes needed")]
+    #[error("no room for {needed} more bytes in the device tree's buffer")]
     NoRoom {
-        /// Bytes missing.
+        /// Bytes that did not fit; there may be more.
         needed: usize,
     },
     /// The node to be edited is not there.
@@ -60,13 +60,4 @@ pub enum EditError {
     /// reserved there would not be seen.
     #[error("/reserved-memory can't be read with {0} and {1} cells")]
     Cells(u32, u32),
-    /// dtoolkit refused a property edit.
-    #[error("device tree edit failed: {0}")]
-    Property(dtoolkit::error::FdtMutError),
-}
-
-impl From<dtoolkit::error::FdtMutError> for EditError {
-    fn from(error: dtoolkit::error::FdtMutError) -> Self {
-        Self::Property(error)
-    }
 }

@@ -29,7 +29,7 @@ mod tree;
 pub mod uart;
 
 pub use dtoolkit;
-pub use edit::{HostTree, add_child, patch_for_host};
+pub use edit::{HostTree, patch_for_host};
 pub use error::{BoardError, EditError};
 pub use info::{
     Board, Chosen, Console, Cpu, Gic, MAX_CPUS, MAX_MEMORY, MAX_RESERVED, MAX_VIRTIO, Power,

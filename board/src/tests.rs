@@ -475,18 +475,6 @@ fn a_buffer_that_is_too_small_is_refused() {
     }
 }
 
-#[test]
-fn add_child_without_its_parent_changes_nothing() {
-    let mut blob = virt(1);
-    blob.resize(blob.len() + 64, 0);
-    let before = blob.clone();
-    assert_eq!(
-        add_child(&mut blob, "/nowhere", "x"),
-        Err(EditError::NoNode("to add a child to"))
-    );
-    assert_eq!(blob, before);
-}
-
 proptest! {
     /// Flipped trees give an error or the host's tree, never a panic.
     #[test]

@@ -142,8 +142,12 @@ pub(crate) fn is_any(node: &FdtNode<'_>, names: &[&str]) -> bool {
 
 /// A property of one or two cells as a number.
 pub(crate) fn number(node: &FdtNode<'_>, name: &str) -> Option<u64> {
-    let property = node.property(name)?;
-    match *property.value() {
+    cells(node.property(name)?.value())
+}
+
+/// One or two cells as a number.
+pub(crate) fn cells(value: &[u8]) -> Option<u64> {
+    match *value {
         [a, b, c, d] => Some(u64::from(u32::from_be_bytes([a, b, c, d]))),
         [a, b, c, d, e, f, g, h] => Some(u64::from_be_bytes([a, b, c, d, e, f, g, h])),
         _ => None,
