@@ -31,8 +31,10 @@ pub mod flush;
 pub mod frames;
 pub mod gate;
 pub mod lock;
+#[cfg(feature = "x86")]
 pub mod mtrr;
 pub mod noncoherent;
+#[cfg(feature = "x86")]
 pub mod pat;
 pub mod pending;
 pub mod policy;
@@ -47,5 +49,7 @@ pub mod testing;
 pub mod toggle;
 pub mod vm;
 pub mod withhold;
+#[cfg(feature = "x86")]
 pub mod x86;
+#[cfg(feature = "x86")]
 pub mod zap;

@@ -29,6 +29,7 @@ use crate::slot::{Memslot, SlotId};
 use crate::slots::Memslots;
 use crate::sync::{AtomicU64, Mutex, Ordering, RwLock, RwLockWriteGuard};
 use crate::table::{GuestTable, LeafRun, bytes};
+#[cfg(feature = "x86")]
 use crate::zap::ZapList;
 
 /// Whether the host may see the VM's memory.
@@ -127,6 +128,7 @@ pub struct GuestMemory<T, P, S> {
     /// How often pages were taken away while their slot stayed. Changes under `mmu` only.
     pub(crate) removals: AtomicU64,
     pub(crate) pending: PendingOps,
+    #[cfg(feature = "x86")]
     pub(crate) zaps: ZapList,
     pub(crate) counters: Mutex<Counters>,
 }
@@ -172,6 +174,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             mmu: RwLock::new(mmu),
             removals: AtomicU64::new(0),
             pending: PendingOps::new(),
+            #[cfg(feature = "x86")]
             zaps: ZapList::new(),
             counters: Mutex::new(Counters::default()),
         }

@@ -2,12 +2,14 @@
 
 mod arm_fields;
 mod arm_s2;
+#[cfg(feature = "x86")]
 mod ept;
 
 pub use arm_s2::{
     ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, WideAddresses,
 };
 
+#[cfg(feature = "x86")]
 pub use ept::{Ept, EptConfig, Offered};
 
 use crate::addr::Pa;

@@ -32,6 +32,7 @@ mod table;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod visit;
+#[cfg(feature = "x86")]
 pub mod vmx;
 mod zap;
 
@@ -44,9 +45,11 @@ pub use error::{ConfigError, EncodeError, MapError};
 pub use export::{ExportError, ExportedRoot, Importer, InvalidateListener, RootMeta};
 pub use fault::{FaultOutcome, FaultRequest};
 pub use format::{
-    ArmConfig, ArmFeatures, ArmStage2, Ept, EptConfig, Execute, ForceWriteBack, Granule, Offered,
-    TableFormat, WideAddresses, WordKind,
+    ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, TableFormat,
+    WideAddresses, WordKind,
 };
+#[cfg(feature = "x86")]
+pub use format::{Ept, EptConfig, Offered};
 pub use level::{Geometry, Level};
 pub use map::{Blocks, CmoMode, MapOutcome, MapRequest};
 pub use platform::{

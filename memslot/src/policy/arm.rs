@@ -3,6 +3,7 @@
 use stage2::{Combine, Device, MemType};
 
 use super::{LeafType, MemTypePolicy, TypeQuery};
+#[cfg(feature = "x86")]
 use crate::pat::X86Type;
 use crate::slot::{SlotFlags, SlotKind};
 
@@ -76,26 +77,35 @@ impl MemTypePolicy for ArmPolicy {
         match leaf {
             LeafType::Mmio | LeafType::MmioWriteCombining => false,
             LeafType::ForceWb => self.caches == ArmCaches::Maintenance,
-            LeafType::HonourGuest | LeafType::ForceUncached | LeafType::GuestRange(_) => true,
+            LeafType::HonourGuest | LeafType::ForceUncached => true,
+            #[cfg(feature = "x86")]
+            LeafType::GuestRange(_) => true,
         }
     }
 
+    #[inline]
     fn encode(&self, leaf: LeafType) -> (MemType, Combine) {
         let fwb = self.caches == ArmCaches::ForcedWriteBack;
         let mem = match leaf {
             LeafType::ForceWb if fwb => return (MemType::WriteBack, Combine::ForceStage2),
-            LeafType::ForceWb | LeafType::HonourGuest | LeafType::GuestRange(X86Type::Wb) => {
-                MemType::WriteBack
-            }
+            LeafType::ForceWb | LeafType::HonourGuest => MemType::WriteBack,
             LeafType::Mmio => MemType::Device(Device::NGnRE),
-            // There is no stage-2 write-through with FWB; non-cacheable is the safe substitute:
-            // writes reach memory and reads are never stale.
-            LeafType::GuestRange(X86Type::Wt) if !fwb => MemType::WriteThrough,
-            LeafType::MmioWriteCombining | LeafType::ForceUncached | LeafType::GuestRange(_) => {
-                MemType::NonCacheable
-            }
+            LeafType::MmioWriteCombining | LeafType::ForceUncached => MemType::NonCacheable,
+            #[cfg(feature = "x86")]
+            LeafType::GuestRange(kind) => nearest(kind, fwb),
         };
         (mem, Combine::HonourGuest)
+    }
+}
+
+/// The type of an x86 range register on Arm. There is no stage-2 write-through with FWB;
+/// non-cacheable is the safe substitute: writes reach memory and reads are never stale.
+#[cfg(feature = "x86")]
+fn nearest(kind: X86Type, fwb: bool) -> MemType {
+    match kind {
+        X86Type::Wb => MemType::WriteBack,
+        X86Type::Wt if !fwb => MemType::WriteThrough,
+        _ => MemType::NonCacheable,
     }
 }
 

@@ -3,12 +3,15 @@
 //! A policy decides; a descriptor format encodes. [`LeafType`] is the neutral word in between.
 
 mod arm;
+#[cfg(feature = "x86")]
 mod ept;
 
 pub use arm::{ArmCaches, ArmPolicy};
+#[cfg(feature = "x86")]
 pub use ept::{CdQuirk, EptPolicy, Profile, VcpuTypes};
 
 use crate::addr::Gfn;
+#[cfg(feature = "x86")]
 use crate::pat::X86Type;
 use crate::slot::{Memslot, SlotFlags, SlotKind};
 
@@ -52,6 +55,7 @@ pub enum LeafType {
     /// Device memory in which the guest may combine writes.
     MmioWriteCombining,
     /// The type that the guest's range registers give, weakened by its PAT.
+    #[cfg(feature = "x86")]
     GuestRange(X86Type),
 }
 
