@@ -30,6 +30,7 @@ use crate::arch::gic::PhysicalGic;
 use crate::arch::mem::{self, Image};
 use crate::arch::mmu::{self, EarlyTables, Map};
 use crate::arch::{regs, self_test};
+use crate::console::say;
 use crate::console::{self, fatal};
 use crate::entropy::Entropy;
 use crate::host::HostMemory;
@@ -275,12 +276,14 @@ fn main(cpu: &'static CpuData, boot: &mut Boot) -> ! {
 #[inline(never)] // Its frame would stay on the small stack for as long as its caller's.
 fn announce(boot: &Boot) {
     let board = &boot.board;
-    log::info!(
+    say!(
+        Info,
         "Ravelin {} at EL2 on {}",
         env!("CARGO_PKG_VERSION"),
         board.model
     );
-    log::info!(
+    say!(
+        Info,
         "{} MiB of RAM in {} range(s), {} CPU(s), firmware {:?}, GIC {}",
         board.memory.total() >> 20,
         board.memory.as_slice().len(),
@@ -293,7 +296,8 @@ fn announce(boot: &Boot) {
         }
     );
     let f = &boot.features;
-    log::info!(
+    say!(
+        Info,
         "PA {} bits, VMID {} bits, stage-2 force-write-back {}, XNX {}, range TLBI {}, CTR.IDC {} DIC {}",
         f.pa_bits,
         if f.vmid16 { 16 } else { 8 },
@@ -303,8 +307,9 @@ fn announce(boot: &Boot) {
         f.idc,
         f.dic
     );
-    log::debug!("RAM {:?}", board.memory.as_slice());
-    log::debug!(
+    say!(Debug, "RAM {:?}", board.memory.as_slice());
+    say!(
+        Debug,
         "reserved {:?}, no-map {:?}, firmware's {:?}",
         board.reserved.as_slice(),
         board.no_map.as_slice(),
@@ -314,7 +319,7 @@ fn announce(boot: &Boot) {
 
 fn report_cpus(cpus: &[&'static CpuData]) {
     let up = cpus.iter().filter(|cpu| cpu.power.is_alive()).count();
-    log::info!("{up} of {} CPU(s) at EL2", cpus.len());
+    say!(Info, "{up} of {} CPU(s) at EL2", cpus.len());
 }
 
 /// Builds the hypervisor and publishes it.
@@ -343,7 +348,7 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
     let features = walkable(boot, smmu, pool);
     let mut host = match HostMemory::new(&features, pool, pages.memory(), boot.el2) {
         Ok(host) => host,
-        Err(error) => fatal(format_args!("host stage 2: {error}")),
+        Err(error) => fatal(format_args!("host stage 2: {}", error.reason())),
     };
     let machine = Machine {
         psci: boot.board.psci,
@@ -404,15 +409,22 @@ fn isolate_dma(
     host: &mut HostMemory,
 ) {
     let Some(tree) = smmu else {
-        log::warn!("DMA is not isolated: there is no SMMUv3 before PCI devices that can be used");
+        say!(
+            Warn,
+            "DMA is not isolated: there is no SMMUv3 before PCI devices that can be used"
+        );
         return;
     };
     match iommu::start(tree, pool, host, &boot.board.doorbells) {
-        Ok(()) => log::info!("DMA of PCI devices goes through stage 2 (SMMUv3)"),
-        Err(error) => log::error!("DMA is not isolated: the SMMUv3: {error}"),
+        Ok(()) => say!(Info, "DMA of PCI devices goes through stage 2 (SMMUv3)"),
+        Err(error) => say!(Error, "DMA is not isolated: the SMMUv3: {error}"),
     }
     if tree.others > 0 {
-        log::warn!("DMA behind {} more SMMU(s) is not isolated", tree.others);
+        say!(
+            Warn,
+            "DMA behind {} more SMMU(s) is not isolated",
+            tree.others
+        );
     }
 }
 
@@ -425,7 +437,10 @@ fn reserve_no_map(boot: &Boot, pages: &PageStates<'_>) {
             if let Some(part) = AddrRange::new(start, end)
                 && !pages.transfer(part.grow_to_pages(), Owner::Host, Owner::Firmware)
             {
-                log::warn!("no-map memory {part:?} overlaps other reserved memory");
+                say!(
+                    Warn,
+                    "no-map memory {part:?} overlaps other reserved memory"
+                );
             }
         }
     }
@@ -510,7 +525,8 @@ fn load_host(boot: &Boot, hypervisor: &Hypervisor) -> StartOrder {
     }
     mem::clean_invalidate_to_poc(range);
     mem::invalidate_icache();
-    log::debug!(
+    say!(
+        Debug,
         "host: shim at {:#x}, device tree at {:#x}",
         range.start(),
         range.start() + shim_size
@@ -522,7 +538,8 @@ fn load_host(boot: &Boot, hypervisor: &Hypervisor) -> StartOrder {
 }
 
 fn report(boot: &Boot, hypervisor: &Hypervisor) {
-    log::info!(
+    say!(
+        Info,
         "memory: {} KiB resident at {:#x}..{:#x}, image {} KiB, {} table pages in use",
         boot.el2.size() >> 10,
         boot.el2.start(),
@@ -533,10 +550,11 @@ fn report(boot: &Boot, hypervisor: &Hypervisor) {
     debug_assert_eq!(hypervisor.counters.get(Counter::Hypercalls), 0);
     let ticks = regs::ticks().saturating_sub(hypervisor.machine.entered);
     match hypervisor.gic {
-        PhysicalGic::None(why) => log::warn!("no guests on this machine: {why}"),
-        _ => log::debug!("guests: GICv{}", hypervisor.gic.version()),
+        PhysicalGic::None(why) => say!(Warn, "no guests on this machine: {why}"),
+        _ => say!(Debug, "guests: GICv{}", hypervisor.gic.version()),
     }
-    log::info!(
+    say!(
+        Info,
         "boot: {ticks} ticks from entry to host, at {} Hz",
         regs::ticks_per_second()
     );

@@ -8,15 +8,15 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use board::uart::Uart;
 use board::{Console, UartKind};
-use log::{LevelFilter, Log, Metadata, Record};
-use spin::Mutex;
+use el2::sync::SpinLock;
+use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::arch::mmio::Mmio;
 use crate::arch::{exceptions, regs};
 
 /// Address of the UART's registers (0: none), its kind in bit 0 (registers are word aligned).
 static UART: AtomicU64 = AtomicU64::new(0);
-static LOCK: Mutex<()> = Mutex::new(());
+static LOCK: SpinLock<()> = SpinLock::new(());
 
 /// UARTs of boards that we know, for the one case in which no device tree names one: a boot
 /// without a device tree must end in a line on the console, not in silence.
@@ -83,6 +83,28 @@ pub(crate) fn fatal(reason: fmt::Arguments<'_>) -> ! {
     crate::arch::cpu::halt()
 }
 
+/// Prints a line if its level is let through. One call wherever it stands, since every place that
+/// says something is in the image.
+macro_rules! say {
+    ($level:ident, $($line:tt)+) => {
+        $crate::console::log(log::Level::$level, format_args!($($line)+))
+    };
+}
+pub(crate) use say;
+
+/// What [`say`] calls.
+#[inline(never)]
+pub(crate) fn log(level: Level, line: fmt::Arguments<'_>) {
+    if level > log::max_level() {
+        return;
+    }
+    match level {
+        Level::Info => print(line),
+        level => print(format_args!("{level}: {line}")),
+    }
+}
+
+/// For what the library says.
 struct ConsoleLog;
 
 impl Log for ConsoleLog {
@@ -91,10 +113,7 @@ impl Log for ConsoleLog {
     }
 
     fn log(&self, record: &Record<'_>) {
-        match record.level() {
-            log::Level::Info => print(*record.args()),
-            level => print(format_args!("{level}: {}", record.args())),
-        }
+        log(record.level(), *record.args());
     }
 
     fn flush(&self) {}
@@ -112,7 +131,8 @@ pub(crate) fn start_log(level: Option<&str>) {
         log::set_max_level(filter);
     }
     if let (Some(Err(_)), Some(name)) = (parsed, level) {
-        log::warn!(
+        say!(
+            Warn,
             "unknown ravelin,log-level {name:?}: use off, error, warn, info, debug or trace"
         );
     }

@@ -27,6 +27,7 @@ use stage2::Ipa;
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::world::{self, GuestRegs, hcr};
 use crate::arch::{cpu, firmware, windows};
+use crate::console::say;
 use crate::vcpu::{Next, Running, VcpuState};
 
 /// Vectors of exceptions from a guest: synchronous, IRQ, FIQ, SError; plus four from AArch32.
@@ -102,7 +103,8 @@ fn interrupt(run: &mut Running<'_>) -> Next {
 
 /// An asynchronous error while the guest ran: it is the guest's to deal with.
 fn serror(run: &mut Running<'_>) -> Next {
-    log::warn!(
+    say!(
+        Warn,
         "VM {}: SError, ESR {:#x}",
         run.vm.index,
         regs::syndrome().esr
@@ -163,6 +165,7 @@ fn external_abort(run: &mut Running<'_>, abort: &Abort, esr: u64) -> Next {
 }
 
 /// Kicks the other vCPUs; says whether this one has to look at its interrupts, too.
+#[inline]
 fn kick(run: &Running<'_>, kicks: Kicks) -> Next {
     let mut next = Next::Resume;
     for index in kicks.iter() {
@@ -421,7 +424,12 @@ fn refused(run: &Running<'_>, error: memslot::error::Error, esr: u64) -> Next {
         },
         ErrorCode::Again | ErrorCode::Busy => Exit::Interrupted,
         _ => {
-            log::error!("VM {}: a fault can't be handled: {error}", run.vm.index);
+            say!(
+                Error,
+                "VM {}: a fault can't be handled: error {}",
+                run.vm.index,
+                refusal.code.to_register().cast_signed()
+            );
             let esr = if run.vm.config.protected { 0 } else { esr };
             Exit::Broken { esr }
         }
@@ -473,6 +481,7 @@ fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
 }
 
 /// The access behind an abort: what has no syndrome, or crosses registers, reaches none.
+#[inline]
 fn decoded(ipa: u64, abort: &Abort, syndrome: &Syndrome) -> Decoded {
     if abort.access == Access::Fetch {
         return Decoded::ExternalAbort;

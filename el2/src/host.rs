@@ -11,6 +11,7 @@ use crate::arch::frames::FramePool;
 use crate::arch::host_regs::{self, Stage2Regs};
 use crate::arch::tables::Tables;
 use crate::arch::tlb::Tagged;
+use crate::console::say;
 use crate::hypervisor::Hypervisor;
 
 /// The host's address space and the register values that select it.
@@ -81,7 +82,7 @@ impl HostMemory {
             Answer::Mapped => true,
             Answer::MappedAfterRecycling => {
                 hypervisor.counters.count(Counter::TablesRecycled);
-                log::debug!("host: device mappings recycled for IPA {ipa:#x}");
+                say!(Debug, "host: device mappings recycled for IPA {ipa:#x}");
                 true
             }
             Answer::Refused => false,

@@ -45,6 +45,20 @@ pub enum HostMapError {
     Range(AddrRange),
 }
 
+impl HostMapError {
+    /// The same in a few words, without what only formatting can say: boot ends with them.
+    #[must_use]
+    pub const fn reason(&self) -> &'static str {
+        match self {
+            Self::Config(_) => "the core's address sizes contradict the architecture",
+            Self::Map(MapError::NoMemory { .. }) => "no memory for its tables",
+            Self::Map(_) => "EL2's memory can't be annotated",
+            Self::Range(_) => "EL2's memory is not a range of pages",
+            Self::Export(_) => "it can't be lent to the IOMMU",
+        }
+    }
+}
+
 /// What moving memory asks of the host's address space.
 pub trait HostReach {
     /// Takes a range away from the host: its leaves go, and faults on it are refused from now on.

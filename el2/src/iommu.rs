@@ -6,15 +6,17 @@
 use abi::{DmaFault, ErrorCode};
 use board::{Iommu, MAX_DOORBELLS, RangeList};
 use el2::smmu::{AttachError, Event, Faults, Owner, Smmu, Unfit, Uses, Walk};
+use el2::sync::SpinLock;
 use el2::vm_error::Refusal;
 use heapless::Vec;
 use memslot::edge::Dma;
 use memslot::slot::SlotKind;
-use spin::{Mutex, Once};
+use spin::Once;
 use stage2::{ExportedRoot, Importer, InvalidateListener, IpaRange, Level};
 
 use crate::arch::frames::FramePool;
 use crate::arch::smmu::Registers;
+use crate::console::say;
 use crate::host::HostMemory;
 use crate::vm::Vm;
 
@@ -101,7 +103,8 @@ pub(crate) fn check(tree: &Iommu, pool: &'static FramePool, end: u64) -> bool {
     let ids = Smmu::identify(&Registers::new(tree.registers.start(), pool));
     let fits = ids.check(tree.coherent, end);
     if let Err(unfit) = fits {
-        log::warn!(
+        say!(
+            Warn,
             "the SMMUv3 at {:#x} is not used: {unfit}",
             tree.registers.start()
         );
@@ -177,7 +180,7 @@ pub(crate) fn faults(function: u64) -> Result<[u64; 4], Refusal> {
 
 /// The devices of a VM.
 #[derive(Debug)]
-pub(crate) struct Devices(Mutex<Attached>);
+pub(crate) struct Devices(SpinLock<Attached>);
 
 #[derive(Debug)]
 struct Attached {
@@ -192,7 +195,7 @@ struct Attached {
 impl Devices {
     /// None.
     pub(crate) const fn new() -> Self {
-        Self(Mutex::new(Attached {
+        Self(SpinLock::new(Attached {
             root: None,
             devices: Vec::new(),
             owed: 0,

@@ -26,7 +26,7 @@ pub mod protection;
 pub mod psci;
 pub mod smc;
 pub mod smmu;
-mod sync;
+pub mod sync;
 pub mod vgic;
 pub mod vm_counters;
 pub mod vm_error;

@@ -6,6 +6,7 @@ use board::{Power, PsciConduit};
 use crate::arch::mmio::Mmio;
 use crate::arch::{cpu, firmware};
 use crate::console;
+use crate::console::say;
 use crate::hypervisor::Machine;
 
 const PSCI_SYSTEM_OFF: u64 = 0x8400_0008;
@@ -27,20 +28,21 @@ const WDOG_SOON: u32 = 10;
 
 /// Switches the machine off.
 pub(crate) fn off(machine: &Machine) -> ! {
-    log::debug!("system off");
+    say!(Debug, "system off");
     end(machine, PSCI_SYSTEM_OFF, RSTS_HALT)
 }
 
 /// Resets the machine.
 pub(crate) fn reset(machine: &Machine) -> ! {
-    log::debug!("system reset");
+    say!(Debug, "system reset");
     end(machine, PSCI_SYSTEM_RESET, 0)
 }
 
 fn end(machine: &Machine, call: u64, status: u32) -> ! {
     if machine.psci == Some(PsciConduit::Smc) {
         let answer = firmware::call(call, [0; 7]);
-        log::error!(
+        say!(
+            Error,
             "firmware did not end the machine: it answered {:#x}",
             answer[0]
         );
@@ -57,7 +59,7 @@ fn end(machine: &Machine, call: u64, status: u32) -> ! {
     }
     // The watchdog needs its ticks; a board without any means stays here, and says so.
     if machine.psci.is_none() && machine.power.is_none() {
-        log::error!("this board has no way to switch off or reset");
+        say!(Error, "this board has no way to switch off or reset");
         console::print(format_args!("halted"));
     }
     cpu::halt()

@@ -3,9 +3,10 @@
 //! Invariant: it runs only after it was sealed; what it found in its memory then is in its
 //! measurement, and is what was expected if anything was. See docs/protection.md.
 
+use crate::sync::SpinLock;
 use abi::ErrorCode;
 use core::sync::atomic::{AtomicBool, Ordering};
-use spin::{Mutex, MutexGuard};
+use spin::MutexGuard;
 
 use crate::guest::protected::MmioGuard;
 use crate::measure::{self, Measurer, Start};
@@ -17,7 +18,7 @@ pub struct Protection {
     /// Where it expects devices.
     pub guard: MmioGuard,
     sealed: AtomicBool,
-    stage: Mutex<Stage>,
+    stage: SpinLock<Stage>,
 }
 
 /// How far it has come.
@@ -60,7 +61,7 @@ impl Protection {
         Self {
             guard: MmioGuard::new(),
             sealed: AtomicBool::new(false),
-            stage: Mutex::new(Stage::Building {
+            stage: SpinLock::new(Stage::Building {
                 measurer: Measurer::new(),
                 expected: None,
             }),

@@ -6,6 +6,7 @@ use el2::psci::StartOrder;
 use crate::arch::cpu::{self, CpuData};
 use crate::arch::mem::Image;
 use crate::arch::{firmware, host_regs, mem, regs};
+use crate::console::say;
 use crate::hypervisor::{self, Hypervisor};
 
 const PSCI_CPU_OFF: u64 = 0x8400_0002;
@@ -20,7 +21,8 @@ pub(crate) fn start_others(board: &Board<'_>, cpus: &[&'static CpuData], entry: 
         if data.mpidr == me {
             data.power.start_on();
         } else if let Err(reason) = start(board, node, entry).and_then(|()| came_up(data)) {
-            log::error!(
+            say!(
+                Error,
                 "CPU {} (mpidr {:#x}) did not come up, going on without it: {reason}",
                 data.index,
                 data.mpidr
@@ -28,7 +30,8 @@ pub(crate) fn start_others(board: &Board<'_>, cpus: &[&'static CpuData], entry: 
         }
     }
     if board.cpus_left_out > 0 {
-        log::error!(
+        say!(
+            Error,
             "{} more CPUs than EL2 can hold are left off",
             board.cpus_left_out
         );
@@ -109,7 +112,7 @@ fn wait_for_order(cpu: &'static CpuData) -> ! {
             }
             if hypervisor.has_firmware() {
                 let answer = firmware::call(PSCI_CPU_OFF, [0; 7]);
-                log::debug!("firmware's CPU_OFF came back: {:#x}", answer[0]);
+                say!(Debug, "firmware's CPU_OFF came back: {:#x}", answer[0]);
             }
         }
         cpu::wait_for_event();

@@ -12,6 +12,7 @@ use el2::{hvc, inject};
 use crate::arch::exceptions::Regs;
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::{cpu, firmware};
+use crate::console::say;
 use crate::hypervisor::{self, Hypervisor};
 use crate::{calls, iommu, panic, power, smp};
 
@@ -26,7 +27,8 @@ pub(crate) fn from_lower(regs: &mut Regs, vector: u64) {
     };
     if vector != SYNC_64 && vector != SYNC_32 {
         // No interrupt is routed to EL2 while the host runs: nothing to do but go back.
-        log::error!(
+        say!(
+            Error,
             "unexpected exception from the host: {}",
             panic::vector_name(vector)
         );
@@ -43,7 +45,8 @@ pub(crate) fn from_lower(regs: &mut Regs, vector: u64) {
         Cause::Abort(abort) => fault(hypervisor, &abort, &syndrome),
         Cause::WaitFor => regs::skip_instruction(),
         Cause::SystemRegister(_) | Cause::Other(_) => {
-            log::warn!(
+            say!(
+                Warn,
                 "host: unexpected trap, ESR {:#x} at {:#x}",
                 syndrome.esr,
                 syndrome.elr
@@ -94,6 +97,7 @@ fn call(hypervisor: &'static Hypervisor, regs: &mut Regs, immediate: u16, by_smc
 }
 
 /// A call about VMs.
+#[inline]
 fn about_vms(hypervisor: &'static Hypervisor, regs: &mut Regs, call: abi::Call) {
     let [_, a, b, c, d, e, f, ..] = regs.x;
     iommu::poll();
@@ -172,7 +176,10 @@ fn turn_off(hypervisor: &Hypervisor) -> ! {
         .into_iter()
         .all(|cpu| cpu.power.is_off() || !cpu.power.is_alive())
     {
-        log::error!("the host turned off its last core: nothing can wake the machine");
+        say!(
+            Error,
+            "the host turned off its last core: nothing can wake the machine"
+        );
     }
     smp::park()
 }
@@ -204,7 +211,8 @@ fn fault(hypervisor: &Hypervisor, abort: &Abort, syndrome: &Syndrome) {
         return;
     }
     hypervisor.counters.count(Counter::FaultsRefused);
-    log::debug!(
+    say!(
+        Debug,
         "host: {:?} refused at VA {:#x} IPA {ipa:#x} ({:?}), PC {:#x}",
         abort.access,
         syndrome.far,

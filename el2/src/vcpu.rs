@@ -6,11 +6,12 @@ use el2::features::Features;
 use el2::guest::PHYSICAL_TIMER_PPI;
 use el2::guest::timer::EmulatedTimer;
 use el2::psci::StartOrder;
+use el2::sync::SpinLock;
 use el2::vgic::{CpuInterface, Kicks};
 use el2::vm_error::Refusal;
 use memslot::arm::VcpuCaches;
 use memslot::error::Error;
-use spin::{Mutex, MutexGuard};
+use spin::MutexGuard;
 
 use crate::arch::cpu::CpuData;
 use crate::arch::world::{self, Context, HostWorld, hcr};
@@ -31,7 +32,7 @@ pub(crate) struct Vcpu {
     /// The CPU that ran it last, plus one: there the host looks after it.
     last_on: AtomicU32,
     pub(crate) counts: Counts,
-    state: Mutex<VcpuState>,
+    state: SpinLock<VcpuState>,
 }
 
 /// What only the CPU that runs it touches.
@@ -114,7 +115,7 @@ impl Vcpu {
             running_on: AtomicU32::new(NOWHERE),
             last_on: AtomicU32::new(NOWHERE),
             counts: Counts::default(),
-            state: Mutex::new(VcpuState::new(hypervisor, features)),
+            state: SpinLock::new(VcpuState::new(hypervisor, features)),
         }
     }
 

@@ -20,6 +20,7 @@ use el2::ownership::OwnershipError;
 use el2::page_state::Owner;
 use el2::protection::Protection;
 use el2::smmu::Walk;
+use el2::sync::SpinLock;
 use el2::vgic::{GicVersion, Vgic};
 use el2::vm_counters::VmCounters;
 use el2::vm_error::Refusal;
@@ -31,7 +32,7 @@ use memslot::slot::{Memslot, SlotFlags, SlotId, SlotKind};
 use memslot::steps::Progress;
 use memslot::toggle::Flush;
 use memslot::vm::{GuestMemory, VmConfig as MemoryConfig, VmKind};
-use spin::{Mutex, Once, RwLock};
+use spin::{Once, RwLock};
 use stage2::{
     ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, Stage2, WideAddresses,
 };
@@ -106,7 +107,7 @@ pub(crate) enum Entry {
         /// The VM; dropped before its memory goes.
         vm: Owned<Vm>,
         /// What the host has donated to it. Its own lock, so that a VM whose vCPUs run can get more.
-        donated: Mutex<Donations>,
+        donated: SpinLock<Donations>,
     },
     /// A VM that ends: nobody uses it any more, and its memory is being cleaned.
     Dying {
@@ -205,7 +206,7 @@ impl VmTable {
         };
         donated.add_state(memory);
         let used = memory.size() - vm.shared.pool.free_bytes();
-        let donated = Mutex::new(donated);
+        let donated = SpinLock::new(donated);
         *entry = Entry::Live { vm, donated };
         Ok(used / PAGE_SIZE)
     }

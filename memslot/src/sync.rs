@@ -82,14 +82,27 @@ mod imp {
         }
 
         /// Waits until no writer holds the lock or waits for it.
+        #[inline]
         pub fn read(&self) -> RwLockReadGuard<'_, T> {
+            self.try_read().unwrap_or_else(|| self.wait_to_read())
+        }
+
+        #[inline]
+        fn try_read(&self) -> Option<RwLockReadGuard<'_, T>> {
+            let is_free = self.writers.load(Ordering::Relaxed) == 0;
+            is_free.then(|| self.lock.try_read()).flatten()
+        }
+
+        #[cold]
+        #[inline(never)]
+        fn wait_to_read(&self) -> RwLockReadGuard<'_, T> {
             loop {
                 // Only looks while it waits: failed attempts would keep the writer's
                 // compare-and-swap from seeing the lock free.
                 while self.writers.load(Ordering::Relaxed) != 0 {
                     spin_hint();
                 }
-                if let Some(guard) = self.lock.try_read() {
+                if let Some(guard) = self.try_read() {
                     return guard;
                 }
             }
@@ -102,6 +115,7 @@ mod imp {
         }
 
         /// Waits until nobody holds the lock.
+        #[inline(never)]
         pub fn write(&self) -> RwLockWriteGuard<'_, T> {
             let writer = Writer::announce(&self.writers);
             RwLockWriteGuard {

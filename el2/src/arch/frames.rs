@@ -4,9 +4,10 @@ use core::alloc::{GlobalAlloc, Layout};
 use core::ptr::NonNull;
 use core::sync::atomic::AtomicU64;
 
+use crate::console::say;
 use board::{AddrRange, PAGE_SIZE};
 use buddy_system_allocator::Heap;
-use spin::Mutex;
+use el2::sync::SpinLock;
 
 static EL2_POOL: FramePool = FramePool::empty();
 
@@ -16,16 +17,19 @@ pub(crate) fn create_el2_pool(range: AddrRange) -> &'static FramePool {
     // SAFETY: the rest of the pool that EL2's own map left: mapped, unused.
     unsafe { EL2_POOL.add(range) };
     if !HEAP.grow(FIRST) {
-        log::error!("EL2's pool is too small for a heap: VMs can't be created");
+        say!(
+            Error,
+            "EL2's pool is too small for a heap: VMs can't be created"
+        );
     }
     &EL2_POOL
 }
 
 /// EL2's heap: bookkeeping of VMs, never tables. It may run out; who allocates then gets an error.
-struct El2Heap(Mutex<Heap<32>>);
+struct El2Heap(SpinLock<Heap<32>>);
 
 #[global_allocator]
-static HEAP: El2Heap = El2Heap(Mutex::new(Heap::empty()));
+static HEAP: El2Heap = El2Heap(SpinLock::new(Heap::empty()));
 
 /// Bytes of EL2's pool that the heap leaves for the host's stage 2.
 const RESERVE: u64 = 32 * PAGE_SIZE;
@@ -90,7 +94,7 @@ fn layout(size: u64) -> Option<Layout> {
 
 /// The pool. Its free lists live in the free pages themselves.
 pub(crate) struct FramePool {
-    heap: Mutex<Heap<32>>,
+    heap: SpinLock<Heap<32>>,
 }
 
 impl core::fmt::Debug for FramePool {
@@ -103,7 +107,7 @@ impl FramePool {
     /// A pool that has nothing yet.
     const fn empty() -> Self {
         Self {
-            heap: Mutex::new(Heap::empty()),
+            heap: SpinLock::new(Heap::empty()),
         }
     }
 

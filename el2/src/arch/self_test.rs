@@ -1,23 +1,24 @@
 //! Deliberate faults at EL2, asked for by `/chosen/ravelin,self-test`, to see the reports.
 
+use crate::console::say;
 use board::SelfTest;
 
 use super::mem::Image;
 
 /// Does what must not work. Returns only if it wrongly did.
 pub(crate) fn provoke(test: SelfTest) {
-    log::warn!("self-test: provoking {test:?}");
+    say!(Warn, "self-test: provoking {test:?}");
     match test {
         SelfTest::Panic => panic!("asked for by the device tree"),
         SelfTest::StackOverflow => {
             let depth = overflow(u64::MAX);
-            log::error!("self-test: the stack held {depth} frames");
+            say!(Error, "self-test: the stack held {depth} frames");
         }
         SelfTest::WriteText => store(Image::here().start),
         SelfTest::ExecData => jump(Image::here().rodata_end),
         SelfTest::Null => store(0),
     }
-    log::error!("self-test: {test:?} was not stopped");
+    say!(Error, "self-test: {test:?} was not stopped");
 }
 
 #[inline(never)]

@@ -8,7 +8,7 @@
 //! for the numbers and arguments; the range forms are Android's: `x2` is a number of pages, 0 or 1
 //! for one, and `x1` of the answer says how many were done.
 
-use spin::Mutex;
+use crate::sync::SpinLock;
 
 use super::smccc::INVALID_PARAMETER;
 
@@ -121,7 +121,7 @@ fn pages(ipa: u64, count: u64, third: u64, most: u64) -> Option<u64> {
 /// The pages on which a guest expects emulated devices.
 #[derive(Debug, Default)]
 pub struct MmioGuard {
-    state: Mutex<Guarded>,
+    state: SpinLock<Guarded>,
 }
 
 #[derive(Debug, Default)]
@@ -136,7 +136,7 @@ impl MmioGuard {
     #[must_use]
     pub const fn new() -> Self {
         Self {
-            state: Mutex::new(Guarded {
+            state: SpinLock::new(Guarded {
                 enrolled: false,
                 ranges: heapless::Vec::new(),
             }),

@@ -2,8 +2,8 @@
 //!
 //! Lock order: functions → commands. Events have their own, which nobody waits for.
 
+use crate::sync::SpinLock;
 use alloc::vec::Vec;
-use spin::Mutex;
 use thiserror::Error;
 
 use super::encode::{Command, SPLIT, StreamEntry};
@@ -163,9 +163,9 @@ pub struct Smmu<P> {
     pub(super) tables: Tables,
     pub(super) host: Walk,
     /// Never more than there is room for from the start.
-    pub(super) taken: Mutex<Vec<Taken>>,
-    pub(super) commands: Mutex<Commands>,
-    pub(super) events: Mutex<Events>,
+    pub(super) taken: SpinLock<Vec<Taken>>,
+    pub(super) commands: SpinLock<Commands>,
+    pub(super) events: SpinLock<Events>,
 }
 
 impl<P: Port> Smmu<P> {
@@ -205,14 +205,14 @@ impl<P: Port> Smmu<P> {
             ids,
             tables,
             host,
-            taken: Mutex::new(room()?),
-            commands: Mutex::new(Commands {
+            taken: SpinLock::new(room()?),
+            commands: SpinLock::new(Commands {
                 base: commands,
                 bits,
                 next: 0,
                 dead: false,
             }),
-            events: Mutex::new(Events {
+            events: SpinLock::new(Events {
                 base: events,
                 bits: event_bits,
                 next: 0,

@@ -23,8 +23,8 @@ mod tests;
 
 use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
+use crate::sync::SpinLock;
 use abi::{GUEST_TIMER_PPI, MAX_VCPUS};
-use spin::Mutex;
 
 use irq::{Irq, NOBODY};
 pub use lists::CpuInterface;
@@ -78,7 +78,7 @@ pub struct Vgic {
     busy: AtomicU8,
     /// Whether an interrupt was ended that the host waits for; written under the lock.
     ended: AtomicBool,
-    state: Mutex<State>,
+    state: SpinLock<State>,
 }
 
 /// What the lock guards.
@@ -107,7 +107,7 @@ impl Vgic {
             vcpus,
             busy: AtomicU8::new(0),
             ended: AtomicBool::new(false),
-            state: Mutex::new(State::new()),
+            state: SpinLock::new(State::new()),
         }
     }
 
