@@ -11,14 +11,18 @@ LINK=(-C relocation-model=pie -C link-arg=-pie -C link-arg=--no-dynamic-linker -
     -C link-arg=-znorelro -C link-arg=--build-id=none)
 export RUSTFLAGS="-C force-frame-pointers=yes --remap-path-prefix=$PWD=. ${RUSTFLAGS:-}"
 
-link() { # package, binary, linker script, output name
-    scripts/cargo-bare.sh rustc --quiet --profile image --target "$TARGET" -p "$1" --bin "$2" -- \
-        "${LINK[@]}" -C link-arg="-T$PWD/$3"
-    cp "$CARGO_TARGET_DIR/$TARGET/image/$2" "$BUILD/$4.elf"
+# What is not small or said to be hot (#[inline]) is in EL2 once, not at every place that calls it: a fifth
+# fewer bytes, for a few instructions an exit (docs/tcb.md, docs/benchmarks/target.md).
+SMALL=(-C llvm-args=-inline-threshold=40)
+
+link() { # package, binary, linker script, output name, profile, more flags
+    scripts/cargo-bare.sh rustc --quiet --profile "$5" --target "$TARGET" -p "$1" --bin "$2" -- \
+        "${LINK[@]}" -C link-arg="-T$PWD/$3" "${@:6}"
+    cp "$CARGO_TARGET_DIR/$TARGET/$5/$2" "$BUILD/$4.elf"
     scripts/ravelin.sh image "$BUILD/$4.elf" "$BUILD/$4.img"
 }
 
 export RAVELIN_DEMO="$BUILD/guests/payload"
-link ravelin-host-shim host-shim host-shim/shim.ld host-shim
+link ravelin-host-shim host-shim host-shim/shim.ld host-shim image
 export RAVELIN_SHIM="$BUILD/host-shim.img"
-link ravelin-el2 ravelin el2/el2.ld ravelin
+link ravelin-el2 ravelin el2/el2.ld ravelin el2 "${SMALL[@]}"

@@ -156,6 +156,7 @@ impl<const N: usize> RangeList<N> {
 
     /// The range that contains `addr`.
     #[must_use]
+    #[inline]
     pub fn find(&self, addr: u64) -> Option<AddrRange> {
         let after = self.ranges.partition_point(|r| r.start <= addr);
         let range = *self.ranges.get(after.checked_sub(1)?)?;

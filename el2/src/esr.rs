@@ -98,6 +98,7 @@ fn data_access(esr: u64) -> Access {
     }
 }
 
+#[inline]
 fn abort(esr: u64, access: Access) -> Abort {
     Abort {
         access,
@@ -107,6 +108,7 @@ fn abort(esr: u64, access: Access) -> Abort {
     }
 }
 
+#[inline]
 fn fault_kind(status: u8) -> FaultKind {
     match status {
         0b00_0000..=0b00_0011 | 0b10_1001 => FaultKind::AddressSize,

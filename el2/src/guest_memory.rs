@@ -96,6 +96,7 @@ impl From<Refusal> for Moved {
 
 impl<T: GuestTable, H: HostReach, C: Contents> GuestPages<'_, '_, T, H, C> {
     /// The slot that holds all of a range, and the memory behind that.
+    #[inline]
     fn behind(&self, ipa: u64, pages: u64) -> Option<(GfnRange, AddrRange)> {
         let first = Gfn::try_new(ipa / PAGE_SIZE)?;
         let range = GfnRange::from_base(first, pages)?;
@@ -118,6 +119,7 @@ impl<T: GuestTable, H: HostReach, C: Contents> GuestPages<'_, '_, T, H, C> {
     }
 
     /// The first note in a range.
+    #[inline]
     fn note(&self, ipa: u64, pages: u64) -> Option<u64> {
         let range = IpaRange::new(Ipa::new(ipa), pages * PAGE_SIZE).ok()?;
         let first = self.memory.with_table(|table| table.first_note(range));

@@ -94,7 +94,7 @@ pub(crate) enum StartError {
     #[error(transparent)]
     Unfit(#[from] Unfit),
     /// The host's tables can't be lent.
-    #[error("the host's tables can't be lent: {0}")]
+    #[error("the host's tables can't be lent: {}", .0.reason())]
     Host(#[from] el2::host_map::HostMapError),
 }
 

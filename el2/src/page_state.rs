@@ -152,6 +152,7 @@ impl<'a> PageStates<'a> {
     /// Gives all pages of `range` from one owner to another, if all are RAM and the first one's
     /// now; says whether. The caller excludes other changes of the same pages.
     #[must_use]
+    #[inline]
     pub fn transfer(&self, range: AddrRange, from: Owner, to: Owner) -> bool {
         if !self.all_owned_by(range, from) {
             return false;

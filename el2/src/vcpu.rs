@@ -327,6 +327,7 @@ impl Running<'_> {
     }
 
     /// Makes the core's list registers what the timers and the virtual GIC say now.
+    #[inline]
     pub(crate) fn refresh_interrupts(&mut self) {
         self.save_interrupts();
         self.refresh_timers();

@@ -364,6 +364,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     }
 
     /// What the leaves of a lock say, and what they will need.
+    #[inline]
     fn locked_leaf(
         &self,
         slot: &Memslot,

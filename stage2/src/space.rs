@@ -191,6 +191,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Walks to the entry that decides about `at`.
+    #[inline]
     pub(crate) fn descend(&self, at: u64) -> Position<'_> {
         let (mut table, mut level) = (self.root_table(), self.geometry().start_level());
         loop {

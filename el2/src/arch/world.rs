@@ -399,6 +399,7 @@ impl FineTraps {
         traps
     }
 
+    #[inline]
     fn write(mut self, features: &Features) {
         if features.fgt {
             each_trap!(

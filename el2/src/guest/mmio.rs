@@ -61,6 +61,7 @@ pub enum Decoded {
 
 /// Decodes ESR_EL2 of a data abort (class 0x24).
 #[must_use]
+#[inline]
 pub const fn decode(esr: u64) -> Decoded {
     // A table in a device's registers: no hardware would walk it either.
     if esr & ON_WALK != 0 {

@@ -162,10 +162,12 @@ pub fn features(id: u32) -> u64 {
 /// Performs or decides the call `id` with arguments `x1` to `x3` of a vCPU of this VM.
 ///
 /// `is_memory` says whether an IPA is RAM of the guest.
+#[inline]
 pub fn call(id: u32, args: [u64; 3], power: &Power, is_memory: impl Fn(u64) -> bool) -> Action {
     perform(id, args, power, is_memory).unwrap_or_else(|error| Action::Return(error.to_register()))
 }
 
+#[inline(always)] // Half of a call that does nothing would be its frame.
 fn perform(
     id: u32,
     args: [u64; 3],
