@@ -150,7 +150,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// Tables that the first pass will take: only the two ends can need any, and the middle of
     /// an empty slot that gets a note in part.
-    fn count_erase(&self, word: u64, table: &Table<'_>, level: Level, span: Span) -> usize {
+    fn count_erase(&self, word: u64, table: &Table<'_, P>, level: Level, span: Span) -> usize {
         let size = self.geometry().slot_size(level);
         let mut count = 0;
         for part in ends(span, size) {
@@ -170,7 +170,13 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// First pass over one linked table. Says whether all of the span is empty afterwards.
-    fn break_span(&self, table: &Table<'_>, level: Level, span: Span, run: &mut Erase<'_>) -> bool {
+    fn break_span(
+        &self,
+        table: &Table<'_, P>,
+        level: Level,
+        span: Span,
+        run: &mut Erase<'_>,
+    ) -> bool {
         let size = self.geometry().slot_size(level);
         let mut emptied = true;
         let mut rest = Some(span);
@@ -194,7 +200,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// First pass over a slot that the range covers.
     fn break_slot(
         &self,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         level: Level,
         part: Span,
         raw: u64,
@@ -226,7 +232,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// First pass over a slot that the range hits in part.
     fn break_part(
         &self,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         level: Level,
         part: Span,
         raw: u64,
@@ -268,7 +274,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// First pass below a table that the range hits in part; breaks it if nothing is left.
     fn break_below(
         &self,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         level: Level,
         part: Span,
         raw: u64,
@@ -295,7 +301,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Second pass over one linked table.
-    fn sweep_span(&self, table: &Table<'_>, level: Level, span: Span, run: &mut Erase<'_>) {
+    fn sweep_span(&self, table: &Table<'_, P>, level: Level, span: Span, run: &mut Erase<'_>) {
         let size = self.geometry().slot_size(level);
         let mut rest = Some(span);
         while let Some(span) = rest {
@@ -352,7 +358,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Releases the entry and those behind it that say nothing else. Says how many.
     fn release_run(
         &self,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         index: usize,
         level: Level,
         at: u64,
@@ -360,7 +366,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     ) -> usize {
         let (raw, left) = (table.load(index), table.entries() - index);
         if raw == SoftWord::EMPTY {
-            return table.zero_run(index, left).max(1);
+            return 1 + table.zero_run(index + 1, left - 1);
         }
         if sweep.sink.is_some() || self.format.kind(raw, level) != WordKind::Leaf {
             self.release_entry(raw, level, at, sweep);

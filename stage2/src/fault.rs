@@ -171,7 +171,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// Makes a leaf in an entry that was empty. Says whether it still was.
     #[inline]
-    fn install_leaf(&self, leaves: &Leaves, here: &Position<'_>, leaf: Span) -> bool {
+    fn install_leaf(&self, leaves: &Leaves, here: &Position<'_, P>, leaf: Span) -> bool {
         self.clean_for(leaves, leaf);
         let pa = Pa::new(leaves.output(leaf.start));
         let new = self.format.leaf_word(leaves.attrs, pa, here.level);
@@ -184,7 +184,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     fn install_chain(
         &self,
         leaves: &Leaves,
-        here: &Position<'_>,
+        here: &Position<'_, P>,
         leaf: Span,
         level: Level,
     ) -> Result<bool, MapError> {
@@ -219,7 +219,13 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Something stands where a leaf is wanted.
-    fn meet(&self, leaves: &Leaves, at: u64, here: &Position<'_>, wanted: &LeafAttrs) -> Meeting {
+    fn meet(
+        &self,
+        leaves: &Leaves,
+        at: u64,
+        here: &Position<'_, P>,
+        wanted: &LeafAttrs,
+    ) -> Meeting {
         if self.format.kind(here.raw, here.level) == WordKind::Leaf {
             return self
                 .meet_leaf(leaves, at, here, here.raw, wanted)
@@ -238,7 +244,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         &self,
         leaves: &Leaves,
         at: u64,
-        here: &Position<'_>,
+        here: &Position<'_, P>,
         old: u64,
         wanted: &LeafAttrs,
     ) -> Option<FaultOutcome> {
@@ -267,7 +273,13 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// Changes permissions or age of a leaf by compare-and-swap, with the invalidation that
     /// takes. Says whether the leaf was still there.
-    pub(crate) fn rewrite_leaf(&self, here: &Position<'_>, old: u64, new: u64, slot: u64) -> bool {
+    pub(crate) fn rewrite_leaf(
+        &self,
+        here: &Position<'_, P>,
+        old: u64,
+        new: u64,
+        slot: u64,
+    ) -> bool {
         let size = self.geometry().slot_size(here.level);
         self.clean_fetch_if_added(
             old,

@@ -276,7 +276,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     pub(crate) fn init_background(
         &self,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         level: Level,
         background: Background,
         first: usize,
@@ -296,7 +296,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     #[inline]
     fn init_full(
         &self,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         level: Level,
         job: &Job,
         at: u64,
@@ -333,7 +333,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     #[inline]
     pub(crate) fn leaf_run(
         &self,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         (first, limit): (usize, usize),
         raw: u64,
         level: Level,
@@ -341,7 +341,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let pa = self.format.output(raw, level).get();
         let limit = limit.min(self.in_chunk(pa, level));
         let step = self.geometry().slot_size(level);
-        table.run(first, limit, raw, step).max(1)
+        1 + table.run(first + 1, limit - 1, raw.wrapping_add(step), step)
     }
 
     /// Calls back with runs of leaves whose words differ by a constant step: one run, except

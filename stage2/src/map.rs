@@ -3,7 +3,7 @@
 use crate::addr::{Ipa, IpaRange, Pa, PaRange};
 use crate::attr::{LeafAttrs, Maintenance};
 use crate::bbm::Flush;
-use crate::entry::UpdateKind;
+use crate::entry::{SoftWord, UpdateKind};
 use crate::error::{EncodeError, MapError};
 use crate::format::{TableFormat, WordKind};
 use crate::job::{Job, Leaves, Span};
@@ -150,7 +150,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     fn fill_slot(
         &self,
         request: &MapRequest,
-        here: &Position<'_>,
+        here: &Position<'_, P>,
         last: Pa,
     ) -> Result<MapOutcome, MapError> {
         let pa = request.pa.get();
@@ -236,7 +236,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// The deepest existing table that spans the whole range: where the work is.
     #[inline]
-    fn common_table(&self, span: Span) -> (Table<'_>, Level) {
+    fn common_table(&self, span: Span) -> (Table<'_, P>, Level) {
         let mut table = self.root_table();
         let mut level = self.geometry().start_level();
         while !level.is_page() {
@@ -255,7 +255,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Tables that `map_table` will take.
-    fn count_map(&self, leaves: &Leaves, table: &Table<'_>, level: Level, span: Span) -> usize {
+    fn count_map(&self, leaves: &Leaves, table: &Table<'_, P>, level: Level, span: Span) -> usize {
         let size = self.geometry().slot_size(level);
         let mut count = 0;
         let mut rest = Some(span);
@@ -290,7 +290,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     pub(crate) fn map_table(
         &self,
         leaves: &Leaves,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         level: Level,
         span: Span,
         run: &mut Progress,
@@ -298,22 +298,23 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let shift = self.geometry().shift(level);
         let mut rest = Some(span);
         while let Some(span) = rest {
-            let index = self.index(table, span.start, level);
             let full = leaves.full_slots(span, level, shift);
-            let empty = table.zero_run(index, full);
-            if empty > 0 {
+            if full == 0 {
+                let (part, behind) = span.split_first(1 << shift);
+                self.map_below(leaves, table, level, part, run);
+                rest = behind;
+                continue;
+            }
+            let index = self.index(table, span.start, level);
+            let raw = table.load(index);
+            let done = if raw == SoftWord::EMPTY {
+                let empty = 1 + table.zero_run(index + 1, full - 1);
                 self.fill_empty(leaves, table, level, span.start, empty, run);
-                rest = span.behind(empty, shift);
-                continue;
-            }
-            if full > 0 {
-                let done = self.map_over(leaves, table, level, span.start, full, run);
-                rest = span.behind(done, shift);
-                continue;
-            }
-            let (part, behind) = span.split_first(1 << shift);
-            self.map_below(leaves, table, level, part, run);
-            rest = behind;
+                empty
+            } else {
+                self.map_over(leaves, table, (raw, level), span.start, full, run)
+            };
+            rest = span.behind(done, shift);
         }
     }
 
@@ -322,7 +323,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     pub(crate) fn fill_empty(
         &self,
         leaves: &Leaves,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         level: Level,
         at: u64,
         count: usize,
@@ -359,19 +360,20 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     fn map_over(
         &self,
         leaves: &Leaves,
-        table: &Table<'_>,
-        level: Level,
+        table: &Table<'_, P>,
+        (old, level): (u64, Level),
         at: u64,
         full: usize,
         run: &mut Progress,
     ) -> usize {
         let index = self.index(table, at, level);
-        let old = table.load(index);
         let new = self.wanted(leaves, at, level);
         let size = self.geometry().slot_size(level);
         match self.change(old, new, level) {
             Change::Fill => self.fill_empty(leaves, table, level, at, 1, run),
-            Change::Replace => return self.replace_run(leaves, table, level, at, full, run),
+            Change::Replace => {
+                return self.replace_run(leaves, table, (old, level), at, full, run);
+            }
             Change::Rewrite(UpdateKind::Same) => {}
             Change::Rewrite(kind) => {
                 let span = Span {

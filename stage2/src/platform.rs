@@ -71,6 +71,12 @@ pub unsafe trait TableMemory {
     /// The table at `table`, an address that `alloc_table` or `alloc_root` returned.
     fn table_ptr(&self, table: Pa) -> NonNull<AtomicEntry>;
 
+    /// So many entries are looked at. For who counts them; does nothing.
+    #[inline]
+    fn visited(&self, entries: usize) {
+        let _ = entries;
+    }
+
     /// Writes an entry that the hardware may be reading.
     #[inline]
     #[track_caller]
@@ -179,6 +185,10 @@ unsafe impl<T: TableMemory> TableMemory for &T {
     #[inline]
     fn table_ptr(&self, table: Pa) -> NonNull<AtomicEntry> {
         T::table_ptr(self, table)
+    }
+    #[inline]
+    fn visited(&self, entries: usize) {
+        T::visited(self, entries);
     }
     #[inline]
     #[track_caller]

@@ -47,14 +47,13 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         Ok(run.changed)
     }
 
-    fn protect_table(&self, table: &Table<'_>, level: Level, span: Span, run: &mut Protect) {
+    fn protect_table(&self, table: &Table<'_, P>, level: Level, span: Span, run: &mut Protect) {
         let shift = self.geometry().shift(level);
         let base = span.start >> shift << shift;
         let first = self.index(table, span.start, level);
         let count = self.index(table, span.end - 1, level) + 1 - first;
         let mut hit: Option<(usize, usize)> = None;
-        for (n, entry) in table.entry_run(first, count).enumerate() {
-            let raw = entry.word.load(Ordering::Acquire);
+        for (n, (entry, raw)) in table.load_run(first, count).enumerate() {
             match self.format.kind(raw, level) {
                 WordKind::Invalid => {}
                 WordKind::Leaf => {

@@ -9,17 +9,16 @@ use crate::level::Level;
 use crate::map::{Change, Progress};
 use crate::platform::{EntryRef, Platform};
 use crate::space::Stage2;
-use crate::sync::Ordering;
 use crate::table::Table;
 
 impl<F: TableFormat, P: Platform> Stage2<F, P> {
-    /// Replaces leaves and tables from the slot at `at` on, as far as they stand side by side in
-    /// the `full` slots and all have to be broken, with one invalidation. Says how many.
+    /// Replaces the leaf or table `old` in the slot at `at`, and what stands behind it in the
+    /// `full` slots as far as it has to be broken, too, with one invalidation. Says how many.
     pub(crate) fn replace_run(
         &self,
         leaves: &Leaves,
-        table: &Table<'_>,
-        level: Level,
+        table: &Table<'_, P>,
+        (old, level): (u64, Level),
         at: u64,
         full: usize,
         run: &mut Progress,
@@ -27,13 +26,24 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let (first, shift) = (self.index(table, at, level), self.geometry().shift(level));
         let mut flush = Flush::NOTHING;
         let slot = |n: usize| at + ((n as u64) << shift);
-        let mut count = 0;
-        while count < full {
-            let entry = table.entry(first + count);
-            if !self.break_for(leaves, entry, level, slot(count), &mut flush) {
+        let (mut count, mut raw) = (0, old);
+        loop {
+            self.break_entry(
+                table.entry(first + count),
+                raw,
+                level,
+                slot(count),
+                &mut flush,
+            );
+            count += 1;
+            if count == full {
                 break;
             }
-            count += 1;
+            raw = table.load(first + count);
+            let new = self.wanted(leaves, slot(count), level);
+            if self.change(raw, new, level) != Change::Replace {
+                break;
+            }
         }
         self.invalidate(&flush);
         let mut sweep = Sweep::quiet();
@@ -45,19 +55,8 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         count
     }
 
-    /// Breaks the entry if the leaf that is wanted there asks for it. Says whether it does.
-    fn break_for(
-        &self,
-        leaves: &Leaves,
-        entry: EntryRef<'_>,
-        level: Level,
-        at: u64,
-        flush: &mut Flush,
-    ) -> bool {
-        let raw = entry.word.load(Ordering::Acquire);
-        if self.change(raw, self.wanted(leaves, at, level), level) != Change::Replace {
-            return false;
-        }
+    /// Breaks a leaf or a table.
+    fn break_entry(&self, entry: EntryRef<'_>, raw: u64, level: Level, at: u64, flush: &mut Flush) {
         let size = self.geometry().slot_size(level);
         if self.format.kind(raw, level) == WordKind::Table {
             self.break_table(entry, raw, level);
@@ -66,14 +65,13 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             self.break_leaf(entry, raw, level);
             flush.leaf(at, size, level);
         }
-        true
     }
 
     /// Maps part of a slot through a table, existing or new.
     pub(crate) fn map_below(
         &self,
         leaves: &Leaves,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         level: Level,
         part: Span,
         run: &mut Progress,
@@ -107,7 +105,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     fn map_into_block(
         &self,
         leaves: &Leaves,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         level: Level,
         part: Span,
         run: &mut Progress,

@@ -54,7 +54,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             "the preparation counted too few tables"
         );
         let pa = reserve.first?;
-        let next = self.table(pa).load(0);
+        let next = self.table(pa).peek(0);
         reserve.first = (next != LAST).then(|| Pa::new(next));
         Some(pa)
     }

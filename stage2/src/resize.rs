@@ -97,7 +97,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Links the tables that stand ready in a span.
-    fn link_ready(&self, table: &Table<'_>, level: Level, span: Span) {
+    fn link_ready(&self, table: &Table<'_, P>, level: Level, span: Span) {
         let size = self.geometry().slot_size(level);
         let mut rest = Some(span);
         while let Some(span) = rest {
@@ -148,7 +148,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     fn collapse_table(
         &self,
-        parent: &Table<'_>,
+        parent: &Table<'_, P>,
         index: usize,
         level: Level,
         ipa: Ipa,
@@ -189,7 +189,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Whether the table maps contiguous memory from `pa`, everywhere with `attrs`.
-    fn is_uniform(&self, table: &Table<'_>, level: Level, attrs: u64, pa: u64) -> bool {
+    fn is_uniform(&self, table: &Table<'_, P>, level: Level, attrs: u64, pa: u64) -> bool {
         (0..table.entries()).all(|index| {
             let raw = table.load(index);
             let pa = pa + ((index as u64) << self.geometry().shift(level));

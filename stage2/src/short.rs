@@ -147,7 +147,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// [`descend`](Self::descend) that finds pages only, and only in tables of the common shape.
     #[inline(always)]
-    pub(crate) fn page_entry(&self, at: u64) -> Option<Position<'_>> {
+    pub(crate) fn page_entry(&self, at: u64) -> Option<Position<'_, P>> {
         if !self.geometry().is_common() {
             return None;
         }
@@ -155,14 +155,14 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     #[inline(always)]
-    fn page_of<'a>(&self, table: Table<'a>, at: u64) -> Position<'a> {
+    fn page_of<'a>(&self, table: Table<'a, P>, at: u64) -> Position<'a, P> {
         let shift = self.geometry().common_shift(Level::PAGE);
         Position::at(table, at, Level::PAGE, shift)
     }
 
     /// [`page_table`](Self::page_table) under exclusive access, where the last one is remembered.
     #[inline(always)]
-    fn last_or_page_table(&self, at: u64) -> Option<Table<'_>> {
+    fn last_or_page_table(&self, at: u64) -> Option<Table<'_, P>> {
         let slot = at >> self.geometry().common_shift(Level::L2);
         if self.short.last_slot.load(Ordering::Relaxed) == slot {
             // Linked when it was noted, and nothing was taken away since.
@@ -179,7 +179,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// The table of pages around `at` in tables of the common shape.
     #[inline(always)]
-    fn page_table(&self, at: u64) -> Option<Table<'_>> {
+    fn page_table(&self, at: u64) -> Option<Table<'_, P>> {
         let mut table = self.root_table();
         if self.geometry().start_level() == Level::L0 {
             table = self.step(table, at, Level::L0)?;
@@ -190,13 +190,13 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// The table below an entry, if there is one and that is quickly said.
     #[inline(always)]
-    fn step(&self, table: Table<'_>, at: u64, level: Level) -> Option<Table<'_>> {
+    fn step(&self, table: Table<'_, P>, at: u64, level: Level) -> Option<Table<'_, P>> {
         let here = Position::at(table, at, level, self.geometry().common_shift(level));
         Some(self.small_table(self.format.plain_table(here.raw)?))
     }
 
     #[inline(always)]
-    fn small_table(&self, pa: Pa) -> Table<'_> {
+    fn small_table(&self, pa: Pa) -> Table<'_, P> {
         Table::at(&self.platform, pa, self.geometry().common_entries())
     }
 }

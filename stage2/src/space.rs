@@ -109,14 +109,15 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             let even = ipa.get() & !1; // the last byte has no range of its own
             return Err(MapError::OutOfInput(IpaRange::from_bounds(even, even + 1)));
         }
-        let at = match self.page_entry(ipa.get()) {
-            Some(page) => page,
-            None => self.descend(ipa.get()),
+        let found = |at: Position<'_, P>| (at.raw, at.level);
+        let (raw, level) = match self.page_entry(ipa.get()) {
+            Some(page) => found(page),
+            None => found(self.descend(ipa.get())),
         };
         Ok(Lookup {
-            entry: self.format.decode(at.raw, at.level),
-            level: at.level,
-            slot: self.geometry().slot(ipa, at.level),
+            entry: self.format.decode(raw, level),
+            level,
+            slot: self.geometry().slot(ipa, level),
         })
     }
 
@@ -165,23 +166,23 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         self.exports.retire();
     }
 
-    pub(crate) fn root_table(&self) -> Table<'_> {
+    pub(crate) fn root_table(&self) -> Table<'_, P> {
         Table::at(&self.platform, self.root, self.geometry().root_entries())
     }
 
     #[inline]
-    pub(crate) fn table(&self, pa: Pa) -> Table<'_> {
+    pub(crate) fn table(&self, pa: Pa) -> Table<'_, P> {
         Table::at(&self.platform, pa, self.geometry().entries())
     }
 
     /// The table a table word points to.
     #[inline]
-    pub(crate) fn child(&self, raw: u64, level: Level) -> Table<'_> {
+    pub(crate) fn child(&self, raw: u64, level: Level) -> Table<'_, P> {
         self.table(self.format.output(raw, level))
     }
 
     #[inline]
-    pub(crate) fn index(&self, table: &Table<'_>, at: u64, level: Level) -> usize {
+    pub(crate) fn index(&self, table: &Table<'_, P>, at: u64, level: Level) -> usize {
         #[expect(
             clippy::cast_possible_truncation,
             reason = "masked to the table's entries"
@@ -192,7 +193,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// Walks to the entry that decides about `at`.
     #[inline]
-    pub(crate) fn descend(&self, at: u64) -> Position<'_> {
+    pub(crate) fn descend(&self, at: u64) -> Position<'_, P> {
         let (mut table, mut level) = (self.root_table(), self.geometry().start_level());
         loop {
             let here = Position::at(table, at, level, self.geometry().shift(level));
@@ -266,23 +267,22 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 }
 
 /// Where a walk ended.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Position<'a> {
-    pub(crate) table: Table<'a>,
+pub(crate) struct Position<'a, P> {
+    pub(crate) table: Table<'a, P>,
     pub(crate) index: usize,
     pub(crate) level: Level,
     /// The entry as the walk read it.
     pub(crate) raw: u64,
 }
 
-impl<'a> Position<'a> {
+impl<'a, P: Platform> Position<'a, P> {
     #[inline]
     pub(crate) const fn is_empty(&self) -> bool {
         self.raw == SoftWord::EMPTY
     }
 
     #[inline]
-    pub(crate) fn at(table: Table<'a>, at: u64, level: Level, shift: u32) -> Self {
+    pub(crate) fn at(table: Table<'a, P>, at: u64, level: Level, shift: u32) -> Self {
         #[expect(
             clippy::cast_possible_truncation,
             reason = "masked to the table's entries"

@@ -4,7 +4,6 @@
     reason = "entries are reached through the platform's pointer"
 )]
 
-use core::marker::PhantomData;
 use core::ptr::NonNull;
 
 use crate::addr::Pa;
@@ -12,28 +11,36 @@ use crate::platform::{EntryRef, TableMemory};
 use crate::sync::{AtomicEntry, Ordering};
 
 /// A table, or a whole concatenated root: a power of two of entries.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Table<'a> {
+pub(crate) struct Table<'a, M> {
     base: NonNull<AtomicEntry>,
     /// Entries minus one.
     mask: usize,
     pa: Pa,
-    memory: PhantomData<&'a AtomicEntry>,
+    memory: &'a M,
 }
 
-impl<'a> Table<'a> {
+impl<M> Clone for Table<'_, M> {
+    #[inline]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M> Copy for Table<'_, M> {}
+
+impl<'a, M: TableMemory> Table<'a, M> {
     /// The table at `pa`: an address that `memory` handed out for at least `entries` entries, a
     /// power of two, and that was not given back. The core keeps this by taking addresses only
     /// from the allocator, from its root and from table words it wrote, and by freeing a table
     /// only under exclusive access after unlinking it.
     #[inline]
-    pub(crate) fn at<M: TableMemory>(memory: &'a M, pa: Pa, entries: usize) -> Self {
+    pub(crate) fn at(memory: &'a M, pa: Pa, entries: usize) -> Self {
         debug_assert!(entries.is_power_of_two());
         Self {
             base: memory.table_ptr(pa),
             mask: entries - 1,
             pa,
-            memory: PhantomData,
+            memory,
         }
     }
 
@@ -85,6 +92,18 @@ impl<'a> Table<'a> {
         })
     }
 
+    /// `count` entries from `first` and what they say, read as by [`load`](Self::load).
+    #[inline]
+    pub(crate) fn load_run(
+        &self,
+        first: usize,
+        count: usize,
+    ) -> impl Iterator<Item = (EntryRef<'a>, u64)> {
+        self.memory.visited(count);
+        self.entry_run(first, count)
+            .map(|entry| (entry, entry.word.load(Ordering::Acquire)))
+    }
+
     /// The entry, for a store that the platform makes.
     #[inline]
     pub(crate) fn entry(&self, index: usize) -> EntryRef<'a> {
@@ -98,7 +117,14 @@ impl<'a> Table<'a> {
     /// Reads an entry; what a table it points to held when it was linked is seen, too.
     #[inline]
     pub(crate) fn load(&self, index: usize) -> u64 {
+        self.memory.visited(1);
         self.word(index).load(Ordering::Acquire)
+    }
+
+    /// Reads an entry of a table that nothing reaches.
+    #[inline]
+    pub(crate) fn peek(&self, index: usize) -> u64 {
+        self.word(index).load(Ordering::Relaxed)
     }
 
     /// Writes an entry of a table that nothing reaches yet.
@@ -137,13 +163,16 @@ impl<'a> Table<'a> {
     #[inline]
     pub(crate) fn run(&self, first: usize, limit: usize, mut raw: u64, step: u64) -> usize {
         let mut count = 0;
-        for word in self.words(first, limit) {
+        let words = self.words(first, limit);
+        for word in words {
             if word.load(Ordering::Relaxed) != raw {
                 break;
             }
             raw = raw.wrapping_add(step);
             count += 1;
         }
+        self.memory
+            .visited(count + usize::from(count < words.len()));
         count
     }
 

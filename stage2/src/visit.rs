@@ -35,7 +35,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     fn visit_table<V: FnMut(Found<'_>)>(
         &self,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         level: Level,
         span: Span,
         visit: &mut V,

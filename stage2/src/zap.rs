@@ -93,7 +93,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
 
     /// Empties the leaves of a span at once, with nobody beside who could install anything
     /// before the invalidation is complete.
-    fn zap_empty_leaves(&self, table: &Table<'_>, level: Level, span: Span, zap: &mut Zap) {
+    fn zap_empty_leaves(&self, table: &Table<'_, P>, level: Level, span: Span, zap: &mut Zap) {
         let shift = self.geometry().shift(level);
         let base = span.start >> shift << shift;
         let first = self.index(table, span.start, level);
@@ -103,7 +103,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             let (raw, left) = (table.load(index), behind - index);
             let slot = base + (((index - first) as u64) << shift);
             index += match self.format.kind(raw, level) {
-                WordKind::Invalid => table.zero_run(index, left).max(1),
+                WordKind::Invalid => 1 + table.zero_run(index + 1, left - 1),
                 WordKind::Leaf => self.zap_run(table, (index, left), (raw, level), slot, zap),
                 WordKind::Table => {
                     let part = span.within(slot, 1 << shift);
@@ -118,7 +118,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// is full, their words remember what is to be cleaned.
     fn zap_run(
         &self,
-        table: &Table<'_>,
+        table: &Table<'_, P>,
         (index, left): (usize, usize),
         (raw, level): (u64, Level),
         slot: u64,
@@ -163,7 +163,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Breaks the leaves of a span.
-    fn zap_break(&self, table: &Table<'_>, level: Level, span: Span, zap: &mut Zap) {
+    fn zap_break(&self, table: &Table<'_, P>, level: Level, span: Span, zap: &mut Zap) {
         let size = self.geometry().slot_size(level);
         let mut rest = Some(span);
         while let Some(span) = rest {
@@ -184,7 +184,14 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Breaks one leaf, whatever others do to it meanwhile.
-    fn zap_entry(&self, table: &Table<'_>, index: usize, level: Level, slot: u64, zap: &mut Zap) {
+    fn zap_entry(
+        &self,
+        table: &Table<'_, P>,
+        index: usize,
+        level: Level,
+        slot: u64,
+        zap: &mut Zap,
+    ) {
         let size = self.geometry().slot_size(level);
         let entry = table.entry(index);
         loop {
@@ -220,7 +227,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Step 5 for every broken leaf of the span, whoever broke it.
-    fn zap_clean(&self, table: &Table<'_>, level: Level, span: Span, dirty: &mut Gathered) {
+    fn zap_clean(&self, table: &Table<'_, P>, level: Level, span: Span, dirty: &mut Gathered) {
         let size = self.geometry().slot_size(level);
         let mut rest = Some(span);
         while let Some(span) = rest {
@@ -247,7 +254,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     }
 
     /// Empties the words that bear our claim.
-    fn zap_empty(&self, table: &Table<'_>, level: Level, span: Span, claim: Claim) {
+    fn zap_empty(&self, table: &Table<'_, P>, level: Level, span: Span, claim: Claim) {
         let size = self.geometry().slot_size(level);
         let mut rest = Some(span);
         while let Some(span) = rest {

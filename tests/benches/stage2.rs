@@ -2,7 +2,8 @@
 //!
 //! `cargo bench -p ravelin-tests --bench stage2` runs it under criterion; with a path behind
 //! `--`, it writes tables and a plot there. `ROW=name CASE=name` runs one measurement once, for
-//! `valgrind --tool=callgrind --toggle-collect='*measured*'`.
+//! `valgrind --tool=callgrind --toggle-collect='*measured*'`; `COUNTS=1` only counts what is asked
+//! of the machine.
 
 #![expect(
     unreachable_pub,
@@ -24,8 +25,8 @@ use std::time::{Duration, Instant};
 use criterion::Criterion;
 use stage2_memory::Machine;
 use stage2_ours::{
-    Faults, Lookup, MapBlocks, MapEach, MapLargest, MapPages, MapRandom, Protect, Split, Unmap,
-    Zap, apart, disjoint, half, same, timed,
+    Faults, Lookup, MapBlocks, MapEach, MapLargest, MapOver, MapPages, MapRandom, MapReadOnly,
+    Protect, Split, Unmap, Zap, apart, disjoint, half, same, timed,
 };
 use stage2_peers::{AarchPaging, LongMode, Multiarch};
 use stage2_report::{Report, Row};
@@ -78,39 +79,53 @@ fn read_floor() -> Duration {
     })
 }
 
+/// Every entry of a full gigabyte: the root's, its table's, the pages.
+const EVERY: u64 = 1 + 512 + PAGES;
+/// A page a call into empty tables, walking from the root each time: the first call finds
+/// nothing there, the first in each table of pages one level, all others their own entry.
+const WALKS: u64 = 1 + 511 * 2 + (PAGES - 512) * 3;
+/// The same in order, where the table of the last page is known.
+const CALLS: u64 = 1 + 511 * 2 + (PAGES - 512);
+
 fn map_rows() -> Vec<Row> {
     let (ours, floored) = ("ours", "floor");
     let (aarch, multi, long) = ("aarch64-paging", "multiarch", "x86_64");
     vec![
         Row::of::<MapPages>("map-4k", PAGES)
+            .at_least(1)
             .case(ours, timed::<MapPages>)
             .case(aarch, || AarchPaging::map(PAGE))
             .case(multi, || Multiarch::map(PAGE))
             .case(long, LongMode::map_pages)
             .case(floored, || floor(262_144)),
         Row::of::<MapBlocks>("map-2m", 512)
+            .at_least(1)
             .case(ours, timed::<MapBlocks>)
             .case(aarch, || AarchPaging::map(BLOCK))
             .case(multi, || Multiarch::map(BLOCK))
             .case(long, LongMode::map_blocks)
             .case(floored, || floor(512)),
         Row::of::<MapLargest>("map-largest", 1)
+            .at_least(1)
             .case(ours, timed::<MapLargest>)
             .case(aarch, || AarchPaging::map(GIB))
             .case(multi, || Multiarch::map(GIB))
             .case(long, LongMode::map_gigabyte)
             .case(floored, || floor(1)),
         Row::of::<MapEach>("map-4k-single", PAGES)
+            .at_least(CALLS)
             .case(ours, timed::<MapEach>)
             .case(aarch, AarchPaging::map_single)
             .case(multi, Multiarch::map_single)
             .case(long, LongMode::map_pages),
         Row::of::<MapRandom>("map-4k-random", PAGES)
+            .at_least(WALKS)
             .case(ours, timed::<MapRandom>)
             .case(aarch, AarchPaging::faults)
             .case(multi, Multiarch::faults)
             .case(long, LongMode::faults),
         Row::of::<Faults>("fault-4k", PAGES)
+            .at_least(WALKS)
             .case(ours, timed::<Faults>)
             .case(aarch, AarchPaging::faults)
             .case(multi, Multiarch::faults)
@@ -123,22 +138,33 @@ fn change_rows() -> Vec<Row> {
     let (aarch, multi, long) = ("aarch64-paging", "multiarch", "x86_64");
     vec![
         Row::of::<Unmap>("unmap", PAGES)
+            .at_least(EVERY)
             .case(ours, timed::<Unmap>)
             .case(aarch, AarchPaging::unmap)
             .case(multi, Multiarch::unmap)
             .case(long, LongMode::unmap),
         Row::of::<Protect>("protect", PAGES)
+            .at_least(EVERY)
             .case(ours, timed::<Protect>)
             .case(aarch, AarchPaging::protect)
             .case(multi, Multiarch::protect)
             .case(long, LongMode::protect),
+        Row::of::<MapOver>("map-over", PAGES)
+            .at_least(EVERY)
+            .case(ours, timed::<MapOver>),
+        Row::of::<MapReadOnly>("map-read-only", PAGES)
+            .at_least(EVERY)
+            .case(ours, timed::<MapReadOnly>),
         Row::of::<Zap>("zap", PAGES)
+            .at_least(EVERY)
             .case(ours, timed::<Zap>)
             .case(aarch, AarchPaging::unmap),
         Row::of::<Split>("split-512", PAGES)
+            .at_least(1 + 512)
             .case(ours, timed::<Split>)
             .case(aarch, AarchPaging::split),
         Row::of::<Lookup>("lookup", PAGES)
+            .at_least(3 * PAGES)
             .case(ours, timed::<Lookup>)
             .case(aarch, AarchPaging::lookup)
             .case(multi, Multiarch::lookup)
@@ -182,6 +208,10 @@ fn main() {
             .find(|r| r.name == row)
             .and_then(|r| r.find(&case));
         println!("{:?}", chosen.map(|case| case()));
+        return;
+    }
+    if std::env::var("COUNTS").is_ok() {
+        println!("{}", Report::count(&rows));
         return;
     }
     let report = Report::measure(&rows, harness());

@@ -16,7 +16,7 @@ use super::walker::{Arch, Tables};
 use crate::addr::{IpaRange, Pa, PaRange};
 use crate::level::Level;
 use crate::platform::{RangeOps, TlbCaps};
-use crate::sync::AtomicEntry;
+use crate::sync::{AtomicEntry, Ordering};
 
 /// What happened, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +78,8 @@ pub(super) struct State {
 /// The machine. Addresses of its table memory start at [`FakeMachine::BASE`].
 pub struct FakeMachine {
     pub(super) words: Box<[AtomicEntry]>,
+    /// Entries looked at; no step of a model.
+    pub(super) visits: core::sync::atomic::AtomicUsize,
     state: Mutex<State>,
 }
 
@@ -122,6 +124,7 @@ impl FakeMachine {
         };
         Self {
             words: (0..words).map(|_| AtomicEntry::new(POISON)).collect(),
+            visits: core::sync::atomic::AtomicUsize::new(0),
             state: Mutex::new(state),
         }
     }
@@ -208,6 +211,12 @@ impl FakeMachine {
     #[must_use]
     pub fn is_fetchable(&self, start: u64, size: u64) -> bool {
         self.state().caches.is_fetchable(start, start + size)
+    }
+
+    /// Entries that the core has looked at since the last call.
+    #[must_use]
+    pub fn take_visits(&self) -> usize {
+        self.visits.swap(0, Ordering::Relaxed)
     }
 
     /// Everything that happened since the last call.

@@ -102,6 +102,10 @@ unsafe impl TableMemory for FakeMachine {
         NonNull::from(&self.words[first..]).cast()
     }
 
+    fn visited(&self, entries: usize) {
+        self.visits.fetch_add(entries, Ordering::Relaxed);
+    }
+
     fn store(&self, entry: EntryRef<'_>, raw: u64) {
         let (table, index) = (entry.table.get(), entry.index);
         let event = Event::Store {

@@ -13,5 +13,6 @@ mod model;
 mod resize;
 mod starve;
 mod unmap;
+mod visits;
 mod vmx;
 mod zap;

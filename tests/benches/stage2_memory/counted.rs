@@ -23,6 +23,8 @@ pub struct Counts {
     pub fetch: Cell<u64>,
     /// Entries of linked tables written.
     pub stores: Cell<u64>,
+    /// Entries of tables looked at.
+    pub visits: Cell<u64>,
     /// Tables taken.
     pub taken: Cell<u64>,
     /// Tables given back.
@@ -31,12 +33,13 @@ pub struct Counts {
 
 impl Counts {
     /// In the order of [`Counts::NAMES`].
-    pub fn values(&self) -> [u64; 7] {
+    pub fn values(&self) -> [u64; 8] {
         [
             &self.tlb,
             &self.publish,
             &self.data,
             &self.fetch,
+            &self.visits,
             &self.stores,
             &self.taken,
             &self.given,
@@ -44,11 +47,12 @@ impl Counts {
         .map(Cell::get)
     }
 
-    pub const NAMES: [&'static str; 7] = [
+    pub const NAMES: [&'static str; 8] = [
         "TLB invalidations",
         "barriers",
         "data-cache ranges",
         "fetch ranges",
+        "entries visited",
         "entries written while linked",
         "tables taken",
         "tables given back",
@@ -62,6 +66,7 @@ impl Counts {
             (&now.publish, &before.publish),
             (&now.data, &before.data),
             (&now.fetch, &before.fetch),
+            (&now.visits, &before.visits),
             (&now.stores, &before.stores),
             (&now.taken, &before.taken),
             (&now.given, &before.given),
@@ -110,6 +115,10 @@ unsafe impl TableMemory for Counted {
     }
     fn table_ptr(&self, table: Pa) -> NonNull<AtomicEntry> {
         self.machine.table_ptr(table)
+    }
+    fn visited(&self, entries: usize) {
+        let visits = &self.counts.visits;
+        visits.set(visits.get() + entries as u64);
     }
     fn store(&self, entry: EntryRef<'_>, raw: u64) {
         add(&self.counts.stores);

@@ -122,6 +122,32 @@ impl Work for Faults {
     }
 }
 
+/// Other memory over all pages, each of which has to be broken.
+pub struct MapOver;
+
+impl Work for MapOver {
+    fn run<P: Platform<Context = ()>>(space: &mut Space<P>) {
+        let other = MapRequest {
+            pa: Pa::new(8 * GIB),
+            ..request(0, GIB, Blocks::Never)
+        };
+        space.map(black_box(&other)).expect("memory suffices");
+    }
+}
+
+/// The same memory with fewer permissions, which needs no break.
+pub struct MapReadOnly;
+
+impl Work for MapReadOnly {
+    fn run<P: Platform<Context = ()>>(space: &mut Space<P>) {
+        let less = MapRequest {
+            attrs: LeafAttrs::normal(Perms::READ | Perms::EXEC),
+            ..request(0, GIB, Blocks::Never)
+        };
+        space.map(black_box(&less)).expect("memory suffices");
+    }
+}
+
 pub struct Unmap;
 
 impl Work for Unmap {

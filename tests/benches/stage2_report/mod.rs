@@ -16,6 +16,7 @@ pub struct Row {
     pub name: &'static str,
     entries: u64,
     counts: Option<fn() -> Counts>,
+    least: u64,
     cases: Vec<(&'static str, Case)>,
 }
 
@@ -32,8 +33,16 @@ impl Row {
             name,
             entries,
             counts: None,
+            least: 0,
             cases: Vec::new(),
         }
+    }
+
+    /// With the least number of entries that the work must look at: each on the way to what
+    /// changes, once, and each that changes, as what it says decides about its maintenance.
+    pub const fn at_least(mut self, visits: u64) -> Self {
+        self.least = visits;
+        self
     }
 
     pub fn case(mut self, name: &'static str, case: Case) -> Self {
@@ -59,6 +68,7 @@ struct Measured {
     entries: u64,
     times: [Option<f64>; CASES],
     counts: Option<Counts>,
+    least: u64,
 }
 
 pub struct Report(Vec<Measured>);
@@ -80,14 +90,24 @@ fn run(harness: &mut Criterion, row: &str, name: &str, case: Case) -> f64 {
 
 impl Report {
     pub fn measure(rows: &[Row], mut harness: Criterion) -> Self {
+        Self::of(rows, |row, column| {
+            let case = row.find(column)?;
+            Some(run(&mut harness, row.name, column, case))
+        })
+    }
+
+    /// Without times.
+    pub fn count(rows: &[Row]) -> Self {
+        Self::of(rows, |_, _| None)
+    }
+
+    fn of(rows: &[Row], mut time: impl FnMut(&Row, &str) -> Option<f64>) -> Self {
         let of = |row: &Row| Measured {
             name: row.name,
             entries: row.entries,
-            times: COLUMNS.map(|column| {
-                let case = row.find(column)?;
-                Some(run(&mut harness, row.name, column, case))
-            }),
+            times: COLUMNS.map(|column| time(row, column)),
             counts: row.counts.map(|counts| counts()),
+            least: row.least,
         };
         Self(rows.iter().map(of).collect())
     }
@@ -169,12 +189,13 @@ impl Report {
     }
 
     fn counts(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "\n| row | {} |", Counts::NAMES.join(" | "))?;
-        writeln!(f, "|---|{}", "---:|".repeat(Counts::NAMES.len()))?;
+        let names = Counts::NAMES.join(" | ");
+        writeln!(f, "\n| row | {names} | entries to visit at least |")?;
+        writeln!(f, "|---|{}", "---:|".repeat(Counts::NAMES.len() + 1))?;
         for row in &self.0 {
             if let Some(counts) = &row.counts {
                 let cells = counts.values().map(|n| n.to_string()).join(" | ");
-                writeln!(f, "| {} | {cells} |", row.name)?;
+                writeln!(f, "| {} | {cells} | {} |", row.name, row.least)?;
             }
         }
         Ok(())
