@@ -130,7 +130,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             word,
             cuts: [None; 2],
             flush: Flush::NOTHING,
-            second_pass: word != SoftWord::EMPTY,
+            second_pass: false,
             linked: false,
             reserve,
             sweep: Sweep::telling(sink),

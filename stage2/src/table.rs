@@ -299,6 +299,23 @@ mod tests {
     }
 
     #[test]
+    fn platforms_that_say_nothing_else_store_and_swap() {
+        let memory = memory();
+        let table = Table::at(&memory, Pa::new(0x1000), ENTRIES);
+        memory.store(table.entry(3), 7);
+        assert_eq!(table.load(3), 7);
+        assert!(!memory.compare_exchange(table.entry(3), 8, 9));
+        assert_eq!(table.load(3), 7);
+        assert!(TableMemory::compare_exchange(
+            &&memory,
+            table.entry(3),
+            7,
+            9
+        ));
+        assert_eq!(table.load(3), 9);
+    }
+
+    #[test]
     fn entries_handed_to_the_platform_say_where_they_are() {
         let memory = memory();
         let table = Table::at(&memory, Pa::new(0x1000), ENTRIES);

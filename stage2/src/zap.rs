@@ -40,8 +40,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         self.check_range(&range)?;
         let claim = self.take_claim();
         self.run_zap(range, claim);
-        self.claims
-            .fetch_and(!(1 << claim.slot()), Ordering::Release);
+        self.release_claim(claim);
         Ok(())
     }
 
@@ -162,6 +161,11 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         }
     }
 
+    fn release_claim(&self, claim: Claim) {
+        self.claims
+            .fetch_and(!(1 << claim.slot()), Ordering::Release);
+    }
+
     /// Breaks the leaves of a span.
     fn zap_break(&self, table: &Table<'_, P>, level: Level, span: Span, zap: &mut Zap) {
         let size = self.geometry().slot_size(level);
@@ -273,5 +277,31 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
                 _ => {}
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::{ArmConfig, ArmFeatures, ArmStage2, Granule};
+    use crate::testing::{Arch, FakeMachine};
+
+    #[test]
+    fn zaps_beside_each_other_hold_claims_of_their_own() {
+        let machine = FakeMachine::new(Arch::arm_4k(1, 39, false), 2);
+        let config = ArmConfig {
+            granule: Granule::K4,
+            input_bits: 39,
+            output_bits: 40,
+            features: ArmFeatures::V8_0,
+            start: Some(Level::L1),
+        };
+        let format = ArmStage2::new(&config).unwrap();
+        let space = Stage2::new(format, &machine, 5).unwrap();
+        let [one, two, three] = [(); 3].map(|()| space.take_claim());
+        assert!(one != two && two != three && one != three);
+        assert!(![one, two, three].contains(&Claim::EXCLUSIVE));
+        space.release_claim(two);
+        assert_eq!(space.take_claim(), two);
     }
 }

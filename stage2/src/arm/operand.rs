@@ -164,6 +164,15 @@ mod tests {
         );
     }
 
+    #[test]
+    fn range_operands_leave_out_levels_that_have_no_encoding() {
+        let two = IpaRange::new(Ipa::new(0x5000), 0x2000).unwrap();
+        for level in [None, Some(Level::L0), Some(Level::MINUS_1)] {
+            let mut ops = TlbiOps::new(&two, Granule::K4, level);
+            assert_eq!(ops.next(), Some(RangeOp::Range(1 << 46 | 5)));
+        }
+    }
+
     /// Pages covered by an operation, read back from its operand.
     fn covered(op: RangeOp, granule: Granule) -> (u64, u64) {
         match op {

@@ -235,3 +235,9 @@ fn an_exported_space_is_not_destroyed_and_leaks_when_dropped() {
     drop(space);
     assert_eq!(machine.tables_in_use(), 3);
 }
+
+#[test]
+fn an_importer_says_what_it_wants_zero() {
+    let text = format!("{:?}", importer(Device::leaked()));
+    assert_eq!(text, "Importer { must_be_zero: 0, .. }");
+}

@@ -115,3 +115,41 @@ fn an_affected_cpu_gets_every_invalidation_twice() {
     assert_eq!((count(Op::TlbiBoth), count(Op::DsbIsh)), (2, 6));
     assert_eq!(cpus.finish_tlb(AT, AT + PAGE), NONE);
 }
+
+/// One operation for each block, at its start, whatever part of it the range begins with.
+#[test]
+fn blocks_are_invalidated_by_one_operation_each() {
+    for (granule, block) in [
+        (Granule::K4, 2 << 20),
+        (Granule::K16, 32 << 20),
+        (Granule::K64, 512 << 20),
+    ] {
+        let cpus = FakeArm::caching(0, PAGE);
+        let facts = ArmTlbFacts {
+            granule,
+            hint: LevelHint::Missing,
+            range_ops: RangeOps::Missing,
+            whole_beyond: 64,
+            repeat: Repeat::No,
+        };
+        let part = range(block + 0x1_0000, 2 * block);
+        ArmTlb::new(&cpus, facts).invalidate_range(FakeArm::GUEST, part, Some(Level::L2));
+        let starts = [1, 2, 3].map(|n| (n * block) >> 12);
+        assert_eq!(cpus.operands()[..3], starts);
+        let operations = cpus.trace().into_iter().filter(|op| *op == Op::TlbiIpa);
+        assert_eq!(operations.count(), 3);
+    }
+}
+
+#[test]
+fn publishing_is_a_barrier_for_stores() {
+    let cpus = FakeArm::dirty(AT, AT + PAGE, true);
+    let facts = ArmCacheFacts {
+        data_line: 64,
+        fetch_line: 64,
+        data_seen_by_fetch: true,
+        fetch: FetchPolicy::Coherent,
+    };
+    ArmCache::new(&cpus, facts).publish();
+    assert_eq!(cpus.trace(), [Op::DsbIshst]);
+}

@@ -267,6 +267,31 @@ fn one_by_one<F: TableFormat>(b: &mut Bench<'_, F>) {
     }
 }
 
+/// Output that goes on across the address from which a format keeps high bits elsewhere, in one
+/// call: linked tables and new ones.
+fn across<F: TableFormat>(b: &mut Bench<'_, F>, boundary: u64) {
+    let page = b.page;
+    b.at = b.block;
+    b.pa = boundary - 4 * page;
+    let at = b.at;
+    b.map(at, 8 * page, Blocks::Never);
+    assert_eq!(b.seen(), [b.run(at, 8 * page, true)]);
+    let whole = range(at, b.block);
+    b.space.zap_exclusive(whole).unwrap();
+    b.map(at, 8 * page, Blocks::Never);
+    assert_eq!(b.seen(), [b.run(at, 8 * page, true)]);
+    assert_eq!(b.space.write_protect(whole), Ok(8));
+    b.space.unmap(range(at + page, 6 * page)).unwrap();
+    let ends = [b.run(at, page, false), b.run(at + 7 * page, page, false)];
+    assert_eq!(b.seen(), ends);
+}
+
+#[test]
+fn leaves_go_on_where_address_bits_move() {
+    with(arm_64k(), |b| across(b, 1 << 48));
+    with(arm_4k_wide(), |b| across(b, 1 << 50));
+}
+
 /// Pages of 4 KiB are the only ones that some tables know.
 fn smaller_than_a_page<F: TableFormat>(b: &mut Bench<'_, F>) {
     b.map(0, b.page, Blocks::Never);
@@ -355,6 +380,23 @@ fn ages_are_tested_and_cleared_where_there_is_a_flag() {
         let none = MapError::Encode(EncodeError::NoAccessFlag);
         assert_eq!(cleared, Err(none));
     });
+}
+
+#[test]
+fn a_leaf_gets_its_access_flag_back() {
+    let old = normal().with_age(Age::Old);
+    let arm = arm_4k().format;
+    let ept = ept_with(Offered::Yes, Offered::Yes).format;
+    fn young<F: TableFormat>(format: &F, old: &LeafAttrs) -> LeafAttrs {
+        let word = format.encode_attrs(old).unwrap();
+        let leaf = format.leaf_word(word, Pa::new(GIB), Level::PAGE);
+        assert_eq!(format.decode_attrs(leaf).age, Age::Old);
+        let young = format.with_age(leaf, Age::Young).unwrap();
+        assert_eq!(format.output(young, Level::PAGE), Pa::new(GIB));
+        format.decode_attrs(young)
+    }
+    assert_eq!(young(&arm, &old), normal());
+    assert_eq!(young(&ept, &old), normal());
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use stage2::{
     Age, ArmConfig, ArmFeatures, ArmStage2, Combine, ConfigError, Device, EncodeError, Entry, Ept,
     EptConfig, Execute, ForceWriteBack, Granule, LeafAttrs, Level, MemType, Offered, Pa, Perms,
-    SwBits, TableFormat, WideAddresses,
+    SwBits, TableFormat, WideAddresses, WordKind,
 };
 
 const FULL: ArmFeatures = ArmFeatures {
@@ -242,6 +242,47 @@ fn registers_for_each_start_level() {
     };
     let five = ArmStage2::new(&five).expect("LPA2 has five levels");
     assert_eq!((five.sl0(), five.sl2(), five.ds(), five.ps()), (0, 1, 1, 6));
+}
+
+/// VTCR_EL2.PS: 32, 36, 40, 42, 44, 48 and 52 bits.
+#[test]
+fn the_output_size_is_the_next_that_the_register_can_say() {
+    let ps = |output_bits| {
+        let config = ArmConfig {
+            output_bits,
+            ..config(Granule::K64, 32, ArmFeatures::V8_0)
+        };
+        ArmStage2::new(&config).expect("a valid size").ps()
+    };
+    let sizes = [
+        (32, 0),
+        (33, 1),
+        (36, 1),
+        (37, 2),
+        (40, 2),
+        (41, 3),
+        (42, 3),
+        (43, 4),
+        (44, 4),
+        (45, 5),
+        (48, 5),
+        (49, 6),
+        (52, 6),
+    ];
+    for (bits, expected) in sizes {
+        assert_eq!(ps(bits), expected, "{bits} bits");
+    }
+}
+
+/// Arm ARM D8.3: bits 1:0 = 01 is a block, and reserved at level 3.
+#[test]
+fn a_block_descriptor_at_the_page_level_is_invalid() {
+    let format = ArmStage2::new(&config(Granule::K4, 40, ArmFeatures::V8_0)).expect("valid");
+    assert_eq!(format.kind(0x4000_0001, Level::PAGE), WordKind::Invalid);
+    assert_eq!(format.kind(0x4000_0003, Level::PAGE), WordKind::Leaf);
+    assert_eq!(format.kind(0x4000_0001, Level::L2), WordKind::Leaf);
+    assert_eq!(format.kind(0x4000_0003, Level::L2), WordKind::Table);
+    assert_eq!(format.kind(0x4000_0002, Level::L2), WordKind::Invalid);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Behaviour of the page-table core on a machine that misbehaves as far as it may.
 
 mod dump;
+mod exact;
 mod export;
 mod fault;
 mod field_bugs;
@@ -10,6 +11,7 @@ mod golden;
 mod kit;
 mod map;
 mod model;
+mod race;
 mod resize;
 mod starve;
 mod unmap;

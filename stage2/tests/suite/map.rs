@@ -452,6 +452,13 @@ fn a_page_that_makes_no_sense_is_refused_where_its_table_exists_too() {
         refused(&mut space, PAGE, PAGE, PAGE / 2),
         unaligned(PAGE + PAGE / 2)
     );
+    for size in [PAGE, 2 * PAGE] {
+        assert_eq!(
+            refused(&mut space, PAGE + 8, size, 8),
+            unaligned(size | PAGE | 8)
+        );
+    }
+    assert_eq!(refused(&mut space, PAGE, PAGE + 8, 8), unaligned(PAGE | 8));
     let far = EncodeError::OutOfRange {
         pa: Pa::new(1 << 40),
         bits: 40,

@@ -187,3 +187,12 @@ fn a_range_that_is_no_multiple_of_lines_is_flushed_whole() {
     assert_eq!(vmx.trace(), ["mfence"]);
     assert_eq!(vmx.caps().range_ops, RangeOps::Offered);
 }
+
+#[test]
+fn everything_is_invalidated_by_one_invept() {
+    let machine = FakeMachine::new(ept().arch, 4);
+    let vmx = Vmx::new(&machine, Snoop::Itself);
+    vmx.invalidate_all(POINTER);
+    assert_eq!(vmx.trace(), ["invept"]);
+    assert_eq!(machine.take_events(), [Event::Publish, Event::TlbAll]);
+}
