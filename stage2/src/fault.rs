@@ -12,56 +12,9 @@ use crate::error::MapError;
 use crate::format::{TableFormat, WordKind};
 use crate::job::{Background, Job, Leaves, Span};
 use crate::level::Level;
-use crate::map::{Blocks, CmoMode};
 use crate::platform::{DetachedTable, Platform};
+use crate::request::FaultRequest;
 use crate::space::{Position, Stage2};
-
-/// One fault to resolve.
-#[derive(Clone, Copy, Debug)]
-pub struct FaultRequest {
-    /// The address that faulted; need not be aligned.
-    pub ipa: Ipa,
-    /// Addresses for which `pa` and `attrs` hold, page aligned, around `ipa`: a memory slot, a
-    /// memory bank, or the empty slot that a look-up showed. The leaf stays inside.
-    pub window: IpaRange,
-    /// Output address of the window's first byte, page aligned.
-    pub pa: Pa,
-    /// What the leaf says.
-    pub attrs: LeafAttrs,
-    /// How large it may be.
-    pub blocks: Blocks,
-    /// When caches are maintained.
-    pub cmo: CmoMode,
-}
-
-impl FaultRequest {
-    /// A fault that takes the largest block, with maintenance now.
-    #[must_use]
-    pub const fn new(ipa: Ipa, window: IpaRange, pa: Pa, attrs: LeafAttrs) -> Self {
-        Self {
-            ipa,
-            window,
-            pa,
-            attrs,
-            blocks: Blocks::Largest,
-            cmo: CmoMode::Now,
-        }
-    }
-
-    /// The same with another limit on blocks.
-    #[must_use]
-    pub const fn with_blocks(mut self, blocks: Blocks) -> Self {
-        self.blocks = blocks;
-        self
-    }
-
-    /// The same with cache maintenance left to a later flush.
-    #[must_use]
-    pub const fn deferred(mut self) -> Self {
-        self.cmo = CmoMode::Deferred;
-        self
-    }
-}
 
 /// What became of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,13 +1,13 @@
 //! Descriptor formats: the only code that knows which bit means what.
 
+mod arm_config;
 mod arm_fields;
 mod arm_s2;
 #[cfg(feature = "x86")]
 mod ept;
 
-pub use arm_s2::{
-    ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, WideAddresses,
-};
+pub use arm_config::{ArmConfig, ArmFeatures, Execute, ForceWriteBack, Granule, WideAddresses};
+pub use arm_s2::ArmStage2;
 
 #[cfg(feature = "x86")]
 pub use ept::{Ept, EptConfig, Offered};

@@ -23,10 +23,12 @@ mod map;
 pub mod platform;
 mod protect;
 mod replace;
+mod request;
 mod reserve;
 mod resize;
 mod short;
 mod space;
+mod sweep;
 mod sync;
 mod table;
 #[cfg(any(test, feature = "testing"))]
@@ -40,10 +42,9 @@ pub use addr::{Gfn, Ipa, IpaRange, Pa, PaRange, Pfn};
 pub use attr::{Age, Combine, Device, LeafAttrs, MemType, Perms, SwBits};
 pub use dump::Dump;
 pub use entry::{Annotation, Entry, Lookup};
-pub use erase::DetachedLeaf;
 pub use error::{ConfigError, EncodeError, MapError};
 pub use export::{ExportError, ExportedRoot, Importer, InvalidateListener, RootMeta};
-pub use fault::{FaultOutcome, FaultRequest};
+pub use fault::FaultOutcome;
 pub use format::{
     ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, TableFormat,
     WideAddresses, WordKind,
@@ -51,12 +52,13 @@ pub use format::{
 #[cfg(feature = "x86")]
 pub use format::{Ept, EptConfig, Offered};
 pub use level::{Geometry, Level};
-pub use map::{Blocks, CmoMode, MapOutcome, MapRequest};
 pub use platform::{
     CacheMaintenance, DetachedTable, EntryRef, Platform, RangeOps, TableMemory, TlbCaps,
     TlbInvalidate,
 };
 pub use protect::Aging;
+pub use request::{Blocks, CmoMode, FaultRequest, MapOutcome, MapRequest};
 pub use space::Stage2;
+pub use sweep::DetachedLeaf;
 pub use sync::AtomicEntry;
 pub use visit::{Run, RunKind, Runs};

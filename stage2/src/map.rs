@@ -1,6 +1,6 @@
 //! Mapping a range, exclusively: any entry may be replaced.
 
-use crate::addr::{Ipa, IpaRange, Pa, PaRange};
+use crate::addr::{IpaRange, Pa, PaRange};
 use crate::attr::{LeafAttrs, Maintenance};
 use crate::bbm::Flush;
 use crate::entry::{SoftWord, UpdateKind};
@@ -9,85 +9,11 @@ use crate::format::{TableFormat, WordKind};
 use crate::job::{Job, Leaves, Span};
 use crate::level::Level;
 use crate::platform::Platform;
+use crate::request::{Blocks, CmoMode, MapOutcome, MapRequest};
 use crate::reserve::Reserve;
 use crate::short;
 use crate::space::{Position, Stage2};
 use crate::table::Table;
-
-/// How large a leaf may be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Blocks {
-    /// As large as addresses and format allow.
-    Largest,
-    /// No coarser than this level.
-    UpTo(Level),
-    /// Pages only.
-    Never,
-}
-
-/// When new leaves get their cache maintenance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CmoMode {
-    /// Before they are made.
-    Now,
-    /// Not at all: the caller promises [`Stage2::flush`] before the guest runs.
-    Deferred,
-}
-
-/// One map.
-#[derive(Clone, Copy, Debug)]
-pub struct MapRequest {
-    /// First input address, page aligned.
-    pub ipa: Ipa,
-    /// Bytes, a multiple of the page size.
-    pub size: u64,
-    /// First output address, page aligned.
-    pub pa: Pa,
-    /// What the leaves say.
-    pub attrs: LeafAttrs,
-    /// How large they may be.
-    pub blocks: Blocks,
-    /// When caches are maintained.
-    pub cmo: CmoMode,
-}
-
-impl MapRequest {
-    /// A map by the largest blocks with maintenance now.
-    #[must_use]
-    pub const fn new(ipa: Ipa, size: u64, pa: Pa, attrs: LeafAttrs) -> Self {
-        Self {
-            ipa,
-            size,
-            pa,
-            attrs,
-            blocks: Blocks::Largest,
-            cmo: CmoMode::Now,
-        }
-    }
-
-    /// The same with another limit on blocks.
-    #[must_use]
-    pub const fn with_blocks(mut self, blocks: Blocks) -> Self {
-        self.blocks = blocks;
-        self
-    }
-
-    /// The same with cache maintenance left to a later flush.
-    #[must_use]
-    pub const fn deferred(mut self) -> Self {
-        self.cmo = CmoMode::Deferred;
-        self
-    }
-}
-
-/// What a map did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MapOutcome {
-    /// The range is mapped as asked; something changed.
-    Mapped,
-    /// It was mapped exactly so before; nothing changed.
-    AlreadyMapped,
-}
 
 /// What it takes to turn an entry into a leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

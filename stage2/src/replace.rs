@@ -2,13 +2,13 @@
 
 use crate::addr::PaRange;
 use crate::bbm::Flush;
-use crate::erase::Sweep;
 use crate::format::{TableFormat, WordKind};
 use crate::job::{Job, Leaves, Span};
 use crate::level::Level;
 use crate::map::{Change, Progress};
 use crate::platform::{EntryRef, Platform};
 use crate::space::Stage2;
+use crate::sweep::Sweep;
 use crate::table::Table;
 
 impl<F: TableFormat, P: Platform> Stage2<F, P> {

@@ -8,11 +8,11 @@
 use crate::addr::{Pa, PaRange};
 use crate::attr::{LeafAttrs, Maintenance};
 use crate::entry::SoftWord;
-use crate::fault::FaultRequest;
 use crate::format::TableFormat;
 use crate::level::Level;
-use crate::map::{CmoMode, MapRequest};
+
 use crate::platform::Platform;
+use crate::request::{CmoMode, FaultRequest, MapRequest};
 use crate::space::{Position, Stage2};
 use crate::sync::{AtomicEntry, Ordering};
 use crate::table::Table;

@@ -113,7 +113,8 @@ impl Ept {
 
 // SAFETY: an entry is present iff one of bits 2:0 is set (no mode-based execute control, whose
 // bit 10 would count, too, is enabled by `pointer`'s users; we never set it), so bits 2:0 clear
-// is invalid; addresses are stored in place, so a page-aligned one below 2^52 survives.
+// is invalid; addresses are stored in place, so a page-aligned one below 2^52 survives; pages are
+// written by the trait's own `plain_page`.
 #[expect(unsafe_code, reason = "the trait's promises are kept, see above")]
 unsafe impl TableFormat for Ept {
     #[inline]
