@@ -47,6 +47,20 @@ fn output_alignment_limits_blocks() {
     assert_clean(&machine);
 }
 
+/// Input and output are aligned to each other, but neither to a block.
+#[test]
+fn a_block_of_bytes_that_is_not_aligned_takes_pages() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, 4 * BLOCK, PAGE, GIB);
+    map(&mut space, PAGE, BLOCK, PAGE);
+    let leaves = mapped(&machine);
+    assert_eq!(leaves.len(), 512 + 1);
+    assert_eq!(leaves[0], (PAGE, 3, PAGE));
+    assert_eq!(leaves[511], (BLOCK, 3, BLOCK));
+    assert_clean(&machine);
+}
+
 #[test]
 fn block_limits_are_kept() {
     let machine = machine(1200);
