@@ -86,8 +86,7 @@ pub(super) fn comings_and_goings(setup: &Setup<'_>) -> Result<(), &'static str> 
         driver.inside(4)?;
         driver.detach()?;
         driver.inside(5)?;
-        driver.guest.restart(&driver.setup.memory, ARGUMENTS)?;
-        driver.begin()?;
+        driver.reset()?;
         driver.inside(6)?;
         driver.end()
     })
@@ -119,15 +118,27 @@ fn with_guest(
     super::own::reached(setup)
 }
 
-/// The VM is gone: the device reaches neither its memory nor the host's.
+/// The VM is gone: the device reaches neither what was its memory nor other memory of the host's.
 fn still_taken(setup: &Setup<'_>) -> Result<(), &'static str> {
-    let page = setup.filled(0, BLANK)?;
-    for place in [page.start(), FROM, setup.memory.ram.start()] {
-        let places = [place].into_iter();
-        setup.transfers(Direction::ToMemory, places, MAX_BYTES)?;
+    let was_its = |ipa: u64| setup.memory.ram.start() + (ipa - RAM);
+    let pages = [
+        setup.page(0)?.start(),
+        was_its(FROM),
+        was_its(TO),
+        setup.memory.more_state.start(),
+    ];
+    let ranges = pages.map(|start| AddrRange::with_size(start, PAGE_SIZE));
+    for range in ranges.into_iter().flatten() {
+        mem::bytes_mut(range).fill(BLANK);
     }
-    let kept = mem::bytes(page).iter().all(|byte| *byte == BLANK);
-    expect(kept, "a device of a dead VM writes the host's memory")
+    for place in [pages[0], FROM, TO, SPARE] {
+        setup.transfers(Direction::ToMemory, [place].into_iter(), MAX_BYTES)?;
+    }
+    let blank = |range: AddrRange| mem::bytes(range).iter().all(|byte| *byte == BLANK);
+    expect(
+        ranges.into_iter().flatten().all(blank),
+        "a device of a dead VM writes memory",
+    )
 }
 
 impl Driver<'_> {
@@ -146,13 +157,13 @@ impl Driver<'_> {
         words(self.vm().create_slot(REGISTER_SLOT, REGISTERS, registers))?;
         words(self.vm().lock_slot(RAM_SLOT.id))?;
         self.add_spare(SPARE)?;
-        self.attach()?;
+        self.attach(true)?;
         self.begin()
     }
 
-    fn attach(&self) -> Result<(), &'static str> {
+    fn attach(&self, snooped: bool) -> Result<(), &'static str> {
         let function = self.device.function().requester();
-        words(self.vm().attach_device(function, true))
+        words(self.vm().attach_device(function, snooped))
     }
 
     fn add_spare(&self, ipa: u64) -> Result<(), &'static str> {
@@ -307,14 +318,30 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Without its VM's tables the device reaches nothing, with them all again.
+    /// The VM is reset while a transfer is due, which finds the locked memory all the same.
+    fn reset(&mut self) -> Result<(), &'static str> {
+        let before = faults(self.device)?.count;
+        self.order(Order::Fill, TO, 1)?;
+        let due = edu::due();
+        self.order(Order::Write, TO, 0)?;
+        gic::sleep_until(&self.setup.gic, due)?;
+        self.guest.restart(&self.setup.memory, ARGUMENTS)?;
+        self.setup.finish()?;
+        self.begin()?;
+        self.order(Order::Pattern, TO, 5)?;
+        let after = faults(self.device)?.count;
+        expect(after == before, "a reset let a transfer fail")
+    }
+
+    /// Without its VM's tables the device reaches nothing, with them all again, also as one that does
+    /// not snoop.
     fn detach(&mut self) -> Result<(), &'static str> {
         let function = self.device.function().requester();
         self.order(Order::Fill, TO, 9)?;
         words(self.vm().detach_device(function))?;
         self.transfer(Order::Write, TO)?;
         self.order(Order::Pattern, TO, 9)?;
-        self.attach()
+        self.attach(false)
     }
 }
 

@@ -4,6 +4,8 @@
 
 mod assigned;
 mod attack;
+mod measured;
+mod neighbours;
 mod own;
 mod race;
 mod setup;
@@ -34,6 +36,7 @@ const ISOLATED: &[(&str, Check)] = &[
     ("no_device_reaches_what_a_vm_is_made_of", attack::state),
     ("a_donated_page_is_out_of_reach_at_once", race::donations),
     ("a_page_is_wiped_before_it_is_back_in_reach", race::returns),
+    ("what_is_measured_is_what_a_guest_finds", measured::contents),
     (
         "a_taken_device_reaches_nothing_until_it_is_back",
         taken::aborts,
@@ -48,6 +51,7 @@ const ISOLATED: &[(&str, Check)] = &[
         "a_guests_device_comes_and_goes",
         assigned::comings_and_goings,
     ),
+    ("two_vms_devices_stay_apart", neighbours::apart),
     ("a_storm_of_refused_dma_stops_nobody", storm::survived),
 ];
 

@@ -1,6 +1,6 @@
 //! Functions that the host has given away: their DMA goes nowhere, until they are back.
 
-use abi::{ErrorCode, VmConfig};
+use abi::{Call, ErrorCode, Features, VmConfig};
 use board::AddrRange;
 use vmm::pci::Function;
 
@@ -69,7 +69,53 @@ pub(super) fn refusals(setup: &Setup<'_>) -> Result<(), &'static str> {
         "a VM's device was given to the host",
     )?;
     words(vm::give_device(function))?;
-    of_a_protected_vm(setup, function)
+    of_a_protected_vm(setup, function)?;
+    if setup.machine.has(Features::FORCE_WRITE_BACK) {
+        return of_a_forced_vm(setup, function);
+    }
+    Ok(())
+}
+
+/// Arguments that no call can have.
+fn absurd(vm: Vm) -> Result<(), &'static str> {
+    let handle = vm.handle();
+    let calls = [
+        (Call::DeviceTake, [1 << 16, 0, 0]),
+        (Call::DeviceGive, [1 << 16, 0, 0]),
+        (Call::DeviceFaults, [1 << 32, 0, 0]),
+        (Call::DeviceAttach, [handle, 1 << 16, 0]),
+        (Call::DeviceAttach, [handle, 8, 2]),
+        (Call::DeviceDetach, [handle, u64::MAX, 0]),
+        (Call::DeviceTake, [8, 1, 0]),
+    ];
+    for (call, [a, b, c]) in calls {
+        let answer = vm::call(call, [a, b, c, 0, 0, 0]);
+        if answer.is_ok() {
+            crate::console::line(format_args!("  {call:?} {a:#x} {b:#x} {c:#x}"));
+            return Err("an absurd call was answered");
+        }
+    }
+    Ok(())
+}
+
+/// The IOMMU of the emulator knows no forced write-back: it can't walk tables that rely on it.
+fn of_a_forced_vm(setup: &Setup<'_>, function: u16) -> Result<(), &'static str> {
+    let config = VmConfig {
+        vcpus: 1,
+        protected: false,
+        devices: false,
+    };
+    let vm = words(Vm::create(config, setup.guest.state))?;
+    words(vm::take_device(function))?;
+    let attached = words(vm.create_slot(RAM_SLOT, RAM, setup.guest.ram))
+        .and_then(|()| words(vm.lock_slot(RAM_SLOT.id)))
+        .map(|()| code(vm.attach_device(function, true)));
+    end(vm)?;
+    words(vm::give_device(function))?;
+    expect(
+        attached? == Some(ErrorCode::Mismatch),
+        "a device was attached to tables that its IOMMU can't walk",
+    )
 }
 
 fn of_a_vm(setup: &Setup<'_>, vm: Vm, function: u16) -> Result<(), &'static str> {
@@ -88,6 +134,10 @@ fn of_a_vm(setup: &Setup<'_>, vm: Vm, function: u16) -> Result<(), &'static str>
     let nobody = code(Vm::from_handle(0xffff).attach_device(function, true));
     words(vm.attach_device(function, true))?;
     let attached_twice = code(vm.attach_device(function, true));
+    let pinned = [
+        code(vm.top_up(setup.guest.ram)),
+        code(vm.delete_slot(RAM_SLOT.id)),
+    ];
     let taken = code(vm::take_device(function));
     let other = setup.devices.get(1).map(|device| device.function());
     let not_its = code(vm.detach_device(other.map_or(1, Function::requester)));
@@ -107,7 +157,12 @@ fn of_a_vm(setup: &Setup<'_>, vm: Vm, function: u16) -> Result<(), &'static str>
     expect(nobody.is_some(), "it was attached to no VM")?;
     expect(attached_twice.is_some(), "it was attached twice")?;
     expect(taken == Some(ErrorCode::Exists), "a VM's device was taken")?;
-    expect(not_its == not_permitted, "another device was detached")
+    expect(not_its == not_permitted, "another device was detached")?;
+    expect(
+        pinned == [Some(ErrorCode::Busy); 2],
+        "memory of a device was taken away",
+    )?;
+    absurd(vm)
 }
 
 fn of_a_protected_vm(setup: &Setup<'_>, function: u16) -> Result<(), &'static str> {
