@@ -69,7 +69,7 @@ fn dma_isolation() -> Vec<Scenario> {
     };
     vec![
         dma::isolation(Machine::virt("cortex-a76", Gic::V3, 4)),
-        dma::isolation(Machine::virt("max", Gic::V2, 4)),
+        dma::isolation_and_all(Machine::virt("max", Gic::V2, 4)),
         dma::isolation(repeatable("cortex-a76", Gic::V2, 1)),
         dma::isolation(repeatable("max", Gic::V3, 2)),
         dma::without(Machine::virt("cortex-a76", Gic::V2, 2)),
