@@ -2,6 +2,35 @@
 //!
 //! Source: Arm ARM (DDI 0487) D24.2.40 ESR_ELx, and its ISS encodings.
 
+/// Bit of PSTATE, as SPSR_EL2 has it, that says AArch32: M[4].
+pub const AARCH32: u64 = 1 << 4;
+/// ESR_EL2.IL: the instruction has 32 bits, not 16.
+const IL: u64 = 1 << 25;
+
+/// Where code goes on behind the instruction that trapped: its PC and PSTATE.
+///
+/// All instructions of A64 and A32 have four bytes, of T32 some have two (ESR_EL2.IL), and there each
+/// one moves the state of an IT block on (Arm ARM G1.3.4, ITAdvance).
+#[must_use]
+pub const fn behind(pc: u64, pstate: u64, esr: u64) -> (u64, u64) {
+    if pstate & AARCH32 == 0 {
+        return (pc.wrapping_add(4), pstate);
+    }
+    let length = if esr & IL != 0 { 4 } else { 2 };
+    (pc.wrapping_add(length) & 0xffff_ffff, after_it(pstate))
+}
+
+/// PSTATE behind one instruction of an IT block: IT is in bits 15:10 (IT[7:2]) and 26:25 (IT[1:0]).
+const fn after_it(pstate: u64) -> u64 {
+    let it = pstate >> 8 & 0xfc | pstate >> 25 & 3;
+    let next = if it & 7 == 0 {
+        0
+    } else {
+        it & 0xe0 | it << 1 & 0x1f
+    };
+    pstate & !(0xfc << 8 | 3 << 25) | (next & 0xfc) << 8 | (next & 3) << 25
+}
+
 /// Access that caused an abort.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Access {
@@ -151,6 +180,32 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn instructions_of_64_bit_code_have_four_bytes() {
+        assert_eq!(behind(0x1000, 0x3c5, 0), (0x1004, 0x3c5));
+        assert_eq!(behind(u64::MAX - 3, 0, 0), (0, 0));
+    }
+
+    #[test]
+    fn t32_instructions_are_as_long_as_the_syndrome_says() {
+        let t32 = AARCH32 | 1 << 5;
+        assert_eq!(behind(0x1000, t32, 0), (0x1002, t32));
+        assert_eq!(behind(0x1000, t32, IL), (0x1004, t32));
+        assert_eq!(behind(0xffff_fffe, t32, 0), (0, t32));
+    }
+
+    /// IT state of ITTE EQ, as the Arm ARM's table in F2.8.3 has it: base condition 0, mask 0110.
+    #[test]
+    fn a_skipped_instruction_moves_its_it_block_on() {
+        let with = |it: u64| AARCH32 | 1 << 5 | (it & 0xfc) << 8 | (it & 3) << 25;
+        let (_, second) = behind(0, with(0b0000_0110), 0);
+        assert_eq!(second, with(0b0000_1100));
+        let (_, third) = behind(0, second, 0);
+        assert_eq!(third, with(0b0001_1000));
+        let (_, outside) = behind(0, third, 0);
+        assert_eq!(outside, with(0));
+    }
 
     #[test]
     fn hvc_and_smc_keep_their_immediates() {

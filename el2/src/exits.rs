@@ -46,13 +46,17 @@ const GICR_STRIDE: u64 = 0x2_0000;
 
 /// A load that the host completes with the next run.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct PendingLoad(MmioAccess);
+pub(crate) struct PendingLoad {
+    access: MmioAccess,
+    /// Syndrome of its abort.
+    esr: u64,
+}
 
 impl PendingLoad {
     /// Puts the host's value where the load wanted it, and steps over it.
     pub(crate) fn complete(self, regs: &mut GuestRegs, value: u64) {
-        regs.set(self.0.rt(), self.0.loaded(value));
-        regs.skip();
+        regs.set(self.access.rt(), self.access.loaded(value));
+        regs.skip(self.esr);
     }
 }
 
@@ -476,7 +480,8 @@ fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
         regs::skip_instruction();
         return Next::Leave(Exit::MmioWrite { ipa, size, value });
     }
-    run.state.load = Some(PendingLoad(access));
+    let esr = syndrome.esr;
+    run.state.load = Some(PendingLoad { access, esr });
     Next::Leave(Exit::MmioRead { ipa, size })
 }
 

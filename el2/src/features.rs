@@ -11,6 +11,8 @@ pub struct IdRegisters {
     pub pfr0: u64,
     /// ID_AA64PFR1_EL1.
     pub pfr1: u64,
+    /// ID_AA64PFR2_EL1.
+    pub pfr2: u64,
     /// ID_AA64DFR0_EL1.
     pub dfr0: u64,
     /// ID_AA64ISAR0_EL1.
@@ -97,6 +99,12 @@ pub struct Features {
     pub trace_filter: bool,
     /// A PMUv3 is there.
     pub pmu: bool,
+    /// FEAT_PMUv3p1: MDCR_EL2.HPMD keeps the host's event counters from counting at EL2.
+    pub pmu_v3p1: bool,
+    /// FEAT_PMUv3p5: MDCR_EL2.HCCD keeps its cycle counter from doing so.
+    pub pmu_v3p5: bool,
+    /// FEAT_FPMR: modes of 8-bit floating point.
+    pub fpmr: bool,
     /// System-register interface of GICv3 or later.
     pub gic_sysregs: bool,
     /// Data cache cleaning to PoU is not needed for instruction fetches.
@@ -145,6 +153,9 @@ impl Features {
             trbe: field(id.dfr0, 44) != 0,
             trace_filter: field(id.dfr0, 40) != 0,
             pmu: !matches!(field(id.dfr0, 8), 0 | 0xf),
+            pmu_v3p1: matches!(field(id.dfr0, 8), 4..=0xe),
+            pmu_v3p5: matches!(field(id.dfr0, 8), 6..=0xe),
+            fpmr: field(id.pfr2, 32) != 0,
             gic_sysregs: field(id.pfr0, 24) != 0,
             idc: id.ctr & (1 << 28) != 0,
             dic: id.ctr & (1 << 29) != 0,
@@ -213,6 +224,7 @@ mod tests {
         midr: 0x410f_d083,
         pfr0: 0x0000_2222,
         pfr1: 0,
+        pfr2: 0,
         dfr0: 0x1030_5106,
         isar0: 0x0001_1120,
         isar1: 0,
@@ -262,6 +274,21 @@ mod tests {
         assert!(features.ras && features.scxtnum);
         assert!(features.idc && features.dic && features.ttl && features.haf);
         assert!(features.sve && features.sme && features.mte && features.gic_sysregs);
+    }
+
+    #[test]
+    fn counters_that_stop_at_el2_are_known_by_the_version() {
+        let with = |version: u64| {
+            let dfr0 = version << 8;
+            let features = Features::decode(&IdRegisters { dfr0, ..A72 });
+            (features.pmu, features.pmu_v3p1, features.pmu_v3p5)
+        };
+        assert_eq!(with(0), (false, false, false));
+        assert_eq!(with(1), (true, false, false));
+        assert_eq!(with(4), (true, true, false));
+        assert_eq!(with(5), (true, true, false));
+        assert_eq!(with(6), (true, true, true));
+        assert_eq!(with(0xf), (false, false, false), "not Arm's");
     }
 
     #[test]

@@ -147,6 +147,9 @@ impl PhysicalGic {
                 if !gicv.start().is_multiple_of(board::PAGE_SIZE) {
                     return Self::None("GICV shares its page with something else");
                 }
+                if gicv.size() < board::PAGE_SIZE {
+                    return Self::None("GICV is smaller than a page");
+                }
                 let vtr = Mmio::gic(gich.start()).read(GICH_VTR);
                 Self::V2(V2 {
                     gicd,
@@ -190,10 +193,14 @@ impl PhysicalGic {
         }
     }
 
-    /// GICv2's virtual CPU interface, which guests get as their GICC.
+    /// GICv2's virtual CPU interface, which guests get as their GICC: two pages (IHI 0048B 5.5), or
+    /// as much of it as there is; what lies behind it is not the guests'.
     pub(crate) fn guest_interface(&self) -> Option<AddrRange> {
         match self {
-            Self::V2(v2) => AddrRange::with_size(v2.gicv.start(), 2 * board::PAGE_SIZE),
+            Self::V2(v2) => {
+                let there = v2.gicv.size() - v2.gicv.size() % board::PAGE_SIZE;
+                AddrRange::with_size(v2.gicv.start(), there.min(2 * board::PAGE_SIZE))
+            }
             Self::None(_) | Self::V3(_) => None,
         }
     }

@@ -61,7 +61,18 @@ pub(crate) fn configure(features: &Features, stage2: Stage2Regs) {
     isb();
 }
 
-/// CPTR, HSTR, MDCR and the vector length controls: nothing trapped.
+/// MDCR_EL2.HPMD and HCCD: what the host counts does not count at EL2. RES0 in older PMUs.
+fn blind_counters(features: &Features) -> u64 {
+    const HPMD: u64 = 1 << 17;
+    const HCCD: u64 = 1 << 23;
+    let events = if features.pmu_v3p1 { HPMD } else { 0 };
+    let cycles = if features.pmu_v3p5 { HCCD } else { 0 };
+    events | cycles
+}
+
+/// CPTR, HSTR, MDCR and the vector length controls: nothing trapped. But the core's own controls, with
+/// which EL1 could change how EL2's accesses behave, are not the host's (ACTLR_EL2), and EL2 is not
+/// traced.
 fn traps(features: &Features) {
     // CPTR_EL2 without VHE: RES1 bits 13, 9, 7:0; TZ (8) and TSM (12) are RES1 where there is no
     // SVE or SME.
@@ -78,13 +89,22 @@ fn traps(features: &Features) {
     let trace = if features.trbe { 3 << 24 } else { 0 };
     msr!("cptr_el2", 0x22ff | no_sve | no_sme);
     msr!("hstr_el2", 0);
-    msr!("mdcr_el2", counters | profiling | trace);
+    let blind = blind_counters(features);
+    msr!("mdcr_el2", counters | profiling | trace | blind);
+    msr!("actlr_el2", 0);
+    if features.trace_filter {
+        msr!("s3_4_c1_c2_1", 0); // TRFCR_EL2: no trace of EL2
+    }
     isb();
     if features.sve {
         msr!("s3_4_c1_c2_0", 0x1ff); // ZCR_EL2: the longest vectors
     }
     if features.sme {
         msr!("s3_4_c1_c2_6", 1 << 31 | 1 << 30 | 0xf); // SMCR_EL2: FA64, EZT0, longest
+        msr!("s3_3_c4_c2_2", 0); // SVCR: streaming mode and ZA off
+    }
+    if features.fpmr {
+        msr!("s3_3_c4_c4_2", 0); // FPMR
     }
     if features.mpam {
         // MPAMHCR_EL2 is there only if MPAMIDR_EL1.HAS_HCR (bit 17) says so.

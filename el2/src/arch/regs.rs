@@ -8,6 +8,7 @@ use aarch64_cpu::registers::{
     SPSR_EL2, VBAR_EL1,
 };
 use aarch64_cpu::registers::{ELR_EL1, ESR_EL1, FAR_EL1, SPSR_EL1, Writeable};
+use el2::esr;
 use el2::features::IdRegisters;
 use el2::guest::sysreg::VmRegister;
 use el2::inject::{Entry, Interrupted};
@@ -44,11 +45,13 @@ pub(crate) use {mrs, msr};
 /// What a wrong one breaks is the isolation of EL1's worlds, which no type guards, not EL2's own
 /// memory. Not here, for that reason: what holds EL2's tables, its stack, its vectors, its masks.
 #[rustfmt::skip]
-const FOR_LOWER_LEVELS: [&str; 75] = [
+const FOR_LOWER_LEVELS: [&str; 79] = [
     // Stage 2, traps and identity.
     "vtcr_el2", "vttbr_el2", "cptr_el2", "hstr_el2", "mdcr_el2", "vpidr_el2", "vmpidr_el2",
     // Where an exception to EL2 returns to: not to EL2, see `return_as`.
     "elr_el2",
+    // The core's own controls, EL2's trace, streaming mode, FPMR.
+    "actlr_el2", "s3_4_c1_c2_1", "s3_3_c4_c2_2", "s3_3_c4_c4_2",
     // Timers; EL2 masks the interrupt of its own.
     "cnthctl_el2", "cntvoff_el2", "cnthp_cval_el2", "cnthp_ctl_el2",
     // Pointer authentication keys, low and high.
@@ -155,6 +158,7 @@ pub(crate) fn id_registers() -> IdRegisters {
         midr: MIDR_EL1.get(),
         pfr0: ID_AA64PFR0_EL1.get(),
         pfr1: ID_AA64PFR1_EL1.get(),
+        pfr2: mrs!("s3_0_c0_c4_2"), // ID_AA64PFR2_EL1; reads as zero where it is not defined
         dfr0: ID_AA64DFR0_EL1.get(),
         isar0: ID_AA64ISAR0_EL1.get(),
         isar1: mrs!("id_aa64isar1_el1"),
@@ -193,9 +197,16 @@ pub(crate) fn esr() -> u64 {
     ESR_EL2.get()
 }
 
-/// Steps the interrupted code over the instruction that trapped: all of A64's have four bytes.
+/// Steps the interrupted code over the instruction that trapped.
 pub(crate) fn skip_instruction() {
-    ELR_EL2.set(ELR_EL2.get().wrapping_add(4));
+    let pstate = SPSR_EL2.get();
+    if pstate & esr::AARCH32 == 0 {
+        ELR_EL2.set(ELR_EL2.get().wrapping_add(4));
+    } else {
+        let (pc, pstate) = esr::behind(ELR_EL2.get(), pstate, ESR_EL2.get());
+        ELR_EL2.set(pc);
+        SPSR_EL2.set(pstate);
+    }
 }
 
 /// Makes the interrupted code repeat its HVC, behind which ELR_EL2 stands.

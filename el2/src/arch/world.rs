@@ -7,6 +7,7 @@
 //! Order (spec/arm.md 3.9; errata 1319367 and 1165522): going in, walks are off before the first
 //! foreign register is loaded, and come on with TCR_EL1 as the last one; going out the same.
 
+use el2::esr;
 use el2::features::Features;
 
 use super::host_regs::Stage2Regs;
@@ -45,9 +46,9 @@ impl GuestRegs {
         }
     }
 
-    /// Makes a vCPU that is not loaded step over the instruction.
-    pub(crate) fn skip(&mut self) {
-        self.pc = self.pc.wrapping_add(4);
+    /// Makes a vCPU that is not loaded step over the instruction that trapped with this syndrome.
+    pub(crate) fn skip(&mut self, esr: u64) {
+        (self.pc, self.pstate) = esr::behind(self.pc, self.pstate, esr);
     }
 
     /// Loads PC and PSTATE for the next entry.
@@ -335,10 +336,11 @@ pub(crate) struct HostWorld {
 const CPTR_GUEST: u64 = 0x22ff | 1 << 8 | 1 << 10 | 1 << 12 | 1 << 20 | 1 << 30;
 /// CPTR_EL2.TFP.
 const CPTR_TFP: u64 = 1 << 10;
-/// MDCR_EL2 of a guest: TPMCR, TPM, TDE clear, TDA, TDOSA, TDRA, TDCC (Arm ARM D24.2.103). HPMN
-/// keeps the host's value; see [`profiling::traps`] for the rest.
+/// MDCR_EL2 of a guest: TPMCR, TPM, TDE clear, TDA, TDOSA, TDRA, TDCC (Arm ARM D24.2.103). See
+/// [`profiling::traps`] for the rest.
 const MDCR_TRAPS: u64 = 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 27;
-const MDCR_HPMN: u64 = 0x1f;
+/// What stays of the host's MDCR_EL2: HPMN, and HPMD and HCCD, for EL2 between the guest's exits.
+const MDCR_KEPT: u64 = 0x1f | 1 << 17 | 1 << 23;
 /// MPAM2_EL2 of a guest: its accesses to MPAM0_EL1 and MPAM1_EL1, which keep the host's values, trap.
 const MPAM_TRAPS: u64 = 1 << 49 | 1 << 48;
 /// CNTHCTL_EL2: the physical counter can be read (EL1PCTEN), the physical timer traps.
@@ -466,6 +468,9 @@ impl HostWorld {
 
     /// Reads everything of the host that a guest will replace.
     pub(crate) fn save(&mut self, features: &Features) {
+        if features.sme {
+            leave_streaming_mode();
+        }
         // First, while what the host's buffers are written through is still the host's.
         self.profiling = Profiling::stop(features);
         self.timer = Timer::read();
@@ -570,7 +575,7 @@ impl HostWorld {
 fn load_controls(features: &Features, vm: &VmWorld, index: u8, host: &Controls) {
     let controls = Controls {
         cptr: CPTR_GUEST,
-        mdcr: host.mdcr & MDCR_HPMN | MDCR_TRAPS | profiling::traps(features),
+        mdcr: host.mdcr & MDCR_KEPT | MDCR_TRAPS | profiling::traps(features),
         hstr: 0,
         cnthctl: CNTHCTL_GUEST,
         cntvoff: vm.time_offset,
@@ -580,6 +585,16 @@ fn load_controls(features: &Features, vm: &VmWorld, index: u8, host: &Controls) 
     controls.write();
     if features.mpam {
         msr!("s3_4_c10_c5_0", MPAM_TRAPS);
+    }
+}
+
+/// A guest has no streaming mode, and its vector instructions must not be those of one. A host that is
+/// in it loses its vector registers by leaving it (Arm ARM B1.4.7, effect of PSTATE.SM).
+fn leave_streaming_mode() {
+    const SM: u64 = 1;
+    let svcr = mrs!("s3_3_c4_c2_2");
+    if svcr & SM != 0 {
+        msr!("s3_3_c4_c2_2", svcr & !SM);
     }
 }
 
