@@ -260,7 +260,8 @@ fn main(cpu: &'static CpuData, boot: &mut Boot) -> ! {
         })
         .collect();
     cpu::publish_secondary_boot(boot.settings, &cpus);
-    smp::start_others(&boot.board, &cpus, Image::here().secondary_entry);
+    let entry = Image::here().secondary_entry;
+    smp::start_others(&boot.board, boot.features, &cpus, entry);
     report_cpus(&cpus);
     let hypervisor = assemble(boot, cpus);
     if let Some(test) = boot.board.chosen.self_test {

@@ -165,6 +165,33 @@ impl Features {
     }
 }
 
+/// Names the first field in which two cores differ.
+macro_rules! differing {
+    ($this:expr, $core:expr; equal: $($equal:ident),*; at_least: $($least:ident),*; no_more: $($no_more:ident),*) => {
+        $(if $this.$equal != $core.$equal { return Some(stringify!($equal)); })*
+        $(if $this.$least > $core.$least { return Some(stringify!($least)); })*
+        $(if $this.$no_more < $core.$no_more { return Some(stringify!($no_more)); })*
+    };
+}
+
+impl Features {
+    /// What keeps a core with these features from running what was set up for the core that booted,
+    /// if anything: the field's name.
+    ///
+    /// State that the other worlds must not see, and what has to be trapped, must be the same; what
+    /// EL2 only uses must be there; errata that it does not work around must not.
+    #[must_use]
+    pub fn mismatch(&self, core: &Self) -> Option<&'static str> {
+        differing!(self, core;
+            equal: granule_4k, pan, mte, scxtnum, ras, pauth, sve, sme, hcx, fgt, fgt2, tcr2, sctlr2, mpam,
+                amu, lor, ecv, spe, trbe, trace_filter, pmu, fpmr, gic_sysregs;
+            at_least: pa_bits, vmid16, fwb, xnx, tlbi_range, ttl, idc, dic, pmu_v3p1, pmu_v3p5, dcache_line,
+                icache_line;
+            no_more: repeat_tlbi, speculative_at);
+        None
+    }
+}
+
 const fn field(register: u64, shift: u32) -> u8 {
     (register >> shift).to_le_bytes()[0] & 0xf
 }
@@ -289,6 +316,35 @@ mod tests {
         assert_eq!(with(5), (true, true, false));
         assert_eq!(with(6), (true, true, true));
         assert_eq!(with(0xf), (false, false, false), "not Arm's");
+    }
+
+    #[test]
+    fn a_core_must_be_able_to_do_what_the_boot_core_does() {
+        let boot = Features::decode(&A72);
+        let core = |change: fn(&mut IdRegisters)| {
+            let mut id = A72;
+            change(&mut id);
+            boot.mismatch(&Features::decode(&id))
+        };
+        assert_eq!(core(|_| ()), None);
+        assert_eq!(
+            core(|id| id.midr = 0x410f_d034),
+            None,
+            "A53: an erratum it shares"
+        );
+        assert_eq!(core(|id| id.mmfr2 = 1 << 40), None, "more than is used");
+        assert_eq!(core(|id| id.mmfr0 = 0x1122), Some("pa_bits"));
+        assert_eq!(core(|id| id.pfr0 |= 1 << 32), Some("sve"));
+        assert_eq!(core(|id| id.dfr0 |= 1 << 44), Some("trbe"));
+        assert_eq!(core(|id| id.ctr = 0x8443_c004), Some("dcache_line"));
+    }
+
+    #[test]
+    fn errata_of_other_cores_are_no_surprise() {
+        let with = |midr| Features::decode(&IdRegisters { midr, ..A72 });
+        let (a76, a72) = (with(0x414f_d0b1), with(0x410f_d083));
+        assert_eq!(a76.mismatch(&a72), Some("speculative_at"));
+        assert_eq!(a72.mismatch(&a76), None);
     }
 
     #[test]

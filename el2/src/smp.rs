@@ -1,7 +1,9 @@
 //! Bringing up the other cores, and parking those that are off.
 
 use board::{Board, Cpu, PsciConduit, StartMethod};
+use el2::features::Features;
 use el2::psci::StartOrder;
+use spin::Once;
 
 use crate::arch::cpu::{self, CpuData};
 use crate::arch::mem::Image;
@@ -13,9 +15,18 @@ const PSCI_CPU_OFF: u64 = 0x8400_0002;
 const PSCI_CPU_ON: u64 = 0xc400_0003;
 const PSCI_ALREADY_ON: i32 = -4;
 
+/// What the core that booted can do: what every other one must be able to do, too.
+static BOOT_FEATURES: Once<Features> = Once::new();
+
 /// Starts every core but this one, one after the other, and waits for each up to a second.
 /// A core that does not come up is named, and left out.
-pub(crate) fn start_others(board: &Board<'_>, cpus: &[&'static CpuData], entry: u64) {
+pub(crate) fn start_others(
+    board: &Board<'_>,
+    features: Features,
+    cpus: &[&'static CpuData],
+    entry: u64,
+) {
+    BOOT_FEATURES.call_once(|| features);
     let me = regs::mpidr();
     for (node, data) in board.cpus.iter().zip(cpus) {
         if data.mpidr == me {
@@ -74,6 +85,10 @@ fn came_up(cpu: &CpuData) -> Result<(), &'static str> {
         if cpu.power.is_alive() {
             return Ok(());
         }
+        if let Some(field) = cpu.differs.get() {
+            log::error!("CPU {}: not as the boot core: {field}", cpu.index);
+            return Err("it is another kind of core");
+        }
         core::hint::spin_loop();
     }
     Err("it was started but did not arrive within a second")
@@ -87,6 +102,12 @@ extern "C" fn boot_secondary() -> ! {
         cpu::halt();
     };
     if !cpu.power.is_alive() {
+        let here = Features::decode(&regs::id_registers());
+        let differs = BOOT_FEATURES.get().and_then(|boot| boot.mismatch(&here));
+        if let Some(field) = differs {
+            cpu.differs.call_once(|| field);
+            cpu::halt();
+        }
         cpu.power.park();
     }
     wait_for_order(cpu)

@@ -7,6 +7,7 @@ use aarch64_cpu::registers::{ELR_EL2, TPIDR_EL2};
 use aarch64_cpu::registers::{Readable, Writeable};
 use board::MAX_CPUS;
 use el2::psci::{PowerSlot, StartOrder};
+use spin::Once;
 
 use super::mmu::Settings;
 use super::{instructions, mem, regs};
@@ -34,6 +35,8 @@ pub(crate) struct CpuData {
     pub(crate) gic_target: AtomicU8,
     /// The guest timer's physical interrupt is marked active.
     pub(crate) timer_active: AtomicBool,
+    /// In what it differs from the core that booted, so that it is left out.
+    pub(crate) differs: Once<&'static str>,
 }
 
 // entry.S and vectors.S use these.
@@ -56,6 +59,7 @@ impl CpuData {
             gic_frame: AtomicU64::new(0),
             gic_target: AtomicU8::new(0),
             timer_active: AtomicBool::new(false),
+            differs: Once::new(),
         };
         // SAFETY: the block is EL2's, mapped, this core's alone; a page is large enough (asserted).
         unsafe { &mut *pointer }.write(data)
