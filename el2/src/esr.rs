@@ -12,10 +12,16 @@ const IL: u64 = 1 << 25;
 /// All instructions of A64 and A32 have four bytes, of T32 some have two (ESR_EL2.IL), and there each
 /// one moves the state of an IT block on (Arm ARM G1.3.4, ITAdvance).
 #[must_use]
+#[inline]
 pub const fn behind(pc: u64, pstate: u64, esr: u64) -> (u64, u64) {
     if pstate & AARCH32 == 0 {
         return (pc.wrapping_add(4), pstate);
     }
+    behind_32(pc, pstate, esr)
+}
+
+#[cold]
+const fn behind_32(pc: u64, pstate: u64, esr: u64) -> (u64, u64) {
     let length = if esr & IL != 0 { 4 } else { 2 };
     (pc.wrapping_add(length) & 0xffff_ffff, after_it(pstate))
 }

@@ -165,6 +165,34 @@ impl Features {
     }
 }
 
+/// How many taken branches EL2 executes when a lower level enters it, so that what that level has
+/// left in the branch history does not steer EL2's indirect branches (CVE-2022-23960); 0 where the
+/// core is not affected, 1 where CLRBHB does it alone.
+///
+/// The numbers are Arm's for each core ("Spectre-BHB: Speculative Target Reuse Attacks"). A core of
+/// Arm's that is unknown gets the longest. Cortex-A73 and A75 need firmware's SMCCC_ARCH_WORKAROUND_3
+/// instead, which EL2 calls between worlds.
+#[must_use]
+pub fn history(id: &IdRegisters) -> u8 {
+    const LONGEST: u8 = 132;
+    let not_steered = field(id.pfr0, 56) >= 3; // FEAT_CSV2_3
+    let isolated = field(id.mmfr1, 60) != 0; // FEAT_ECBHB
+    let clears = field(id.isar2, 28) != 0; // FEAT_CLRBHB
+    match (id.midr >> 24 & 0xff, id.midr >> 4 & 0xfff) {
+        _ if not_steered || isolated => 0,
+        // A53, A35, A55, A510, A520: they do not predict by history. A73, A75: see above.
+        (0x41, 0xd03 | 0xd04 | 0xd05 | 0xd46 | 0xd80 | 0xd09 | 0xd0a) => 0,
+        _ if clears => 1,
+        (0x41, 0xd07 | 0xd08) => 8,                  // A57, A72
+        (0x41, 0xd0b | 0xd0c | 0xd0d | 0xd0e) => 24, // A76, N1, A77, A76AE
+        // V1, A78, A78AE, X1, A710, X2, N2, A78C, X1C
+        (0x41, 0xd40 | 0xd41 | 0xd42 | 0xd44 | 0xd47 | 0xd48 | 0xd49 | 0xd4b | 0xd4c) => 32,
+        (0x41, 0xd4d | 0xd81) => 38, // A715, A720
+        (0xc0, 0xac3) => 11,         // AmpereOne
+        _ => LONGEST,                // X3, V2, and those that we do not know
+    }
+}
+
 /// Names the first field in which two cores differ.
 macro_rules! differing {
     ($this:expr, $core:expr; equal: $($equal:ident),*; at_least: $($least:ident),*; no_more: $($no_more:ident),*) => {
@@ -345,6 +373,34 @@ mod tests {
         let (a76, a72) = (with(0x414f_d0b1), with(0x410f_d083));
         assert_eq!(a76.mismatch(&a72), Some("speculative_at"));
         assert_eq!(a72.mismatch(&a76), None);
+    }
+
+    #[test]
+    fn branch_history_is_overwritten_where_the_core_needs_it() {
+        let core = |midr: u64| history(&IdRegisters { midr, ..A72 });
+        let counts = [
+            0x410f_d083,
+            0x414f_d0b1,
+            0x413f_d0c1,
+            0x410f_d402,
+            0x410f_d4f1,
+        ]
+        .map(core);
+        assert_eq!(counts, [8, 24, 24, 32, 132]);
+        assert_eq!([0x410f_d034, 0x410f_d050].map(core), [0, 0], "A53, A55");
+        let id = IdRegisters {
+            midr: 0x414f_d0b1,
+            ..A72
+        };
+        let with = |change: fn(&mut IdRegisters)| {
+            let mut id = id;
+            change(&mut id);
+            history(&id)
+        };
+        assert_eq!(with(|id| id.pfr0 |= 3 << 56), 0, "FEAT_CSV2_3");
+        assert_eq!(with(|id| id.pfr0 |= 2 << 56), 24, "FEAT_CSV2_2");
+        assert_eq!(with(|id| id.mmfr1 |= 1 << 60), 0, "FEAT_ECBHB");
+        assert_eq!(with(|id| id.isar2 |= 1 << 28), 1, "FEAT_CLRBHB");
     }
 
     #[test]

@@ -167,5 +167,6 @@ pub(crate) fn run_host(
     order: StartOrder,
 ) -> ! {
     host_regs::configure(&hypervisor.features, hypervisor.host.registers());
+    cpu.forget_history();
     cpu::enter_host(cpu, order)
 }

@@ -1,7 +1,7 @@
 //! The cores: their data, parking, starting the others, and going down to EL1.
 
 use core::mem::{MaybeUninit, offset_of};
-use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use aarch64_cpu::registers::{ELR_EL2, TPIDR_EL2};
 use aarch64_cpu::registers::{Readable, Writeable};
@@ -21,6 +21,8 @@ const EL1H_MASKED: u64 = 0b00101 | 0xf << 6;
 pub(crate) struct CpuData {
     stack_top: u64,
     emergency_top: u64,
+    /// Branches that overwrite this core's branch history; 0 if nothing has to.
+    history: AtomicU64,
     /// Number of the core, in the device tree's order.
     pub(crate) index: u64,
     /// Affinity fields of MPIDR_EL1.
@@ -42,6 +44,7 @@ pub(crate) struct CpuData {
 // entry.S and vectors.S use these.
 const _: () = assert!(offset_of!(CpuData, stack_top) == 0);
 const _: () = assert!(offset_of!(CpuData, emergency_top) == 8);
+const _: () = assert!(offset_of!(CpuData, history) == 16);
 const _: () = assert!(size_of::<CpuData>() <= board::PAGE_SIZE as usize);
 
 impl CpuData {
@@ -52,6 +55,7 @@ impl CpuData {
         let data = Self {
             stack_top: block.stack.end(),
             emergency_top: block.emergency.end(),
+            history: AtomicU64::new(0),
             index: id.0,
             mpidr: id.1,
             power: PowerSlot::new(),
@@ -68,6 +72,15 @@ impl CpuData {
     /// Makes this core use the data.
     pub(crate) fn adopt(&'static self) {
         TPIDR_EL2.set(core::ptr::from_ref(self).expose_provenance() as u64);
+    }
+
+    /// Makes this core forget the branches of lower levels whenever it enters EL2, if it has to.
+    pub(crate) fn forget_history(&'static self) {
+        let branches = el2::features::history(&regs::id_registers());
+        self.history.store(branches.into(), Ordering::Relaxed);
+        if branches > 0 {
+            regs::set_vectors((&raw const forgetful_vectors).addr() as u64);
+        }
     }
 
     /// Whether `address` lies on this core's stack or emergency stack.
@@ -96,6 +109,7 @@ pub(crate) fn this_cpu() -> Option<&'static CpuData> {
 }
 
 unsafe extern "C" {
+    static forgetful_vectors: u8;
     fn enter_el1(stack_top: u64, context: u64) -> !;
     fn switch_stack(top: u64, to: extern "C" fn(*mut ()) -> !, argument: *mut ()) -> !;
 }

@@ -1,6 +1,6 @@
 // Entering a guest and coming back: a call that returns at the guest's next exception.
 //
-// While a guest is loaded VBAR_EL2 points to guest_vectors. While it runs SP_EL2 points to its
+// While a guest is loaded VBAR_EL2 points to guest_vectors, or to forgetful_guest_vectors. While it runs SP_EL2 points to its
 // registers, GuestRegs of world.rs, where EL2's own stack pointer is kept: nothing but this file runs
 // in between. PC and PSTATE of the guest stay in ELR_EL2 and SPSR_EL2. Of the registers that a call
 // must preserve only those are kept here that inline assembly can't name as lost.
@@ -38,7 +38,7 @@ guest_enter:
     dsb     nsh                         // no speculation past the exception return
     isb
 
-.macro from_guest, vector
+.macro from_guest, vector, forgets=0
     .balign 128                         // 32 instructions
     stp     x0, x1, [sp]
     stp     x2, x3, [sp, #16]
@@ -56,6 +56,9 @@ guest_enter:
     stp     x26, x27, [sp, #208]
     stp     x28, x29, [sp, #224]
     str     x30, [sp, #240]
+    .if \forgets
+    forget_history x1
+    .endif
     mov     x0, #\vector
     ldr     x1, [sp, #GUEST_EL2_SP]
     mov     sp, x1
@@ -64,26 +67,24 @@ guest_enter:
     ret
 .endm
 
+.macro guest_vector_table, name, forgets
 .balign 2048
-.global guest_vectors
-guest_vectors:
-    from_el2    0
-    from_el2    1
-    from_el2    2
-    from_el2    3
-    from_el2    4
-    from_el2    5
-    from_el2    6
-    from_el2    7
-    from_guest  8
-    from_guest  9
-    from_guest  10
-    from_guest  11
-    from_guest  12
-    from_guest  13
-    from_guest  14
-    from_guest  15
+.global \name
+\name:
+    eight_from_el2
+    from_guest  8, \forgets
+    from_guest  9, \forgets
+    from_guest  10, \forgets
+    from_guest  11, \forgets
+    from_guest  12, \forgets
+    from_guest  13, \forgets
+    from_guest  14, \forgets
+    from_guest  15, \forgets
     .balign 128
+.endm
+
+    guest_vector_table guest_vectors, 0
+    guest_vector_table forgetful_guest_vectors, 1
 
 // Address translations for a guest: in x0 the address, out x0 PAR_EL1. Where a walk reads memory
 // that answers with an error, AT takes an exception, which comes back behind it.

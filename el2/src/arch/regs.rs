@@ -5,13 +5,15 @@ use aarch64_cpu::registers::{
     CNTFRQ_EL0, CNTPCT_EL0, CurrentEL, ELR_EL2, ESR_EL2, FAR_EL2, HCR_EL2, HPFAR_EL2,
     ID_AA64DFR0_EL1, ID_AA64ISAR0_EL1, ID_AA64MMFR0_EL1, ID_AA64MMFR1_EL1, ID_AA64MMFR2_EL1,
     ID_AA64PFR0_EL1, ID_AA64PFR1_EL1, MIDR_EL1, MPIDR_EL1, Readable, SCTLR_EL1, SCTLR_EL2,
-    SPSR_EL2, VBAR_EL1,
+    SPSR_EL2, VBAR_EL1, VBAR_EL2,
 };
 use aarch64_cpu::registers::{ELR_EL1, ESR_EL1, FAR_EL1, SPSR_EL1, Writeable};
 use el2::esr;
 use el2::features::IdRegisters;
 use el2::guest::sysreg::VmRegister;
 use el2::inject::{Entry, Interrupted};
+
+use super::instructions::isb;
 
 /// Reads a system register by name.
 macro_rules! mrs {
@@ -127,6 +129,12 @@ pub(crate) fn return_as(pstate: u64) {
     SPSR_EL2.set(pstate & !PRIVILEGED);
 }
 
+/// Makes this core take its exceptions at EL2 by this table, one of vectors.S and guest.S.
+pub(crate) fn set_vectors(table: u64) {
+    VBAR_EL2.set(table);
+    isb();
+}
+
 /// Affinity fields of MPIDR_EL1.
 pub(crate) fn mpidr() -> u64 {
     MPIDR_EL1.get() & 0xff_00ff_ffff
@@ -199,14 +207,18 @@ pub(crate) fn esr() -> u64 {
 
 /// Steps the interrupted code over the instruction that trapped.
 pub(crate) fn skip_instruction() {
-    let pstate = SPSR_EL2.get();
-    if pstate & esr::AARCH32 == 0 {
+    if SPSR_EL2.get() & esr::AARCH32 == 0 {
         ELR_EL2.set(ELR_EL2.get().wrapping_add(4));
     } else {
-        let (pc, pstate) = esr::behind(ELR_EL2.get(), pstate, ESR_EL2.get());
-        ELR_EL2.set(pc);
-        SPSR_EL2.set(pstate);
+        skip_instruction_of_32_bit_code();
     }
+}
+
+#[cold]
+fn skip_instruction_of_32_bit_code() {
+    let (pc, pstate) = esr::behind(ELR_EL2.get(), SPSR_EL2.get(), ESR_EL2.get());
+    ELR_EL2.set(pc);
+    SPSR_EL2.set(pstate);
 }
 
 /// Makes the interrupted code repeat its HVC, behind which ELR_EL2 stands.

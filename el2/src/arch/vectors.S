@@ -5,11 +5,29 @@
 // CPU's emergency stack, since the stack itself may be what overflowed.
 
 .equ CPU_EMERGENCY_TOP, 8               // CpuData.emergency_top
+.equ CPU_HISTORY, 16                    // CpuData.history, at least 1 where this is used
 
-.macro from_lower, vector
+// Replaces what branches of a lower level have left in the branch history, before EL2's first indirect
+// branch: by CLRBHB, which is a hint that other cores ignore, and by as many taken branches as the
+// core's history holds. Loses the register and the flags.
+.macro forget_history, count
+    mrs     \count, tpidr_el2
+    ldr     \count, [\count, #CPU_HISTORY]
+    hint    #22                         // CLRBHB
+1:  b       2f
+2:  subs    \count, \count, #1
+    b.ne    1b
+    dsb     nsh                         // no speculation past the loop
+    isb
+.endm
+
+.macro from_lower, vector, forgets=0
     .balign 128
     sub     sp, sp, #FRAME
     stp     x0, x1, [sp]
+    .if \forgets
+    forget_history x1
+    .endif
     mov     x1, #\vector
     b       lower_common
 .endm
@@ -24,10 +42,7 @@
     b       el2_common
 .endm
 
-.section .text.vectors, "ax"
-.balign 2048
-.global vectors
-vectors:
+.macro eight_from_el2
     from_el2    0
     from_el2    1
     from_el2    2
@@ -36,15 +51,27 @@ vectors:
     from_el2    5
     from_el2    6
     from_el2    7
-    from_lower  8
-    from_lower  9
-    from_lower  10
-    from_lower  11
-    from_lower  12
-    from_lower  13
-    from_lower  14
-    from_lower  15
+.endm
+
+.macro vector_table, name, forgets
+.balign 2048
+.global \name
+\name:
+    eight_from_el2
+    from_lower  8, \forgets
+    from_lower  9, \forgets
+    from_lower  10, \forgets
+    from_lower  11, \forgets
+    from_lower  12, \forgets
+    from_lower  13, \forgets
+    from_lower  14, \forgets
+    from_lower  15, \forgets
     .balign 128
+.endm
+
+.section .text.vectors, "ax"
+    vector_table vectors, 0
+    vector_table forgetful_vectors, 1
 
 lower_common:
     save_x2_to_x30

@@ -13,7 +13,7 @@ use el2::features::Features;
 use super::host_regs::Stage2Regs;
 use super::instructions::{self, isb};
 use super::profiling::{self, Profiling};
-use super::regs::{self, mrs, msr};
+use super::regs::{self, mrs, msr, set_vectors};
 use super::tlb::{MMU_ON, NO_WALKS};
 
 /// General registers, PC and PSTATE; guest.S knows the layout.
@@ -71,6 +71,7 @@ unsafe extern "C" {
     safe fn fp_save(state: &mut FpState);
     safe fn fp_load(state: &FpState);
     static guest_vectors: u8;
+    static forgetful_guest_vectors: u8;
     static vectors: u8;
 }
 
@@ -323,6 +324,8 @@ pub(crate) struct HostWorld {
     stage2: Stage2Regs,
     hcr: u64,
     hcrx: u64,
+    /// VBAR_EL2.
+    vectors: u64,
     profiling: Profiling,
     traps: FineTraps,
     pc: u64,
@@ -463,7 +466,7 @@ impl HostWorld {
         }
         guest.regs.load_return();
         load_walk_registers(features, guest.sctlr, guest.tcr);
-        set_vectors(&Vectors::Guest);
+        set_vectors(vectors_for_guest(host.vectors));
     }
 
     /// Reads everything of the host that a guest will replace.
@@ -488,6 +491,7 @@ impl HostWorld {
             vttbr: mrs!("vttbr_el2"),
         };
         self.hcr = mrs!("hcr_el2");
+        self.vectors = mrs!("vbar_el2");
         if features.hcx {
             self.hcrx = mrs!("s3_4_c1_c2_2");
         }
@@ -549,7 +553,7 @@ impl HostWorld {
         self.timer.write();
         load_walk_registers(features, self.sctlr, self.tcr);
         self.profiling.resume(features);
-        set_vectors(&Vectors::Host);
+        set_vectors(self.vectors);
     }
 
     /// The guest uses FP for the first time in this run: its registers in, the host's out.
@@ -611,20 +615,14 @@ fn load_walk_registers(features: &Features, sctlr: u64, tcr: u64) {
     isb();
 }
 
-/// EL2's vectors while a guest is loaded, or while the host is.
-enum Vectors {
-    Guest,
-    Host,
-}
-
-fn set_vectors(which: &Vectors) {
-    let address = match which {
-        Vectors::Guest => &raw const guest_vectors,
-        Vectors::Host => &raw const vectors,
-    };
-    // SAFETY: both are vector tables, as large and aligned as they must be.
-    unsafe { core::arch::asm!("msr vbar_el2, {}", in(reg) address, options(nostack)) };
-    isb();
+/// The vectors of a guest on a core whose own are these.
+fn vectors_for_guest(own: u64) -> u64 {
+    let plain = (&raw const vectors).addr() as u64;
+    if own == plain {
+        (&raw const guest_vectors).addr() as u64
+    } else {
+        (&raw const forgetful_guest_vectors).addr() as u64
+    }
 }
 
 /// Runs the guest until its next exception; gives the vector's number.
