@@ -2,7 +2,8 @@
 //!
 //! Invariant: the patched tree describes the bare machine, except that EL2's memory is reserved
 //! (`no-map`), every CPU is started by PSCI through HVC, a CPU that did not come up is marked
-//! `status = "fail"`, and an IOMMU that EL2 drives is not there.
+//! `status = "fail"`, an IOMMU that EL2 drives is not there, and an interrupt translation service has
+//! `status = "disabled"`.
 //!
 //! One pass copies the structure block token by token (Devicetree Specification 5.4) and leaves out,
 //! or adds, what differs. New properties stand first in their node; their names are appended to the
@@ -15,7 +16,7 @@ use dtoolkit::fdt::Fdt;
 use dtoolkit::standard::{AddressSpaceProperties, NodeStandard};
 use heapless::{String, Vec};
 
-use crate::info::MPIDR_AFFINITY;
+use crate::info::{ITS, MPIDR_AFFINITY};
 use crate::iommu::SMMU;
 use crate::tree::cells as number;
 use crate::{AddrRange, EditError};
@@ -290,7 +291,7 @@ impl<'a, 'b> Copy<'a, 'b> {
                         3 if branch == Branch::Cpus => (branch, self.enter_cpu(tokens)?),
                         _ => (branch, KEPT),
                     };
-                    if self.is_iommu(tokens) {
+                    if self.is_disabled(tokens) {
                         self.add("status", b"disabled\0")?;
                         replaced = &["status"];
                     }
@@ -367,11 +368,8 @@ impl<'a, 'b> Copy<'a, 'b> {
         Ok(&["cpu-release-addr", "enable-method", "status"])
     }
 
-    /// Whether a node that holds `tokens` is the IOMMU that EL2 drives.
-    fn is_iommu(&self, mut tokens: Tokens<'_>) -> bool {
-        let Some(wanted) = self.host.iommu else {
-            return false;
-        };
+    /// Whether a node that holds `tokens` is the IOMMU that EL2 drives, or an ITS.
+    fn is_disabled(&self, mut tokens: Tokens<'_>) -> bool {
         let (mut compatible, mut phandle) = (None, None);
         while let Token::Prop(name, value) = tokens.next() {
             if self.is_any(name, &["compatible"]) {
@@ -380,9 +378,13 @@ impl<'a, 'b> Copy<'a, 'b> {
                 phandle = phandle.or(number(value));
             }
         }
-        let mut names = compatible.unwrap_or_default().split(|byte| *byte == 0);
-        let is_smmu = names.any(|name| SMMU.iter().any(|known| known.as_bytes() == name));
-        is_smmu && phandle == Some(wanted.into())
+        let names = compatible.unwrap_or_default().split(|byte| *byte == 0);
+        let is_one_of = |known: &[&str]| {
+            let mut names = names.clone();
+            names.any(|name| known.iter().any(|known| known.as_bytes() == name))
+        };
+        let is_iommu = self.host.iommu.is_some() && phandle == self.host.iommu.map(u64::from);
+        is_one_of(&[ITS]) || (is_iommu && is_one_of(SMMU))
     }
 
     /// Whether a property of this name says which IOMMU a device is behind, and the host is not to

@@ -125,6 +125,9 @@ pub struct Chosen<'a> {
     pub self_test: Option<SelfTest>,
 }
 
+/// Most ranges of [`Board::gic_tables`].
+pub const MAX_GIC_TABLES: usize = 8;
+
 /// A board.
 #[derive(Clone, Debug)]
 pub struct Board<'a> {
@@ -150,6 +153,11 @@ pub struct Board<'a> {
     pub psci: Option<PsciConduit>,
     /// Interrupt controller.
     pub gic: Option<Gic>,
+    /// Registers of the interrupt controller that make it read and write memory: its ITSs; and those of
+    /// its redistributors that are not in [`Gic::V3`]'s region.
+    pub gic_tables: Vec<AddrRange, MAX_GIC_TABLES>,
+    /// Such registers beyond [`MAX_GIC_TABLES`].
+    pub gic_tables_left_out: usize,
     /// Power control without firmware.
     pub power: Option<Power>,
     /// The IOMMU in front of PCI devices.
@@ -200,6 +208,8 @@ impl<'a> Board<'a> {
             console: None,
             psci: None,
             gic: None,
+            gic_tables: Vec::new(),
+            gic_tables_left_out: 0,
             power: None,
             iommu: tree.iommu(),
             doorbells: tree.doorbells(),
@@ -315,6 +325,13 @@ impl<'a> Board<'a> {
             } else if self.gic.is_none() && is_enabled(node) {
                 self.gic = gic(path);
             }
+            if is_any(node, &["arm,gic-v3"]) {
+                let regions = number(node, "#redistributor-regions").unwrap_or(1);
+                let others = (2..64).zip(1..regions);
+                others.for_each(|(reg, _)| self.add_gic_tables(cpu_reg(path, reg)));
+            } else if is_any(node, &[ITS]) {
+                self.add_gic_tables(cpu_reg(path, 0));
+            }
             if is_any(node, BCM_PM) {
                 self.power = cpu_reg(path, 0).map(|regs| Power::BcmPm(regs.start()));
             }
@@ -323,6 +340,19 @@ impl<'a> Board<'a> {
         debug_assert!(found.is_none(), "the visitor never stops the walk");
     }
 }
+
+impl Board<'_> {
+    fn add_gic_tables(&mut self, registers: Option<AddrRange>) {
+        if let Some(registers) = registers
+            && self.gic_tables.push(registers).is_err()
+        {
+            self.gic_tables_left_out += 1;
+        }
+    }
+}
+
+/// Binding of an interrupt translation service (arm,gic-v3.yaml).
+pub(crate) const ITS: &str = "arm,gic-v3-its";
 
 /// Bindings of the power management block (brcm,bcm2835-pm.yaml).
 const BCM_PM: &[&str] = &[

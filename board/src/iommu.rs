@@ -1,21 +1,18 @@
 //! The IOMMU in front of the machine's PCI devices, and where they send their interrupts.
 //!
-//! Bindings: `arm,smmu-v3.yaml`, `pci-iommu.txt` (`iommu-map`), `arm,gic-v3.yaml` (the ITS and v2m
-//! frames).
+//! Bindings: `arm,smmu-v3.yaml`, `pci-iommu.txt` (`iommu-map`), `arm,gic.yaml` (v2m frames).
 
 use dtoolkit::fdt::FdtNode;
 use dtoolkit::{Node, Property};
 use heapless::Vec;
 
 use crate::tree::{cpu_reg, is_any, is_enabled, number};
-use crate::{AddrRange, PAGE_SIZE, RangeList, Tree};
+use crate::{AddrRange, RangeList, Tree};
 
 /// Most entries of an `iommu-map` that are read.
 pub const MAX_STREAM_MAPS: usize = 4;
 /// Most separate ranges of interrupt doorbells.
 pub const MAX_DOORBELLS: usize = 8;
-/// The doorbell of an ITS is in its second 64 KiB (IHI 0069 12.18: GITS_TRANSLATER).
-const ITS_DOORBELL: u64 = 0x1_0000;
 
 /// PCI functions and their streams: one entry of `iommu-map`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -97,20 +94,16 @@ impl Tree<'_> {
         })
     }
 
-    /// Pages that devices write to for an interrupt.
+    /// Pages that devices write to for an interrupt. Not those of an ITS: the host has none.
     #[must_use]
     pub fn doorbells(&self) -> RangeList<MAX_DOORBELLS> {
         let mut found = RangeList::new();
         let full = self.find_map(|path| {
             let node = path.last().filter(|node| is_enabled(node))?;
-            let start = if is_any(node, &["arm,gic-v3-its"]) {
-                cpu_reg(path, 0)?.start().checked_add(ITS_DOORBELL)?
-            } else if is_any(node, &["arm,gic-v2m-frame"]) {
-                cpu_reg(path, 0)?.start()
-            } else {
+            if !is_any(node, &["arm,gic-v2m-frame"]) {
                 return None;
-            };
-            let page = AddrRange::with_size(start, PAGE_SIZE)?.grow_to_pages();
+            }
+            let page = cpu_reg(path, 0)?.grow_to_pages();
             found.insert(page, "doorbells").err()
         });
         debug_assert!(full.is_none() || found.as_slice().len() == MAX_DOORBELLS);

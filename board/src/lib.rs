@@ -32,8 +32,8 @@ pub use dtoolkit;
 pub use edit::{HostTree, patch_for_host};
 pub use error::{BoardError, EditError};
 pub use info::{
-    Board, Chosen, Console, Cpu, Gic, MAX_CPUS, MAX_MEMORY, MAX_RESERVED, MAX_VIRTIO, Power,
-    PsciConduit, SelfTest, StartMethod, UartKind, check_header,
+    Board, Chosen, Console, Cpu, Gic, MAX_CPUS, MAX_GIC_TABLES, MAX_MEMORY, MAX_RESERVED,
+    MAX_VIRTIO, Power, PsciConduit, SelfTest, StartMethod, UartKind, check_header,
 };
 pub use iommu::{Iommu, MAX_DOORBELLS, MAX_STREAM_MAPS, StreamMap};
 pub use pci::{PciBridge, PciWindow};

@@ -36,8 +36,19 @@ fn virt(cpus: u64) -> Vec<u8> {
     fdt.end_node(parent).unwrap();
     let node = fdt.begin_node("intc@8000000").unwrap();
     fdt.property_string("compatible", "arm,gic-v3").unwrap();
-    fdt.property_array_u64("reg", &[0x800_0000, 0x1_0000, 0x80a_0000, 0xf6_0000])
-        .unwrap();
+    fdt.property_array_u64(
+        "reg",
+        &[
+            0x800_0000,
+            0x1_0000,
+            0x80a_0000,
+            0xf6_0000,
+            0x40_0000_0000,
+            0x400_0000,
+        ],
+    )
+    .unwrap();
+    fdt.property_u32("#redistributor-regions", 2).unwrap();
     fdt.end_node(node).unwrap();
     let node = fdt.begin_node("pl011@9000000").unwrap();
     fdt.property_string_list(
@@ -75,6 +86,12 @@ fn pci(fdt: &mut FdtWriter) {
     let node = fdt.begin_node("its@8080000").unwrap();
     fdt.property_string("compatible", "arm,gic-v3-its").unwrap();
     fdt.property_array_u64("reg", &[0x808_0000, 0x2_0000])
+        .unwrap();
+    fdt.end_node(node).unwrap();
+    let node = fdt.begin_node("v2m@8020000").unwrap();
+    fdt.property_string("compatible", "arm,gic-v2m-frame")
+        .unwrap();
+    fdt.property_array_u64("reg", &[0x802_0000, 0x1000])
         .unwrap();
     fdt.end_node(node).unwrap();
     let node = fdt.begin_node("smmuv3@9050000").unwrap();
@@ -409,6 +426,24 @@ fn patched_pi_tree_gets_a_psci_node_and_loses_spin_tables() {
     assert!(prop(&tree, "/reserved-memory/secret@3000000", "no-map").is_some());
 }
 
+/// An ITS, and what is not in the first region of redistributors: their tables are past stage 2.
+#[test]
+fn what_makes_the_interrupt_controller_use_tables_is_found_and_the_host_has_no_its() {
+    let blob = virt(4);
+    let tables = [
+        range(0x40_0000_0000, 0x40_0400_0000),
+        range(0x808_0000, 0x80a_0000),
+    ];
+    let board = read(&blob);
+    assert_eq!(board.gic_tables, tables);
+    assert_eq!(board.gic_tables_left_out, 0);
+    let tree = patched(&blob, &[0]);
+    let its = "/its@8080000";
+    assert_eq!(prop(&tree, its, "status"), Some(&b"disabled\0"[..]));
+    assert_eq!(prop(&tree, "/intc@8000000", "status"), None);
+    assert!(read(&pi()).gic_tables.is_empty());
+}
+
 #[test]
 fn a_patched_tree_describes_the_same_board_less_el2() {
     for blob in [virt(4), pi()] {
@@ -538,7 +573,7 @@ fn the_iommu_of_the_pci_bridge_is_found_with_its_streams() {
     assert_eq!(iommu.stream_of(0x180), None);
     assert_eq!(iommu.function_of(0x407f), Some(0x17f));
     assert_eq!(iommu.function_of(0x4080), None);
-    assert_eq!(board.doorbells.as_slice(), [range(0x809_0000, 0x809_1000)]);
+    assert_eq!(board.doorbells.as_slice(), [range(0x802_0000, 0x802_1000)]);
     assert_eq!(read(&pi()).iommu, None);
 }
 

@@ -359,12 +359,15 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
     let gic = PhysicalGic::probe(boot.board.gic.as_ref(), boot.features.gic_sysregs);
     let firmware = boot.board.firmware.as_slice().iter().copied();
     let registers = smmu.map(|tree| tree.registers);
-    for range in gic.private().into_iter().chain(registers).chain(firmware) {
+    let tables = boot.board.gic_tables.iter().copied();
+    let devices = gic.private().into_iter().chain(registers).chain(tables);
+    for range in devices.chain(firmware) {
         if !host.hide(range) {
             fatal(format_args!("too many ranges to hide from the host"));
         }
     }
     isolate_dma(boot, smmu, pool, &mut host);
+    report_gic_tables(&boot.board);
     let has_firmware = machine.psci == Some(board::PsciConduit::Smc);
     let id = regs::id_registers();
     hypervisor::publish(Hypervisor {
@@ -429,6 +432,20 @@ fn isolate_dma(
     }
 }
 
+/// Tables of the interrupt controller are past every stage 2: what makes it use them is nobody's.
+fn report_gic_tables(board: &Board<'_>) {
+    for range in &board.gic_tables {
+        log::info!(
+            "the host has no ITS, nor message-signalled interrupts by it: {range:?} is hidden"
+        );
+    }
+    if board.gic_tables_left_out > 0 {
+        fatal(format_args!(
+            "the interrupt controller has too many ITSs to hide"
+        ));
+    }
+}
+
 /// Memory that firmware says nobody may map is given to nobody. What is firmware's own the host
 /// does not reach either: from there it could change what EL2 calls.
 fn reserve_no_map(boot: &Boot, pages: &PageStates<'_>) {
@@ -478,14 +495,15 @@ fn mitigations(has_firmware: bool) -> Mitigations {
 }
 
 /// Registers that no guest may be given: the interrupt controller's, and those that EL2 uses.
-fn own_devices(boot: &Boot, gic: &PhysicalGic, smmu: Option<AddrRange>) -> Vec<AddrRange, 8> {
+fn own_devices(boot: &Boot, gic: &PhysicalGic, smmu: Option<AddrRange>) -> Vec<AddrRange, 16> {
     let power = boot.board.power.map(|Power::BcmPm(base)| base);
     let console = boot.board.console.map(|console| console.base);
     let pages = [power, console].into_iter().flatten();
     let pages = pages.filter_map(|at| AddrRange::with_size(at - at % PAGE_SIZE, PAGE_SIZE));
     let gic = gic.owned().into_iter().flatten();
-    let regions = gic.chain(smmu).map(AddrRange::grow_to_pages);
-    regions.chain(pages).collect()
+    let tables = boot.board.gic_tables.iter().copied();
+    let regions = gic.chain(smmu).chain(tables);
+    regions.map(AddrRange::grow_to_pages).chain(pages).collect()
 }
 
 /// Copies the shim and the host's device tree into the host's memory.

@@ -183,8 +183,8 @@ pub fn history(id: &IdRegisters) -> u8 {
         // A53, A35, A55, A510, A520: they do not predict by history. A73, A75: see above.
         (0x41, 0xd03 | 0xd04 | 0xd05 | 0xd46 | 0xd80 | 0xd09 | 0xd0a) => 0,
         _ if clears => 1,
-        (0x41, 0xd07 | 0xd08) => 8,                  // A57, A72
-        (0x41, 0xd0b | 0xd0c | 0xd0d | 0xd0e) => 24, // A76, N1, A77, A76AE
+        (0x41, 0xd07 | 0xd08) => 8,  // A57, A72
+        (0x41, 0xd0b..=0xd0e) => 24, // A76, N1, A77, A76AE
         // V1, A78, A78AE, X1, A710, X2, N2, A78C, X1C
         (0x41, 0xd40 | 0xd41 | 0xd42 | 0xd44 | 0xd47 | 0xd48 | 0xd49 | 0xd4b | 0xd4c) => 32,
         (0x41, 0xd4d | 0xd81) => 38, // A715, A720

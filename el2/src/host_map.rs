@@ -26,7 +26,7 @@ use crate::features::Features;
 use crate::page_state::Owner;
 
 /// Most separate ranges of device registers and of firmware's memory that EL2 hides.
-const MAX_HIDDEN: usize = 16;
+const MAX_HIDDEN: usize = 32;
 
 /// Why there is no host stage 2.
 #[derive(Clone, Debug, Error, PartialEq)]

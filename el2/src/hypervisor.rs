@@ -43,7 +43,7 @@ pub(crate) struct Hypervisor {
     pub(crate) mitigations: Mitigations,
     pub(crate) entropy: Option<Entropy>,
     /// Device registers that no guest gets.
-    pub(crate) own_devices: Vec<AddrRange, 8>,
+    pub(crate) own_devices: Vec<AddrRange, 16>,
 }
 
 static HYPERVISOR: Once<Hypervisor> = Once::new();

@@ -24,6 +24,7 @@ pub mod ownership;
 pub mod page_state;
 pub mod protection;
 pub mod psci;
+pub mod redistributor;
 pub mod smc;
 pub mod smmu;
 pub mod sync;

@@ -4,7 +4,8 @@
 //! exception or NOT_SUPPORTED in the host, and EL2 goes on.
 
 use abi::{Counter, SMCCC_NOT_SUPPORTED, SMCCC_SUCCESS};
-use el2::esr::{self, Abort, Cause, FaultKind};
+use el2::esr::{self, Abort, Access, Cause, FaultKind};
+use el2::guest::mmio::{self, Decoded, MmioAccess};
 use el2::psci::{self, PsciError, Request, StartOrder};
 use el2::smc::{self, Verdict};
 use el2::{hvc, inject};
@@ -42,7 +43,7 @@ pub(crate) fn from_lower(regs: &mut Regs, vector: u64) {
             hypervisor.counters.count(Counter::TrappedSmcs);
             call(hypervisor, regs, immediate, true);
         }
-        Cause::Abort(abort) => fault(hypervisor, &abort, &syndrome),
+        Cause::Abort(abort) => fault(hypervisor, regs, &abort, &syndrome),
         Cause::WaitFor => regs::skip_instruction(),
         Cause::SystemRegister(_) | Cause::Other(_) => {
             say!(
@@ -200,9 +201,12 @@ fn suspend(
 }
 
 /// A stage-2 fault: map what is the host's, refuse the rest.
-fn fault(hypervisor: &Hypervisor, abort: &Abort, syndrome: &Syndrome) {
+fn fault(hypervisor: &Hypervisor, regs: &mut Regs, abort: &Abort, syndrome: &Syndrome) {
     iommu::poll();
     let ipa = esr::fault_ipa(abort, syndrome.hpfar, syndrome.far);
+    if redistributor(hypervisor, regs, abort, syndrome.esr, ipa) {
+        return;
+    }
     // Only a missing translation can be mended. HPFAR is not even valid for a permission fault
     // (Arm ARM D24.2.61): that is a fetch from device memory.
     let mapped = abort.kind == FaultKind::Translation && hypervisor.host.fault(hypervisor, ipa);
@@ -222,4 +226,39 @@ fn fault(hypervisor: &Hypervisor, abort: &Abort, syndrome: &Syndrome) {
     let features = &hypervisor.features;
     let from = regs::interrupted(features.pan, features.mte);
     regs::inject(&inject::external_abort(&from, abort, syndrome.esr));
+}
+
+/// Makes an access to a redistributor in the host's place, if it is one: the pages are not mapped, so
+/// that the interrupt controller can't be told of tables (`el2::redistributor`).
+fn redistributor(
+    hypervisor: &Hypervisor,
+    regs: &mut Regs,
+    abort: &Abort,
+    esr: u64,
+    ipa: u64,
+) -> bool {
+    if abort.kind != FaultKind::Translation || abort.access == Access::Fetch {
+        return false;
+    }
+    let Decoded::Access(access) = mmio::decode(esr) else {
+        return false;
+    };
+    let rt = usize::from(access.rt());
+    let write = match access {
+        // Register 31 is the zero register.
+        MmioAccess::Write { .. } => Some(access.stored(regs.x.get(rt).copied().unwrap_or(0))),
+        MmioAccess::Read { .. } => None,
+    };
+    let made = access.is_aligned(ipa).then(|| {
+        let gic = &hypervisor.gic;
+        gic.host_access(ipa, access.size(), write)
+    });
+    let Some(value) = made.flatten() else {
+        return false;
+    };
+    if let (MmioAccess::Read { .. }, Some(register)) = (access, regs.x.get_mut(rt)) {
+        *register = access.loaded(value);
+    }
+    regs::skip_instruction();
+    true
 }

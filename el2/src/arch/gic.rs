@@ -6,6 +6,7 @@
 use abi::{GUEST_TIMER_PPI, KICK_SGI};
 use board::uart::UartRegs;
 use board::{AddrRange, Gic};
+use el2::redistributor;
 use el2::vgic::{CpuInterface, GicVersion};
 
 use super::cpu::CpuData;
@@ -45,6 +46,9 @@ pub(crate) struct V2 {
 pub(crate) struct V3 {
     gicd: AddrRange,
     gicr: AddrRange,
+    /// End of the last redistributor, and the bytes of each.
+    gicr_end: u64,
+    stride: u64,
     lists: u8,
     /// Active-priority registers per group: 1, 2 or 4.
     priorities: u8,
@@ -68,9 +72,9 @@ const GICD_CPENDSGIR: usize = 0xf10;
 const KICK_BYTE: usize = KICK_SGI as usize;
 /// From the frame of the private interrupts.
 const GICR_ICPENDR0: usize = 0x280;
-const GICR_STRIDE: u64 = 0x2_0000;
 const GICR_SGI_FRAME: u64 = 0x1_0000;
 const GICR_TYPER_HIGH: usize = 0xc;
+const GICR_CTLR: usize = 0x0;
 const GICR_TYPER: usize = 0x8;
 /// GICR_TYPER.Last.
 const LAST: u32 = 1 << 4;
@@ -130,9 +134,12 @@ impl PhysicalGic {
             Some(&Gic::V3 { gicd, gicr }) if has_sysregs => {
                 let vtr = mrs!("s3_4_c12_c11_1"); // ICH_VTR_EL2
                 let preemption_bits = (vtr >> 26 & 7) as u32 + 1;
+                let (gicr_end, stride) = redistributors(gicr);
                 Self::V3(V3 {
                     gicd,
                     gicr,
+                    gicr_end,
+                    stride,
                     lists: (vtr & 0xf) as u8 + 1,
                     priorities: 1 << preemption_bits.saturating_sub(5).min(2),
                 })
@@ -185,11 +192,36 @@ impl PhysicalGic {
         }
     }
 
-    /// GICv2's control registers of the virtual interface: nobody's but EL2's.
+    /// What the host does not reach: GICv2's control registers of the virtual interface, which are
+    /// EL2's; GICv3's redistributors, whose registers it accesses by [`Self::host_access`].
     pub(crate) fn private(&self) -> Option<AddrRange> {
         match self {
             Self::V2(v2) => Some(v2.gich.grow_to_pages()),
-            Self::None(_) | Self::V3(_) => None,
+            Self::V3(v3) => Some(v3.gicr.grow_to_pages()),
+            Self::None(_) => None,
+        }
+    }
+
+    /// Makes an access of the host to a redistributor, as far as it may: the value read. `None` where
+    /// there is none, or for a size that it does not take.
+    pub(crate) fn host_access(&self, address: u64, size: u8, write: Option<u64>) -> Option<u64> {
+        let Self::V3(v3) = self else {
+            return None;
+        };
+        let offset = address.checked_sub(v3.gicr.start())? % v3.stride;
+        let end = address.checked_add(size.into())?;
+        if end > v3.gicr_end {
+            return None;
+        }
+        match size {
+            1 if redistributor::has_bytes(offset) => Some(byte_access(address, write)),
+            4 => Some(word_access(address, offset, write)),
+            8 => {
+                let high = write.map(|value| value >> 32);
+                let low = word_access(address, offset, write);
+                Some(low | word_access(address + 4, offset + 4, high) << 32)
+            }
+            _ => None,
         }
     }
 
@@ -403,6 +435,65 @@ impl PhysicalGic {
     }
 }
 
+/// End of the last redistributor of a region, and the bytes of each. None uses tables behind this.
+fn redistributors(gicr: AddrRange) -> (u64, u64) {
+    let typer = |base: u64| Mmio::gic(base).read(GICR_TYPER);
+    let stride = redistributor::stride(typer(gicr.start()));
+    let mut base = gicr.start();
+    turn_lpis_off(base);
+    while base + 2 * stride <= gicr.end() && typer(base) & LAST == 0 {
+        base += stride;
+        turn_lpis_off(base);
+    }
+    (base + stride, stride)
+}
+
+/// Some redistributors can't turn them off again (IHI 0069H 12.11.2, GICR_CTLR.EnableLPIs).
+fn turn_lpis_off(redistributor: u64) {
+    const ENABLE_LPIS: u32 = 1;
+    let registers = Mmio::gic(redistributor);
+    let control = registers.read(GICR_CTLR);
+    if control & ENABLE_LPIS == 0 {
+        return;
+    }
+    registers.write(GICR_CTLR, control & !ENABLE_LPIS);
+    if registers.read(GICR_CTLR) & ENABLE_LPIS != 0 {
+        log::error!(
+            "redistributor {redistributor:#x} uses the tables of whoever booted this: not isolated"
+        );
+    }
+}
+
+/// A 32-bit access to a redistributor.
+fn word_access(address: u64, offset: u64, write: Option<u64>) -> u64 {
+    let register = Mmio::gic(address);
+    let Some(value) = write else {
+        let bits = redistributor::readable(offset);
+        return if bits == 0 {
+            0
+        } else {
+            u64::from(register.read(0) & bits)
+        };
+    };
+    if let Some(bits) = redistributor::writable(offset) {
+        register.write(0, value as u32 & bits);
+    }
+    0
+}
+
+/// An access to a byte of the priorities, which nobody else writes at the same time: they are those
+/// of one core.
+fn byte_access(address: u64, write: Option<u64>) -> u64 {
+    let (register, shift) = (Mmio::gic(address & !3), address % 4 * 8);
+    let word = register.read(0);
+    let Some(value) = write else {
+        return u64::from(word >> shift & 0xff);
+    };
+    let byte = (value as u32 & 0xff) << shift;
+    register.write(0, word & !(0xff << shift) | byte);
+    0
+}
+
 impl V2 {
     fn enter(&self, interface: &CpuInterface) {
         let gich = Mmio::gic(self.gich.start());
@@ -434,7 +525,7 @@ impl V3 {
     fn redistributor(&self, mpidr: u64) -> Option<Mmio> {
         let affinity = (mpidr & 0xff_ffff | mpidr >> 8 & 0xff00_0000) as u32;
         let mut base = self.gicr.start();
-        while base + GICR_STRIDE <= self.gicr.end() {
+        while base < self.gicr_end {
             let frame = Mmio::gic(base);
             if frame.read(GICR_TYPER_HIGH) == affinity {
                 return Some(Mmio::gic(base + GICR_SGI_FRAME));
@@ -442,7 +533,7 @@ impl V3 {
             if frame.read(GICR_TYPER) & LAST != 0 {
                 return None;
             }
-            base += GICR_STRIDE;
+            base += self.stride;
         }
         None
     }

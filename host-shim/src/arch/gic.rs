@@ -114,6 +114,27 @@ fn redistributor(gicr: u64, end: u64) -> Option<u64> {
     None
 }
 
+/// Tries to make a redistributor use tables in memory, as an LPI's set-up does. Says what it did not
+/// refuse.
+pub(crate) fn enable_lpis(redistributor: u64) -> Result<(), &'static str> {
+    const TABLES: [usize; 4] = [0x70, 0x74, 0x78, 0x7c]; // GICR_PROPBASER, GICR_PENDBASER
+    let registers = Mmio::new(redistributor);
+    if registers.read(8) & 0xf != 0 {
+        return Err("GICR_TYPER offers LPIs");
+    }
+    for table in TABLES {
+        registers.write(table, 0x4000_0000);
+        if registers.read(table) != 0 {
+            return Err("a table's address was taken");
+        }
+    }
+    registers.write(0, registers.read(0) | 1);
+    if registers.read(0) & 1 != 0 {
+        return Err("LPIs are on");
+    }
+    Ok(())
+}
+
 /// INTID of the EL1 physical timer, the host's own.
 pub(crate) const PHYSICAL_TIMER: u32 = 30;
 /// The host's own software-generated interrupt: "look at your vCPUs".

@@ -18,6 +18,7 @@ mod remote;
 mod steps;
 mod storm;
 mod switch_cost;
+mod tables;
 mod types;
 
 use crate::call;
@@ -27,11 +28,12 @@ use crate::report::Report;
 
 type Scenario = fn(&Machine, &mut Report);
 
-const ALL: [(&str, Scenario); 11] = [
+const ALL: [(&str, Scenario); 12] = [
     ("abi", abi_calls::run),
     ("firmware", firmware::run),
     ("memory", memory::run),
     ("isolation", isolation::run),
+    ("tables", tables::run),
     ("cores", cores::run),
     ("guests", guests::run),
     ("memory-of-guests", memory_of_guests),
