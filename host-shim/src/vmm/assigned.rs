@@ -190,9 +190,11 @@ impl Guest {
                 device: true,
                 flags: 0,
             };
-            if place.take().is_some() {
-                let _: Result<(), Refused> = self.vm().delete_slot(word.id);
+            if place.is_some() && self.vm().delete_slot(word.id).is_err() {
+                // It stays where it was; the next access to its configuration tries again.
+                continue;
             }
+            *place = None;
             let registers = bus.pci.registers(&owned.device, number);
             if let (Some(at), Some(registers)) = (wanted, registers) {
                 let create = || self.vm().create_slot(word, at.start(), registers);
