@@ -389,6 +389,36 @@ pub(super) fn without_iommu(machine: &Machine) -> Scenario {
     .for_cpus(cpus)
 }
 
+/// What can't be a VM's own, with an IOMMU before it: a function that is not there, one that can't be reset, and any for
+/// a VM whose memory may be missing when a device wants it.
+pub(super) fn refused_functions(machine: &Machine) -> Scenario {
+    let machine = machine.with_iommu();
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "guest-functions-refused"), move |context| {
+        let kernel = files::read(&files::build("guests/payload"), "run `make build`")?;
+        let hello = hello(&kernel);
+        for (lock, functions, why) in [
+            (true, &["00:1f.0"], "the machine has no such PCI function"),
+            (true, &["00:00.0"], "the PCI function can't be reset"),
+            (
+                false,
+                &["00:00.0"],
+                "has locked memory that is not protected",
+            ),
+        ] {
+            let refused = Guest {
+                lock,
+                disk: Disk::Functions(functions),
+                ..hello
+            };
+            let lines = ["VM 1 is left out", why];
+            beside_hello(&machine, context, &fit::guests(&[refused, hello])?, &lines)?;
+        }
+        Ok(())
+    })
+    .for_cpus(cpus)
+}
+
 /// The payload that says hello, in a small VM.
 fn hello(kernel: &[u8]) -> Guest<'_> {
     Guest {

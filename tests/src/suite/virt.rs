@@ -58,6 +58,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     all.push(guests::too_big(&a76(Gic::V3, 2)));
     all.push(guests::without_kernel(&a76(Gic::V3, 2)));
     all.push(guests::without_iommu(&a76(Gic::V3, 2)));
+    all.push(guests::refused_functions(&a76(Gic::V2, 2)));
     all
 }
 
