@@ -90,7 +90,7 @@ soak: build ## what takes long: fuzzing for SOAK=600 seconds, then attacks from 
 test-boards: setup ## what EL2 reads in the real Pi 4 and Pi 5 device trees
 	@scripts/test-boards.sh
 
-bench: bench-boot bench-target bench-host ## every benchmark
+bench: bench-boot bench-target bench-disk bench-host ## every benchmark
 
 bench-host: setup ## page tables and memory slots beside their peers, on this machine
 	@. scripts/lib.sh && load_env && "$$CARGO" bench --quiet -p ravelin-tests --bench stage2 -- "$(CURDIR)/docs/benchmarks"
@@ -102,6 +102,10 @@ bench-boot: build ## instructions from reset to Linux's userland, bare and under
 
 bench-target: build ## instructions of a guest's operations beside the peers', and a Linux guest's boot
 	@$(RAVELIN) bench-target
+
+.PHONY: bench-disk
+bench-disk: build ## a disk's speed with and without an SMMU, for Linux bare, as host, and as a guest
+	@$(RAVELIN) bench-disk
 
 image: build ## the SD card's folder: make image BOARD=rpi4|rpi5
 	@$(RAVELIN) sdcard --board $(if $(filter command% environment%,$(origin BOARD)),$(BOARD),rpi4)

@@ -9,6 +9,7 @@
 //! * [`x86`]: the x86 machine's disk image and its emulator.
 
 pub mod bench_boot;
+pub mod bench_disk;
 pub mod bench_target;
 pub mod device_tree;
 pub mod emulate;

@@ -10,8 +10,8 @@ use ravelin_tests::x86::bochs;
 use ravelin_tests::x86::disk::{self, File};
 use ravelin_tests::x86::kernel;
 use ravelin_tests::{
-    bench_boot, bench_target, device_tree, files, fit, image, interactive, kernel_image, map_svg,
-    sdcard, suite, tcb,
+    bench_boot, bench_disk, bench_target, device_tree, files, fit, image, interactive,
+    kernel_image, map_svg, sdcard, suite, tcb,
 };
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
@@ -95,6 +95,7 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
         Command::Run(settings) => return interactive::run(&settings),
         Command::Test(settings) => return test(&settings),
         Command::BenchBoot => return bench_boot::run(),
+        Command::BenchDisk => return bench_disk::run(),
         Command::BenchTarget => return bench_target::run(),
         Command::MapSvg { console, out } => {
             let text = files::read(&console, "name a console's log")?;

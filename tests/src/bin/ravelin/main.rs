@@ -86,6 +86,8 @@ enum Command {
     Test(commands::TestSettings),
     /// Count the boot's instructions, bare and under the hypervisor, and write docs/benchmarks/boot.*
     BenchBoot,
+    /// Time a disk with and without an SMMU, and write docs/benchmarks/disk.md
+    BenchDisk,
     /// Count the instructions of a guest's operations, and write docs/benchmarks/target.*
     BenchTarget,
     /// Draw a guest's address space from what `vm map` prints at the monitor's prompt
