@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use stage2::{
     EncodeError, ExportError, FaultRequest, Importer, InvalidateListener, Ipa, IpaRange, Level,
-    MapError, Pa, Perms,
+    MapError, MapRequest, Pa, Perms, SwBits,
 };
 
 use crate::kit::*;
@@ -240,4 +240,33 @@ fn an_exported_space_is_not_destroyed_and_leaks_when_dropped() {
 fn an_importer_says_what_it_wants_zero() {
     let text = format!("{:?}", importer(Device::leaked()));
     assert_eq!(text, "Importer { must_be_zero: 0, .. }");
+}
+
+/// Whether the table of the page exists or not, and in bits of attributes and of addresses.
+#[test]
+fn no_page_gets_a_reserved_bit() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, 0, PAGE, GIB);
+    let high = 1 << 39;
+    let root = space.export(MARK | high).unwrap();
+    let marked = MapRequest {
+        attrs: normal().with_sw(SwBits::try_new(1).unwrap()),
+        ..request(0, PAGE, GIB)
+    };
+    for (ipa, asked, clash) in [
+        (PAGE, marked, MARK),
+        (GIB, marked, MARK),
+        (PAGE, request(0, PAGE, high), high),
+        (GIB, request(0, PAGE, high), high),
+    ] {
+        let ipa = Ipa::new(ipa);
+        let refused = MapError::Encode(EncodeError::ReservedByImporter(clash));
+        assert_eq!(space.map(&MapRequest { ipa, ..asked }), Err(refused));
+        let window = range(ipa.get(), PAGE);
+        let fault = FaultRequest::new(ipa, window, asked.pa, asked.attrs);
+        assert_eq!(space.fault(&fault), Err(refused));
+    }
+    assert_eq!(mapped(&machine), [(0, 3, GIB)]);
+    assert!(space.unexport(root).is_ok());
 }

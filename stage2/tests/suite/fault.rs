@@ -259,6 +259,18 @@ fn a_fault_that_makes_no_sense_is_refused_where_its_table_exists_too() {
     ] {
         assert!(matches!(space.fault(&odd), Err(MapError::Unaligned(_))));
     }
+    // Alike at both ends, or in input and output.
+    for (window, pa) in [
+        (range(PAGE + 8, 2 * PAGE), 0),
+        (range(PAGE, 2 * PAGE), 8),
+        (range(PAGE + 8, 2 * PAGE), 8),
+    ] {
+        let odd = FaultRequest {
+            ipa: Ipa::new(2 * PAGE + 1),
+            ..with(window, pa)
+        };
+        assert!(matches!(space.fault(&odd), Err(MapError::Unaligned(_))));
+    }
     let wide = space.fault(&with(range(PAGE, 1 << 39), 0));
     assert!(matches!(wide, Err(MapError::OutOfInput(_))));
     let far = |pa, bits| {

@@ -461,7 +461,9 @@ fn a_page_that_makes_no_sense_is_refused_where_its_table_exists_too() {
     let before = machine.snapshot();
     let refused = |space: &mut Space<'_>, ipa, size, pa| space.map(&request(ipa, size, pa));
     let unaligned = |value| Err(MapError::Unaligned(value));
-    assert_eq!(refused(&mut space, PAGE + 8, PAGE, 0), unaligned(PAGE + 8));
+    for at in [8, PAGE + 8, 2 * PAGE + 8] {
+        assert_eq!(refused(&mut space, at, PAGE, 0), unaligned(at | PAGE));
+    }
     assert_eq!(
         refused(&mut space, PAGE, PAGE, PAGE / 2),
         unaligned(PAGE + PAGE / 2)
