@@ -296,12 +296,14 @@ fn leaves_go_on_where_address_bits_move() {
 fn smaller_than_a_page<F: TableFormat>(b: &mut Bench<'_, F>) {
     b.map(0, b.page, Blocks::Never);
     b.space.zap_exclusive(range(0, b.page)).unwrap();
-    let small = MapRequest::new(Ipa::new(0), PAGE, Pa::new(0), normal());
-    let unaligned = MapError::Unaligned(PAGE);
-    assert_eq!(b.space.map(&small), Err(unaligned));
+    for at in [1, 0] {
+        let small = MapRequest::new(Ipa::new(at), PAGE, Pa::new(0), normal());
+        let unaligned = MapError::Unaligned(PAGE | at);
+        assert_eq!(b.space.map(&small), Err(unaligned));
+    }
     let window = range(0, PAGE);
     let fault = FaultRequest::new(Ipa::new(0), window, Pa::new(0), normal());
-    assert_eq!(b.space.fault(&fault), Err(unaligned));
+    assert_eq!(b.space.fault(&fault), Err(MapError::Unaligned(PAGE)));
     assert_eq!(b.seen(), []);
 }
 

@@ -389,6 +389,20 @@ fn a_page_takes_a_new_table_after_its_own_was_given_back() {
     assert_clean(&machine);
 }
 
+/// The memory of the page's old table serves another address now.
+#[test]
+fn a_page_does_not_go_into_a_table_that_is_somebody_elses_now() {
+    let machine = machine(3);
+    let mut space = space(&machine);
+    neighbours(&mut space);
+    space.unmap(range(0, BLOCK)).unwrap();
+    map(&mut space, 3 * BLOCK, PAGE, 0x40_0000);
+    let again = space.map(&request(PAGE, PAGE, 0x50_0000));
+    assert_eq!(again, Err(MapError::NoMemory { needed: 1 }));
+    assert_eq!(mapped(&machine), [(3 * BLOCK, 3, 0x40_0000)]);
+    assert_clean(&machine);
+}
+
 #[test]
 fn a_page_goes_into_the_block_that_replaced_its_table() {
     let machine = machine(8);
