@@ -85,7 +85,7 @@ pub enum Request {
 
 /// Decodes the call with `id` in `w0` and `args` in `x1..x3`; 32-bit calls use their lower halves.
 #[must_use]
-#[inline]
+#[inline(always)] // As in `guest::psci::perform`.
 pub fn decode(id: u32, args: [u64; 3]) -> Request {
     let wide = id & (1 << 30) != 0;
     let [first, second, third] = args.map(|arg| if wide { arg } else { arg & 0xffff_ffff });
