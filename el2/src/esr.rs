@@ -2,7 +2,7 @@
 //!
 //! Source: Arm ARM (DDI 0487) D24.2.40 ESR_ELx, and its ISS encodings.
 
-/// Bit of PSTATE, as SPSR_EL2 has it, that says AArch32: M[4].
+/// Bit of PSTATE, as SPSR_EL2 has it, that says AArch32, the highest of M.
 pub const AARCH32: u64 = 1 << 4;
 /// ESR_EL2.IL: the instruction has 32 bits, not 16.
 const IL: u64 = 1 << 25;
