@@ -161,7 +161,10 @@ pub(crate) fn give(function: u64) -> Result<u64, Refusal> {
 
 /// What a function was refused.
 pub(crate) fn faults(function: u64) -> Result<[u64; 4], Refusal> {
-    poll();
+    // The whole queue, as long as it is when nothing comes behind.
+    for _ in 0..16 {
+        poll();
+    }
     let (smmu, stream) = find(function)?;
     let Faults { count, last, vmid } = smmu.faults(stream);
     let Event {

@@ -341,14 +341,20 @@ impl Running<'_> {
             match exits::handle(self, vector) {
                 Next::Resume if self.state.lists_loaded => {}
                 Next::Resume | Next::Refresh => {
-                    self.refresh_interrupts();
-                    if self.vm.vgic.has_ended() {
-                        break Exit::Interrupted;
+                    if let Some(exit) = self.refresh_or_leave() {
+                        break exit;
                     }
                 }
                 Next::Leave(exit) => break exit,
             }
         }
+    }
+
+    /// Looks at the guest's interrupts again; leaves if it has ended one that the host waits for.
+    #[inline(never)] // The loop around it is the shortest way back to the guest.
+    fn refresh_or_leave(&mut self) -> Option<Exit> {
+        self.refresh_interrupts();
+        self.vm.vgic.has_ended().then_some(Exit::Interrupted)
     }
 
     /// Does what the guest waits for since its last run, before its next instruction.
