@@ -7,7 +7,7 @@ use super::encode::Command;
 use super::register as r;
 
 /// More commands than this for a range, and all of the VMID is forgotten instead.
-const MOST_COMMANDS: u64 = 32;
+const MOST_COMMANDS: usize = 32;
 
 /// Commands.
 impl<P: Port> Smmu<P> {
@@ -15,7 +15,8 @@ impl<P: Port> Smmu<P> {
     pub fn invalidate(&self, vmid: u16, start: u64, size: u64) {
         let mut queue = self.commands.lock();
         let pieces = Pieces::new(start, size, self.ids.range);
-        if pieces.clone().count() as u64 > MOST_COMMANDS {
+        // Without ranges, a whole address space has more pieces than anyone may count here.
+        if pieces.clone().nth(MOST_COMMANDS).is_some() {
             self.push(&mut queue, Command::Vmid(vmid));
         } else {
             for (ipa, range) in pieces {

@@ -484,13 +484,32 @@ proptest! {
 }
 
 #[test]
-fn everything_is_one_command() {
+fn everything_is_forgotten_by_few_commands() {
     let (fake, smmu) = started();
     for (start, size) in [(0, 1 << 48), (0, u64::MAX)] {
         smmu.invalidate(6, start, size);
         let commands = fake.taken.borrow_mut().split_off(0);
         assert!(commands.len() <= 12, "{commands:x?}");
     }
+}
+
+/// By pages it would be 2^52 of them: the core has to see that without counting.
+#[test]
+fn without_ranges_everything_is_forgotten_by_vmid_at_once() {
+    let fake = fake();
+    fake.set(0xc, 0);
+    let smmu = Smmu::start(fake, true, HOST).unwrap();
+    fake.taken.borrow_mut().clear();
+    smmu.invalidate(6, 0, u64::MAX);
+    assert_eq!(*fake.taken.borrow(), [[0x6_0000_0028, 0], [0x46, 0]]);
+}
+
+/// A range of no pages still waits for what is under way.
+#[test]
+fn an_empty_range_forgets_nothing() {
+    let (fake, smmu) = started();
+    smmu.invalidate(6, 0x1000, 0);
+    assert_eq!(*fake.taken.borrow(), [[0x46, 0]]);
 }
 
 /// Queues of any size, many times around.
