@@ -8,10 +8,11 @@ use core::sync::atomic::Ordering;
 use abi::{ErrorCode, Exit, VmCounter};
 use el2::esr::{self, Abort, Access, Cause, FaultKind};
 use el2::guest::entropy::EntropySource;
+use el2::guest::idregs::GuestIds;
 use el2::guest::mmio::{self, Decoded, MmioAccess};
-use el2::guest::protected::Request;
-use el2::guest::psci::Action as PowerAction;
-use el2::guest::smccc::{self, Action, Environment};
+use el2::guest::protected::{MmioGuard, Request};
+use el2::guest::psci::{Action as PowerAction, Power};
+use el2::guest::smccc::{self, Action, Caller, Mitigations};
 use el2::guest::sysreg::{self, Direction, Outcome, SgiGroup, Trapped, VmRegister};
 use el2::guest::timer::TimerRegister;
 use el2::guest_memory::Moved;
@@ -28,10 +29,12 @@ use crate::arch::regs::{self, Syndrome};
 use crate::arch::world::{self, GuestRegs, hcr};
 use crate::arch::{cpu, firmware, windows};
 use crate::console::say;
+use crate::hypervisor::Hypervisor;
 use crate::vcpu::{Next, Running, VcpuState};
+use crate::vm::Vm;
 
-/// Vectors of exceptions from a guest: synchronous, IRQ, FIQ, SError; plus four from AArch32.
-const SYNC: u64 = 8;
+/// Vectors of exceptions from a guest; plus four from AArch32. That of a synchronous one, 8, is the only
+/// multiple of four.
 const IRQ: u64 = 9;
 const FIQ: u64 = 10;
 
@@ -61,20 +64,31 @@ impl PendingLoad {
 }
 
 /// Handles one exception of the guest.
+#[inline]
 pub(crate) fn handle(run: &mut Running<'_>, vector: u64) -> Next {
-    match vector & !4 {
-        SYNC => synchronous(run),
-        IRQ | FIQ => interrupt(run),
-        _ => serror(run),
+    if vector.is_multiple_of(4) {
+        synchronous(run)
+    } else {
+        asynchronous(run, vector)
     }
 }
 
+/// What a guest causes all the time is handled here; what it seldom does, behind a call.
+#[inline]
 fn synchronous(run: &mut Running<'_>) -> Next {
-    match esr::decode(regs::esr()) {
+    let esr = regs::esr();
+    match esr::decode(esr) {
         Cause::Hvc(immediate) => call(run, immediate),
-        Cause::WaitFor => wait(run),
         Cause::SystemRegister(iss) => register(run, iss),
         Cause::Abort(abort) => fault(run, &abort, &regs::syndrome()),
+        _ => seldom(run, esr),
+    }
+}
+
+#[inline(never)]
+fn seldom(run: &mut Running<'_>, esr: u64) -> Next {
+    match esr::decode(esr) {
+        Cause::WaitFor => wait(run),
         Cause::Other(EC_FP) => {
             run.vcpu.counts.count(VmCounter::FpSwitches);
             let VcpuState { host, context, .. } = &mut *run.state;
@@ -82,7 +96,15 @@ fn synchronous(run: &mut Running<'_>) -> Next {
             Next::Resume
         }
         // A guest has no EL3, says its ID_AA64PFR0_EL1.
-        Cause::Smc(_) | Cause::Other(_) => undefined(run),
+        _ => undefined(run),
+    }
+}
+
+#[inline(never)]
+fn asynchronous(run: &mut Running<'_>, vector: u64) -> Next {
+    match vector & !4 {
+        IRQ | FIQ => interrupt(run),
+        _ => serror(run),
     }
 }
 
@@ -102,7 +124,7 @@ fn interrupt(run: &mut Running<'_>) -> Next {
     if !for_host && run.hypervisor.gic.take_kick(run.cpu) {
         return Next::Refresh;
     }
-    Next::Leave(Exit::Interrupted)
+    run.leave(Exit::Interrupted)
 }
 
 /// An asynchronous error while the guest ran: it is the guest's to deal with.
@@ -141,7 +163,7 @@ fn sleep(run: &mut Running<'_>) -> Next {
     }
     let virtual_timer = regs::virtual_timer_deadline(run.vm.world.time_offset);
     let physical_timer = run.state.physical_timer.deadline().unwrap_or(u64::MAX);
-    Next::Leave(Exit::WaitForInterrupt {
+    run.leave(Exit::WaitForInterrupt {
         until: virtual_timer.min(physical_timer),
     })
 }
@@ -158,11 +180,13 @@ fn interrupted(run: &Running<'_>) -> inject::Interrupted {
     regs::interrupted(features.pan, features.mte)
 }
 
+#[cold]
 fn undefined(run: &mut Running<'_>) -> Next {
     let entry = inject::undefined(&interrupted(run));
     inject(run, &entry)
 }
 
+#[cold]
 fn external_abort(run: &mut Running<'_>, abort: &Abort, esr: u64) -> Next {
     let entry = inject::external_abort(&interrupted(run), abort, esr);
     inject(run, &entry)
@@ -182,23 +206,45 @@ fn kick(run: &Running<'_>, kicks: Kicks) -> Next {
     next
 }
 
+/// The VM of a vCPU that makes a call.
+struct Calling<'a>(&'static Hypervisor, &'a Vm);
+
+impl Caller for Calling<'_> {
+    #[inline]
+    fn power(&self) -> &Power {
+        &self.1.power
+    }
+
+    fn ids(&self) -> &GuestIds {
+        &self.1.ids
+    }
+
+    fn mitigations(&self) -> &Mitigations {
+        &self.0.mitigations
+    }
+
+    fn entropy(&self) -> Option<&dyn EntropySource> {
+        let source = self.0.entropy.as_ref()?;
+        Some(source)
+    }
+
+    fn guard(&self) -> Option<&MmioGuard> {
+        self.1.protection.as_ref().map(|p| &p.guard)
+    }
+
+    fn is_memory(&self, ipa: u64) -> bool {
+        Gfn::try_new(ipa >> 12).is_some_and(|gfn| self.1.memory.find_slot(gfn).is_some())
+    }
+}
+
 /// HVC.
+#[inline]
 fn call(run: &mut Running<'_>, immediate: u16) -> Next {
     run.vcpu.counts.count(VmCounter::Calls);
     let [x0, x1, x2, x3, ..] = run.state.context.regs.x;
-    let memory = &run.vm.memory;
-    let entropy = run.hypervisor.entropy.as_ref();
-    let environment = Environment {
-        power: &run.vm.power,
-        ids: &run.vm.ids,
-        mitigations: &run.hypervisor.mitigations,
-        entropy: entropy.map(|source| -> &dyn EntropySource { source }),
-        guard: run.vm.protection.as_ref().map(|p| &p.guard),
-        is_memory: |ipa: u64| {
-            Gfn::try_new(ipa >> 12).is_some_and(|gfn| memory.find_slot(gfn).is_some())
-        },
-    };
-    match smccc::call(immediate, [x0, x1, x2, x3], &environment) {
+    let caller = Calling(run.hypervisor, run.vm);
+    match smccc::call(immediate, [x0, x1, x2, x3], &caller) {
+        Action::Power(action) => power(run, action),
         Action::Return(values) => {
             run.state.context.regs.x[..4].copy_from_slice(&values);
             Next::Resume
@@ -209,11 +255,11 @@ fn call(run: &mut Running<'_>, immediate: u16) -> Next {
         }
         Action::Attributes(address) => attributes(run, address),
         Action::Protected(request) => protected(run, request),
-        Action::Power(action) => power(run, action),
     }
 }
 
 /// A protected guest's call about its memory or its devices.
+#[inline(never)]
 fn protected(run: &mut Running<'_>, request: Request) -> Next {
     let answer = match request {
         Request::Answer(x0, x1) => [x0, x1, 0, 0],
@@ -230,7 +276,7 @@ fn protected(run: &mut Running<'_>, request: Request) -> Next {
                 Moved::Refused => [smccc::INVALID_PARAMETER, 0, 0, 0],
                 Moved::After(exit) => {
                     regs::repeat_call();
-                    return Next::Leave(exit);
+                    return run.leave(exit);
                 }
             }
         }
@@ -240,6 +286,7 @@ fn protected(run: &mut Running<'_>, request: Request) -> Next {
 }
 
 /// How both stages together access an address of the guest.
+#[inline(never)]
 fn attributes(run: &mut Running<'_>, address: u64) -> Next {
     let answer = match windows::memory_attributes(address) {
         Some((attribute, shareability)) => [0, attribute, shareability, 0],
@@ -259,9 +306,9 @@ fn power(run: &mut Running<'_>, action: PowerAction) -> Next {
         PowerAction::Return(value) => answered(run, value),
         PowerAction::TurnedOn { index } => {
             answered(run, 0);
-            Next::Leave(Exit::VcpuOn { index })
+            run.leave(Exit::VcpuOn { index })
         }
-        PowerAction::Off => Next::Leave(Exit::VcpuOff),
+        PowerAction::Off => run.leave(Exit::VcpuOff),
         PowerAction::Standby => {
             answered(run, 0);
             sleep(run)
@@ -270,8 +317,8 @@ fn power(run: &mut Running<'_>, action: PowerAction) -> Next {
             run.state.restart_when_woken(&run.vm.features, order);
             sleep(run)
         }
-        PowerAction::SystemOff => Next::Leave(Exit::SystemOff),
-        PowerAction::SystemReset { warm } => Next::Leave(Exit::SystemReset { warm }),
+        PowerAction::SystemOff => run.leave(Exit::SystemOff),
+        PowerAction::SystemReset { warm } => run.leave(Exit::SystemReset { warm }),
     }
 }
 
@@ -309,6 +356,7 @@ fn register(run: &mut Running<'_>, iss: u32) -> Next {
     }
 }
 
+#[inline(never)]
 fn physical_timer(
     run: &mut Running<'_>,
     trapped: Trapped,
@@ -330,6 +378,7 @@ fn physical_timer(
 }
 
 /// Writes of SCTLR_EL1 are trapped while the guest's caches are off, or after set/way operations.
+#[inline(never)]
 fn vm_control(run: &mut Running<'_>, register: VmRegister, value: u64) -> Next {
     if register != VmRegister::Sctlr {
         regs::write_vm_register(register, value);
@@ -364,7 +413,7 @@ pub(crate) fn flush(run: &mut Running<'_>) -> Next {
         let (memory, owed) = (&run.vm.memory, &mut run.state.caches.owed);
         if memory.flush_in_steps(owed, || !regs::interrupt_pending()) == Progress::More {
             match interrupt(run) {
-                Next::Leave(exit) => return Next::Leave(exit),
+                Next::Leave => return Next::Leave,
                 Next::Resume | Next::Refresh => run.refresh_interrupts(),
             }
         }
@@ -408,7 +457,7 @@ fn fault(run: &mut Running<'_>, abort: &Abort, syndrome: &Syndrome) -> Next {
         Ok(FaultOutcome::NoFrame(_)) if run.vm.pages(run.hypervisor).is_poisoned(ipa) => {
             external_abort(run, abort, syndrome.esr)
         }
-        Ok(FaultOutcome::NoFrame(gfn)) => Next::Leave(Exit::MemoryMissing {
+        Ok(FaultOutcome::NoFrame(gfn)) => run.leave(Exit::MemoryMissing {
             ipa: gfn.start().get(),
         }),
         Err(error) => refused(run, error, syndrome.esr),
@@ -420,9 +469,10 @@ fn is_device(run: &Running<'_>, ipa: u64) -> bool {
     slot.is_some_and(|(slot, _)| slot.kind == SlotKind::Mmio)
 }
 
-fn refused(run: &Running<'_>, error: memslot::error::Error, esr: u64) -> Next {
+#[cold]
+fn refused(run: &mut Running<'_>, error: memslot::error::Error, esr: u64) -> Next {
     let refusal = el2::vm_error::Refusal::from(error);
-    Next::Leave(match refusal.code {
+    run.leave(match refusal.code {
         ErrorCode::NoMemory => Exit::NeedPages {
             pages: refusal.pages,
         },
@@ -478,11 +528,11 @@ fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
     if let MmioAccess::Write { rt, .. } = access {
         let value = access.stored(run.state.context.regs.get(rt));
         regs::skip_instruction();
-        return Next::Leave(Exit::MmioWrite { ipa, size, value });
+        return run.leave(Exit::MmioWrite { ipa, size, value });
     }
     let esr = syndrome.esr;
     run.state.load = Some(PendingLoad { access, esr });
-    Next::Leave(Exit::MmioRead { ipa, size })
+    run.leave(Exit::MmioRead { ipa, size })
 }
 
 /// The access behind an abort: what has no syndrome, or crosses registers, reaches none.

@@ -85,31 +85,33 @@ pub enum Request {
 
 /// Decodes the call with `id` in `w0` and `args` in `x1..x3`; 32-bit calls use their lower halves.
 #[must_use]
-#[inline(always)] // As in `guest::psci::perform`.
+#[inline(always)] // A request is looked at where it is made: it is never one in memory.
 pub fn decode(id: u32, args: [u64; 3]) -> Request {
     let wide = id & (1 << 30) != 0;
-    let [first, second, third] = args.map(|arg| if wide { arg } else { arg & 0xffff_ffff });
+    let [first, second, third] = args;
+    // Only where an argument is used: most calls have none.
+    let arg = |value: u64| if wide { value } else { value & 0xffff_ffff };
     match (id & 0x1f, wide) {
         (0x00, false) => Request::Version,
         (0x01, _) => Request::CpuSuspend {
             powerdown: first & (1 << 16) != 0,
-            entry: second,
-            context: third,
+            entry: arg(second),
+            context: arg(third),
         },
         (0x02, false) => Request::CpuOff,
         (0x03, _) => Request::CpuOn {
-            mpidr: first,
-            entry: second,
-            context: third,
+            mpidr: arg(first),
+            entry: arg(second),
+            context: arg(third),
         },
         (0x04, _) => Request::AffinityInfo {
-            mpidr: first,
-            level: second,
+            mpidr: arg(first),
+            level: arg(second),
         },
         (0x06, false) => Request::MigrateInfoType,
         (0x08, false) => Request::SystemOff,
         (0x09, false) => Request::SystemReset,
-        (0x0a, false) => u32::try_from(first).map_or(Request::Unknown, Request::Features),
+        (0x0a, false) => u32::try_from(arg(first)).map_or(Request::Unknown, Request::Features),
         _ => Request::Unknown,
     }
 }

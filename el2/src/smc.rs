@@ -59,7 +59,8 @@ pub fn judge(immediate: u16, x0: u64) -> Verdict {
 }
 
 /// Standard secure service, function numbers 0x00 to 0x1f, either width (DEN 0022 5.1).
-fn is_psci(id: u32) -> bool {
+#[inline]
+pub(crate) const fn is_psci(id: u32) -> bool {
     id & !0x4000_001f == 0x8400_0000
 }
 

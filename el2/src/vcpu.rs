@@ -92,8 +92,8 @@ pub(crate) enum Next {
     Resume,
     /// After its interrupts have been looked at again.
     Refresh,
-    /// Not before the host has done something.
-    Leave(Exit),
+    /// Not before the host has done something: [`Running::exit`] says what.
+    Leave,
 }
 
 /// A vCPU that is loaded on this CPU.
@@ -105,6 +105,8 @@ pub(crate) struct Running<'a> {
     pub(crate) cpu: &'static CpuData,
     /// The host has nothing else to run here.
     pub(crate) wait_here: bool,
+    /// What the host is told with [`Next::Leave`].
+    exit: Exit,
 }
 
 impl Vcpu {
@@ -219,6 +221,7 @@ impl Vcpu {
             state,
             cpu,
             wait_here,
+            exit: Exit::Interrupted,
         };
         running.state.host.save(features);
         let VcpuState { host, context, .. } = &*running.state;
@@ -309,21 +312,27 @@ impl Running<'_> {
         usize::from(self.vcpu.index)
     }
 
+    /// Makes the guest wait for the host, which is told why.
+    #[inline]
+    pub(crate) fn leave(&mut self, exit: Exit) -> Next {
+        self.exit = exit;
+        Next::Leave
+    }
+
     fn until_exit(&mut self) -> Exit {
         let gic = &self.hypervisor.gic;
         gic.prepare_cpu(self.cpu);
         gic.load(&self.state.gic);
         self.refresh_timers();
         self.load_interrupts();
-        let exit = match self.owed_flush() {
-            Some(exit) => exit,
-            None => self.guest_until_exit(),
-        };
+        if self.owed_flush() != Next::Leave {
+            self.guest_until_exit();
+        }
         self.save_interrupts();
         gic.unload(&mut self.state.gic);
         gic.set_timer_active(self.cpu, false);
         regs::stop_el2_timer();
-        exit
+        self.exit
     }
 
     /// Makes the core's list registers what the timers and the virtual GIC say now.
@@ -334,39 +343,39 @@ impl Running<'_> {
         self.load_interrupts();
     }
 
-    fn guest_until_exit(&mut self) -> Exit {
+    fn guest_until_exit(&mut self) {
         loop {
             let vector = world::enter(&mut self.state.context);
             self.vcpu.counts.count(VmCounter::Exits);
             match exits::handle(self, vector) {
                 Next::Resume if self.state.lists_loaded => {}
                 Next::Resume | Next::Refresh => {
-                    if let Some(exit) = self.refresh_or_leave() {
-                        break exit;
+                    if self.refresh_or_leave() == Next::Leave {
+                        break;
                     }
                 }
-                Next::Leave(exit) => break exit,
+                Next::Leave => break,
             }
         }
     }
 
     /// Looks at the guest's interrupts again; leaves if it has ended one that the host waits for.
     #[inline(never)] // The loop around it is the shortest way back to the guest.
-    fn refresh_or_leave(&mut self) -> Option<Exit> {
+    fn refresh_or_leave(&mut self) -> Next {
         self.refresh_interrupts();
-        self.vm.vgic.has_ended().then_some(Exit::Interrupted)
+        if self.vm.vgic.has_ended() {
+            return self.leave(Exit::Interrupted);
+        }
+        Next::Resume
     }
 
     /// Does what the guest waits for since its last run, before its next instruction.
     #[inline]
-    fn owed_flush(&mut self) -> Option<Exit> {
+    fn owed_flush(&mut self) -> Next {
         if !self.state.caches.owed.is_owed() {
-            return None;
+            return Next::Resume;
         }
-        match exits::flush(self) {
-            Next::Leave(exit) => Some(exit),
-            Next::Resume | Next::Refresh => None,
-        }
+        exits::flush(self)
     }
 
     /// Whether the list registers are in the core.

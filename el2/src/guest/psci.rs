@@ -120,6 +120,7 @@ impl Power {
 
     /// AFFINITY_INFO: on (0) if one of the vCPUs that share the affinity from `level` up is on,
     /// else on-pending (2) if one is, else off (1).
+    #[inline(never)]
     fn affinity_info(&self, mpidr: u64, level: u64) -> Result<u64, PsciError> {
         let missing = PsciError::InvalidParameters;
         if mpidr & !AFFINITY != 0 || level > 3 {
@@ -152,6 +153,7 @@ impl Power {
 /// PSCI_FEATURES for a guest: 0 for what is served (for CPU_SUSPEND: original state format, no
 /// OS-initiated mode), else NOT_SUPPORTED.
 #[must_use]
+#[inline(never)]
 pub fn features(id: u32) -> u64 {
     match id {
         SYSTEM_RESET2_32 | SYSTEM_RESET2_64 => SUCCESS,
@@ -164,42 +166,48 @@ pub fn features(id: u32) -> u64 {
 /// `is_memory` says whether an IPA is RAM of the guest.
 #[inline]
 pub fn call(id: u32, args: [u64; 3], power: &Power, is_memory: impl Fn(u64) -> bool) -> Action {
-    perform(id, args, power, is_memory).unwrap_or_else(|error| Action::Return(error.to_register()))
-}
-
-#[inline(always)] // Half of a call that does nothing would be its frame.
-fn perform(
-    id: u32,
-    args: [u64; 3],
-    power: &Power,
-    is_memory: impl Fn(u64) -> bool,
-) -> Result<Action, PsciError> {
-    if matches!(id, SYSTEM_RESET2_32 | SYSTEM_RESET2_64) {
-        return reset2(args[0]);
-    }
     let valid = |entry, context| start_order(entry, context, &is_memory);
-    Ok(match psci::decode(id, args) {
+    let [first, ..] = args;
+    match psci::decode(id, args) {
         Request::Version => Action::Return(psci::VERSION),
         Request::Features(id) => Action::Return(features(id)),
-        Request::CpuSuspend { entry, context, .. } => suspend(args[0], || valid(entry, context))?,
+        Request::CpuSuspend { entry, context, .. } => {
+            or_error(suspend(first, || valid(entry, context)))
+        }
         Request::CpuOff => Action::Off,
         Request::CpuOn {
             mpidr,
             entry,
             context,
-        } => {
-            let index = power.target(mpidr).ok_or(PsciError::InvalidParameters)?;
-            power.order(index, valid(entry, context)?)?;
-            Action::TurnedOn { index }
-        }
+        } => or_error(turn_on(power, mpidr, || valid(entry, context))),
         Request::AffinityInfo { mpidr, level } => {
-            Action::Return(power.affinity_info(mpidr, level)?)
+            or_error(power.affinity_info(mpidr, level).map(Action::Return))
         }
         Request::MigrateInfoType => Action::Return(psci::MIGRATE_NOT_NEEDED),
         Request::SystemOff => Action::SystemOff,
         Request::SystemReset => Action::SystemReset { warm: false },
-        Request::Unknown => return Err(PsciError::NotSupported),
-    })
+        Request::Unknown if matches!(id, SYSTEM_RESET2_32 | SYSTEM_RESET2_64) => {
+            or_error(reset2(first))
+        }
+        Request::Unknown => or_error(Err(PsciError::NotSupported)),
+    }
+}
+
+#[inline]
+fn or_error(action: Result<Action, PsciError>) -> Action {
+    action.unwrap_or_else(|error| Action::Return(error.to_register()))
+}
+
+/// CPU_ON.
+#[inline(never)] // As the other calls that do something: who only asks needs no frame for them.
+fn turn_on(
+    power: &Power,
+    mpidr: u64,
+    order: impl FnOnce() -> Result<StartOrder, PsciError>,
+) -> Result<Action, PsciError> {
+    let index = power.target(mpidr).ok_or(PsciError::InvalidParameters)?;
+    power.order(index, order()?)?;
+    Ok(Action::TurnedOn { index })
 }
 
 /// Entry points must be RAM and aligned to an instruction.
@@ -216,6 +224,7 @@ fn start_order(
 
 /// CPU_SUSPEND: the state type (bit 16) says whether the context is lost. There is one power level
 /// with more than one CPU behind it, and it never goes down: levels are accepted as they come.
+#[inline(never)]
 fn suspend(
     state: u64,
     order: impl FnOnce() -> Result<StartOrder, PsciError>,

@@ -87,30 +87,20 @@ impl Mitigations {
     }
 }
 
-/// What the calls read.
-pub struct Environment<'a, M: Fn(u64) -> bool> {
+/// What the calls read of the VM that makes one. Asked for piece by piece: most calls need none of it.
+pub trait Caller {
     /// Power states of the VM.
-    pub power: &'a Power,
+    fn power(&self) -> &Power;
     /// Its identification registers.
-    pub ids: &'a GuestIds,
+    fn ids(&self) -> &GuestIds;
     /// Its cores' mitigations.
-    pub mitigations: &'a Mitigations,
+    fn mitigations(&self) -> &Mitigations;
     /// Where random numbers come from, if anywhere.
-    pub entropy: Option<&'a dyn EntropySource>,
+    fn entropy(&self) -> Option<&dyn EntropySource>;
     /// The guarded pages of a protected VM.
-    pub guard: Option<&'a MmioGuard>,
+    fn guard(&self) -> Option<&MmioGuard>;
     /// Whether an IPA is RAM of the guest.
-    pub is_memory: M,
-}
-
-impl<M: Fn(u64) -> bool> core::fmt::Debug for Environment<'_, M> {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("Environment")
-            .field("power", self.power)
-            .field("mitigations", self.mitigations)
-            .field("entropy", &self.entropy.is_some())
-            .finish_non_exhaustive()
-    }
+    fn is_memory(&self, ipa: u64) -> bool;
 }
 
 /// What to do.
@@ -131,39 +121,40 @@ pub enum Action {
 
 /// Performs or decides a guest's HVC with this immediate and `x0` to `x3`.
 #[must_use]
-pub fn call<M: Fn(u64) -> bool>(
-    immediate: u16,
-    registers: [u64; 4],
-    environment: &Environment<'_, M>,
-) -> Action {
-    let [id, first, second, third] = registers;
+#[inline]
+pub fn call(immediate: u16, registers: [u64; 4], caller: &impl Caller) -> Action {
+    let [id, args @ ..] = registers;
     // The upper half must be zero, as for the host (see `crate::smc::judge`).
     let (0, Ok(id)) = (immediate, u32::try_from(id)) else {
         return one(NOT_SUPPORTED);
     };
+    if crate::smc::is_psci(id) {
+        let is_memory = |ipa| caller.is_memory(ipa);
+        return Action::Power(psci::call(id, args, caller.power(), is_memory));
+    }
+    about_the_machine(id, args, caller)
+}
+
+/// The calls beside PSCI.
+#[inline(never)]
+fn about_the_machine(id: u32, args: [u64; 3], caller: &impl Caller) -> Action {
+    let [first, ..] = args;
     match id {
         SMCCC_VERSION_ID => one(SMCCC_VERSION),
-        SMCCC_ARCH_FEATURES_ID => one(arch_feature(first, environment)),
-        WORKAROUND_1 | WORKAROUND_2 | WORKAROUND_3 => workaround(id, environment),
+        SMCCC_ARCH_FEATURES_ID => one(arch_feature(first, caller)),
+        WORKAROUND_1 | WORKAROUND_2 | WORKAROUND_3 => workaround(id, caller),
         VENDOR_UID => Action::Return(KVM_UID),
         MEMORY_ATTRIBUTES => Action::Attributes(first),
-        VENDOR_FEATURES if environment.guard.is_some() => {
+        VENDOR_FEATURES if caller.guard().is_some() => {
             Action::Return([protected::FEATURES, 0, 0, 0])
         }
         VENDOR_FEATURES => Action::Return([KVM_FEATURES, 0, 0, 0]),
-        _ if id & !0x4000_001f == 0x8400_0000 => {
-            let args = [first, second, third];
-            let action = psci::call(id, args, environment.power, &environment.is_memory);
-            Action::Power(action)
-        }
         _ => {
-            let request = environment
-                .guard
-                .and_then(|guard| protected::call(id, [first, second, third], guard));
-            if let Some(request) = request {
+            let guard = caller.guard();
+            if let Some(request) = guard.and_then(|guard| protected::call(id, args, guard)) {
                 return Action::Protected(request);
             }
-            entropy::call(id, first, environment.entropy).map_or(one(NOT_SUPPORTED), Action::Return)
+            entropy::call(id, first, caller.entropy()).map_or(one(NOT_SUPPORTED), Action::Return)
         }
     }
 }
@@ -173,22 +164,22 @@ const fn one(value: u64) -> Action {
     Action::Power(psci::Action::Return(value))
 }
 
-fn arch_feature<M: Fn(u64) -> bool>(id: u64, environment: &Environment<'_, M>) -> u64 {
+fn arch_feature(id: u64, caller: &impl Caller) -> u64 {
     // A 32-bit call: the argument is `w1`.
     let [a, b, c, d, ..] = id.to_le_bytes();
     let id = u32::from_le_bytes([a, b, c, d]);
     match id {
         SMCCC_VERSION_ID | SMCCC_ARCH_FEATURES_ID => SUCCESS,
-        _ => mitigation(id, environment).answer(),
+        _ => mitigation(id, caller).answer(),
     }
 }
 
 /// How the guest's core stands to the attack behind a workaround. CSV2, which the guest may read,
 /// already says that the first is not needed: then nothing else is said here.
-fn mitigation<M: Fn(u64) -> bool>(id: u32, environment: &Environment<'_, M>) -> Mitigation {
-    let known = environment.mitigations;
+fn mitigation(id: u32, caller: &impl Caller) -> Mitigation {
+    let known = caller.mitigations();
     match id {
-        WORKAROUND_1 if environment.ids.has_csv2() => Mitigation::NotNeeded,
+        WORKAROUND_1 if caller.ids().has_csv2() => Mitigation::NotNeeded,
         WORKAROUND_1 => known.workaround_1,
         WORKAROUND_2 => known.workaround_2,
         WORKAROUND_3 => known.workaround_3,
@@ -197,8 +188,8 @@ fn mitigation<M: Fn(u64) -> bool>(id: u32, environment: &Environment<'_, M>) -> 
 }
 
 /// The call itself. Where it is not needed it does nothing and succeeds (DEN 0028 7.4.3).
-fn workaround<M: Fn(u64) -> bool>(id: u32, environment: &Environment<'_, M>) -> Action {
-    match mitigation(id, environment) {
+fn workaround(id: u32, caller: &impl Caller) -> Action {
+    match mitigation(id, caller) {
         Mitigation::Unknown => one(NOT_SUPPORTED),
         Mitigation::NotNeeded => one(SUCCESS),
         Mitigation::Firmware => Action::Firmware(id),

@@ -11,42 +11,73 @@ impl EntropySource for Never {
     }
 }
 
+const MODEL: Model = Model {
+    ipa_bits: 40,
+    gic_v3: false,
+};
+
+/// What a guest is, for the calls.
+struct Guest<'a> {
+    power: Power,
+    ids: GuestIds,
+    mitigations: Mitigations,
+    entropy: Option<&'a Never>,
+    guard: Option<MmioGuard>,
+    memory_end: u64,
+}
+
+impl Caller for Guest<'_> {
+    fn power(&self) -> &Power {
+        &self.power
+    }
+
+    fn ids(&self) -> &GuestIds {
+        &self.ids
+    }
+
+    fn mitigations(&self) -> &Mitigations {
+        &self.mitigations
+    }
+
+    fn entropy(&self) -> Option<&dyn EntropySource> {
+        self.entropy.map(|source| -> &dyn EntropySource { source })
+    }
+
+    fn guard(&self) -> Option<&MmioGuard> {
+        self.guard.as_ref()
+    }
+
+    fn is_memory(&self, ipa: u64) -> bool {
+        ipa < self.memory_end
+    }
+}
+
 fn with(csv2: u64, mitigations: Mitigations, entropy: bool, x: [u64; 4]) -> Action {
     let hardware = HardwareIds {
         pfr0: csv2 << 56,
         ..HardwareIds::default()
     };
-    let model = Model {
-        ipa_bits: 40,
-        gic_v3: false,
-    };
-    let environment = Environment {
-        power: &Power::new(2),
-        ids: &GuestIds::new(&hardware, &model),
-        mitigations: &mitigations,
+    let guest = Guest {
+        power: Power::new(2),
+        ids: GuestIds::new(&hardware, &MODEL),
+        mitigations,
         entropy: entropy.then_some(&Never),
         guard: None,
-        is_memory: |ipa| ipa < 0x1000,
+        memory_end: 0x1000,
     };
-    call(0, x, &environment)
+    call(0, x, &guest)
 }
 
 fn protected(x: [u64; 4]) -> Action {
-    let environment = Environment {
-        power: &Power::new(1),
-        ids: &GuestIds::new(
-            &HardwareIds::default(),
-            &Model {
-                ipa_bits: 40,
-                gic_v3: true,
-            },
-        ),
-        mitigations: &Mitigations::default(),
+    let guest = Guest {
+        power: Power::new(1),
+        ids: GuestIds::new(&HardwareIds::default(), &MODEL),
+        mitigations: Mitigations::default(),
         entropy: None,
-        guard: Some(&MmioGuard::new()),
-        is_memory: |_| true,
+        guard: Some(MmioGuard::new()),
+        memory_end: u64::MAX,
     };
-    call(0, x, &environment)
+    call(0, x, &guest)
 }
 
 #[test]
@@ -171,21 +202,15 @@ fn random_numbers_need_a_source() {
 
 #[test]
 fn immediates_are_not_supported() {
-    let environment = Environment {
-        power: &Power::new(1),
-        ids: &GuestIds::new(
-            &HardwareIds::default(),
-            &Model {
-                ipa_bits: 40,
-                gic_v3: false,
-            },
-        ),
-        mitigations: &Mitigations::default(),
+    let guest = Guest {
+        power: Power::new(1),
+        ids: GuestIds::new(&HardwareIds::default(), &MODEL),
+        mitigations: Mitigations::default(),
         entropy: None,
         guard: None,
-        is_memory: |_| true,
+        memory_end: u64::MAX,
     };
-    assert_eq!(call(1, [0x8400_0000, 0, 0, 0], &environment), one(u64::MAX));
+    assert_eq!(call(1, [0x8400_0000, 0, 0, 0], &guest), one(u64::MAX));
 }
 
 proptest! {

@@ -7,7 +7,7 @@ use el2::guest::idregs::{GuestIds, HardwareIds, Model};
 use el2::guest::mmio::{self, Decoded, Extension, MmioAccess};
 use el2::guest::protected::{MAX_PAGES, MmioGuard, Request};
 use el2::guest::psci::{self, Power};
-use el2::guest::smccc::{self, Action, Environment, Mitigation, Mitigations};
+use el2::guest::smccc::{self, Action, Caller, Mitigation, Mitigations};
 use el2::guest::sysreg::{self, Direction, Outcome, Trapped};
 
 const PAGE: u64 = 4096;
@@ -32,6 +32,39 @@ impl EntropySource for Entropy {
         self.0.set(self.0.get().wrapping_add(1));
         (!self.0.get().is_multiple_of(7)).then_some(self.0.get())
     }
+}
+
+/// A guest that makes a call.
+struct Calling<'a>(&'a Guest, &'a Entropy);
+
+impl Caller for Calling<'_> {
+    fn power(&self) -> &Power {
+        &self.0.power
+    }
+
+    fn ids(&self) -> &GuestIds {
+        &self.0.ids
+    }
+
+    fn mitigations(&self) -> &Mitigations {
+        &self.0.mitigations
+    }
+
+    fn entropy(&self) -> Option<&dyn EntropySource> {
+        Some(self.1)
+    }
+
+    fn guard(&self) -> Option<&MmioGuard> {
+        self.0.guard.as_ref()
+    }
+
+    fn is_memory(&self, ipa: u64) -> bool {
+        is_memory(ipa)
+    }
+}
+
+fn is_memory(ipa: u64) -> bool {
+    (0x4000_0000..0x5000_0000).contains(&ipa)
 }
 
 /// Runs one input.
@@ -199,16 +232,7 @@ fn call(input: &mut Unstructured<'_>, guest: &mut Guest) -> Result<()> {
         0
     };
     let entropy = Entropy(std::cell::Cell::new(input.arbitrary()?));
-    let is_memory = |ipa: u64| (0x4000_0000..0x5000_0000).contains(&ipa);
-    let environment = Environment {
-        power: &guest.power,
-        ids: &guest.ids,
-        mitigations: &guest.mitigations,
-        entropy: Some(&entropy),
-        guard: guest.guard.as_ref(),
-        is_memory,
-    };
-    let action = smccc::call(immediate, registers, &environment);
+    let action = smccc::call(immediate, registers, &Calling(guest, &entropy));
     match action {
         Action::Protected(request) => check_request(request, registers, guest),
         Action::Power(psci::Action::TurnedOn { index }) => {
