@@ -33,7 +33,29 @@ pub(crate) fn perform(hypervisor: &'static Hypervisor, call: Call, args: [u64; 6
     } else {
         dispatch(hypervisor, call, args)
     };
-    answer.unwrap_or_else(|refusal| [refusal.code.to_register(), refusal.pages, 0, 0])
+    answer.unwrap_or_else(Refusal::to_registers)
+}
+
+/// Runs a vCPU: [`perform`] of [`Call::VcpuRun`], without a look at what the other calls are.
+pub(crate) fn run_vcpu(hypervisor: &'static Hypervisor, args: [u64; 6]) -> [u64; 4] {
+    let [handle, index, loaded, wait, rest @ ..] = args;
+    if rest != [0; 2] {
+        return Refusal::from(ErrorCode::Invalid).to_registers();
+    }
+    let exit = hypervisor.vms.with(handle, |vm| {
+        if wait > 1 {
+            return Err(ErrorCode::Invalid.into());
+        }
+        vm.vcpu(index)?.run(hypervisor, vm, loaded, wait == 1)
+    });
+    match exit {
+        Ok(exit) => exit.to_registers(),
+        // There are no VMs where guests can't run: said as for the other calls.
+        Err(_) if hypervisor.gic.version() == 0 => {
+            Refusal::from(ErrorCode::NotPermitted).to_registers()
+        }
+        Err(refusal) => refusal.to_registers(),
+    }
 }
 
 /// How many arguments a call has.
@@ -107,13 +129,7 @@ fn dispatch(hypervisor: &'static Hypervisor, call: Call, args: [u64; 6]) -> Answ
             let (address, count) = vms.reclaim(hypervisor, handle)?;
             Ok([address, count, 0, 0])
         }
-        Call::VcpuRun => vms.with(handle, |vm| {
-            if c > 1 {
-                return Err(ErrorCode::Invalid.into());
-            }
-            let exit = vm.vcpu(a)?.run(hypervisor, vm, b, c == 1)?;
-            Ok(exit.to_registers())
-        }),
+        Call::VcpuRun => Ok(run_vcpu(hypervisor, args)),
         Call::VmExpect => {
             let expect = |vm: &Vm| vm.protection()?.expect([a, b, c, d]);
             vms.with(handle, expect).map(one)

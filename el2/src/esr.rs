@@ -51,14 +51,14 @@ pub enum Access {
 /// Kind of an abort, from the fault status code.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum FaultKind {
+    /// The address is larger than the tables allow (0b0000LL, 0b101001).
+    AddressSize,
     /// No translation (DFSC 0b0001LL, or 0b101011 for level -1).
     Translation,
     /// The access flag is clear (0b0010LL).
     AccessFlag,
     /// The permissions refuse it (0b0011LL).
     Permission,
-    /// The address is larger than the tables allow (0b0000LL, 0b101001).
-    AddressSize,
     /// Anything else: external aborts, alignment, atomics on a type that has none, TLB conflicts.
     Other(u8),
 }
@@ -145,12 +145,15 @@ fn abort(esr: u64, access: Access) -> Abort {
 
 #[inline]
 fn fault_kind(status: u8) -> FaultKind {
-    match status {
-        0b00_0000..=0b00_0011 | 0b10_1001 => FaultKind::AddressSize,
-        0b00_0100..=0b00_0111 | 0b10_1011 => FaultKind::Translation,
-        0b00_1000..=0b00_1011 => FaultKind::AccessFlag,
-        0b00_1100..=0b00_1111 => FaultKind::Permission,
-        other => FaultKind::Other(other),
+    // In the order of the enum: no comparison, where the level is 0 to 3.
+    match status >> 2 {
+        0b0000 => FaultKind::AddressSize,
+        0b0001 => FaultKind::Translation,
+        0b0010 => FaultKind::AccessFlag,
+        0b0011 => FaultKind::Permission,
+        _ if status == 0b10_1001 => FaultKind::AddressSize,
+        _ if status == 0b10_1011 => FaultKind::Translation,
+        _ => FaultKind::Other(status),
     }
 }
 

@@ -50,6 +50,7 @@ fn begin() {
 pub(crate) fn report_exception(regs: &Regs, vector: u64) -> ! {
     begin();
     let syndrome = regs::syndrome();
+    let (elr, spsr) = regs::return_state();
     let number = cpu::this_cpu().map_or(0, |cpu| cpu.index);
     print_unlocked(format_args!(
         "PANIC on CPU {number}: exception at EL2: {}",
@@ -64,7 +65,7 @@ pub(crate) fn report_exception(regs: &Regs, vector: u64) -> ! {
     ));
     print_unlocked(format_args!(
         "  ELR {:#018x}  SPSR {:#010x}  SP {:#018x}",
-        syndrome.elr, syndrome.spsr, regs.sp
+        elr, spsr, regs.sp
     ));
     for (row, values) in regs.x.chunks(4).enumerate() {
         match *values {
@@ -80,7 +81,7 @@ pub(crate) fn report_exception(regs: &Regs, vector: u64) -> ! {
         }
     }
     let mut number = 0;
-    frame(&mut number, syndrome.elr);
+    frame(&mut number, elr);
     frame(&mut number, regs.x[30]);
     exceptions::backtrace(regs.x[29], |pc| frame(&mut number, pc));
     print_unlocked(format_args!("halted"));
@@ -103,9 +104,10 @@ fn on_panic(info: &PanicInfo<'_>) -> ! {
         print_unlocked(format_args!("  at {location}"));
     }
     let syndrome = regs::syndrome();
+    let (elr, _) = regs::return_state();
     print_unlocked(format_args!(
         "  last exception: ESR {:#010x}  FAR {:#018x}  HPFAR {:#018x}  ELR {:#018x}",
-        syndrome.esr, syndrome.far, syndrome.hpfar, syndrome.elr
+        syndrome.esr, syndrome.far, syndrome.hpfar, elr
     ));
     let mut number = 0;
     exceptions::backtrace(exceptions::frame_pointer(), |pc| frame(&mut number, pc));

@@ -35,23 +35,19 @@ pub(crate) fn from_lower(regs: &mut Regs, vector: u64) {
         );
         return;
     }
-    let syndrome = regs::syndrome();
-    match esr::decode(syndrome.esr) {
-        Cause::Hvc(immediate) => call(hypervisor, regs, immediate, false),
+    let esr = regs::esr();
+    match esr::decode(esr) {
+        Cause::Hvc(immediate) => hypercall(hypervisor, regs, immediate),
         Cause::Smc(immediate) => {
             regs::skip_instruction();
             hypervisor.counters.count(Counter::TrappedSmcs);
             call(hypervisor, regs, immediate, true);
         }
-        Cause::Abort(abort) => fault(hypervisor, regs, &abort, &syndrome),
+        Cause::Abort(abort) => fault(hypervisor, regs, &abort, &regs::syndrome()),
         Cause::WaitFor => regs::skip_instruction(),
         Cause::SystemRegister(_) | Cause::Other(_) => {
-            say!(
-                Warn,
-                "host: unexpected trap, ESR {:#x} at {:#x}",
-                syndrome.esr,
-                syndrome.elr
-            );
+            let (at, _) = regs::return_state();
+            say!(Warn, "host: unexpected trap, ESR {esr:#x} at {at:#x}");
             undefined(hypervisor);
         }
     }
@@ -66,15 +62,23 @@ fn undefined(hypervisor: &Hypervisor) {
     )));
 }
 
-/// A call by HVC or SMC. Only HVC reaches our own hypercalls.
-fn call(hypervisor: &'static Hypervisor, regs: &mut Regs, immediate: u16, by_smc: bool) {
-    if !by_smc {
-        hypervisor.counters.count(Counter::Hypercalls);
-        // The calls that a host makes all the time, first; none of them is on a list below.
-        if immediate == 0 && regs.x[0] == abi::Call::VcpuRun as u64 {
-            return about_vms(hypervisor, regs, abi::Call::VcpuRun);
-        }
+/// A call by HVC.
+#[inline]
+fn hypercall(hypervisor: &'static Hypervisor, regs: &mut Regs, immediate: u16) {
+    hypervisor.counters.count(Counter::Hypercalls);
+    // The call that a host makes all the time, first; it is on no list of the others.
+    if immediate == 0 && regs.x[0] == abi::Call::VcpuRun as u64 {
+        let [_, a, b, c, d, e, f, ..] = regs.x;
+        iommu::poll();
+        let answer = calls::run_vcpu(hypervisor, [a, b, c, d, e, f]);
+        return give(regs, answer);
     }
+    call(hypervisor, regs, immediate, false);
+}
+
+/// A call by HVC or SMC. Only HVC reaches our own hypercalls.
+#[inline(never)]
+fn call(hypervisor: &'static Hypervisor, regs: &mut Regs, immediate: u16, by_smc: bool) {
     match smc::judge(immediate, regs.x[0]) {
         Verdict::Psci => regs.x[0] = psci_call(hypervisor, regs),
         Verdict::Version => regs.x[0] = smc::SMCCC_VERSION,
@@ -103,6 +107,12 @@ fn about_vms(hypervisor: &'static Hypervisor, regs: &mut Regs, call: abi::Call) 
     let [_, a, b, c, d, e, f, ..] = regs.x;
     iommu::poll();
     let answer = calls::perform(hypervisor, call, [a, b, c, d, e, f]);
+    give(regs, answer);
+}
+
+/// Gives the host the answer of a call about VMs.
+#[inline]
+fn give(regs: &mut Regs, answer: [u64; 4]) {
     regs.x[0] = SMCCC_SUCCESS;
     regs.x[1..5].copy_from_slice(&answer);
 }
@@ -215,13 +225,13 @@ fn fault(hypervisor: &Hypervisor, regs: &mut Regs, abort: &Abort, syndrome: &Syn
         return;
     }
     hypervisor.counters.count(Counter::FaultsRefused);
+    let (at, _) = regs::return_state();
     say!(
         Debug,
-        "host: {:?} refused at VA {:#x} IPA {ipa:#x} ({:?}), PC {:#x}",
+        "host: {:?} refused at VA {:#x} IPA {ipa:#x} ({:?}), PC {at:#x}",
         abort.access,
         syndrome.far,
         abort.kind,
-        syndrome.elr
     );
     let features = &hypervisor.features;
     let from = regs::interrupted(features.pan, features.mte);

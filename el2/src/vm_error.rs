@@ -15,6 +15,14 @@ pub struct Refusal {
     pub pages: u64,
 }
 
+impl Refusal {
+    /// `x1` to `x4` of the call's answer.
+    #[must_use]
+    pub fn to_registers(self) -> [u64; 4] {
+        [self.code.to_register(), self.pages, 0, 0]
+    }
+}
+
 impl From<ErrorCode> for Refusal {
     fn from(code: ErrorCode) -> Self {
         Self { code, pages: 0 }

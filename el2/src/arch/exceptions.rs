@@ -41,11 +41,12 @@ extern "C" fn exception_from_el2(regs: &Regs, vector: u64) {
         regs::skip_instruction();
         return;
     }
-    if vector == SYNC_EL2 && windows::failed_translation(regs::syndrome().elr) {
+    let (at, _) = regs::return_state();
+    if vector == SYNC_EL2 && windows::failed_translation(at) {
         regs::skip_instruction();
         return;
     }
-    if vector == SERROR_EL2 && windows::expected_serror(regs::syndrome().elr) {
+    if vector == SERROR_EL2 && windows::expected_serror(at) {
         return;
     }
     panic::report_exception(regs, vector)

@@ -185,8 +185,6 @@ pub(crate) struct Syndrome {
     pub(crate) esr: u64,
     pub(crate) far: u64,
     pub(crate) hpfar: u64,
-    pub(crate) elr: u64,
-    pub(crate) spsr: u64,
 }
 
 /// Reads them; they hold until the next exception to EL2.
@@ -195,9 +193,12 @@ pub(crate) fn syndrome() -> Syndrome {
         esr: ESR_EL2.get(),
         far: FAR_EL2.get(),
         hpfar: HPFAR_EL2.get(),
-        elr: ELR_EL2.get(),
-        spsr: SPSR_EL2.get(),
     }
+}
+
+/// Where the exception returns to, and as what: ELR_EL2 and SPSR_EL2.
+pub(crate) fn return_state() -> (u64, u64) {
+    (ELR_EL2.get(), SPSR_EL2.get())
 }
 
 /// ESR_EL2 alone: most exceptions need no more.
