@@ -364,13 +364,13 @@ fn ages_are_tested_and_cleared_where_there_is_a_flag() {
     fn aged<F: TableFormat>(b: &mut Bench<'_, F>) {
         b.map(b.at, b.page, Blocks::Never);
         let page = range(b.at, b.page);
-        assert_eq!(b.space.test_and_clear_young(page, Aging::Clear), Ok(true));
-        assert_eq!(b.space.test_and_clear_young(page, Aging::Test), Ok(false));
+        assert_eq!(b.space.test_and_clear_young(page, Aging::Clear), Ok(b.page));
+        assert_eq!(b.space.test_and_clear_young(page, Aging::Test), Ok(0));
         let found = b.space.lookup(Ipa::new(b.at)).unwrap().entry;
         assert!(matches!(found, Entry::Leaf { attrs, .. } if attrs.age == Age::Old));
         let young = b.space.make_young(Ipa::new(b.at));
         assert_eq!(young, Ok(FaultOutcome::Relaxed));
-        assert_eq!(b.space.test_and_clear_young(page, Aging::Test), Ok(true));
+        assert_eq!(b.space.test_and_clear_young(page, Aging::Test), Ok(b.page));
     }
     with(arm_64k(), aged);
     with(ept_with(Offered::Yes, Offered::Yes), aged);

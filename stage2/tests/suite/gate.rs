@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use stage2::arm::{ArmCache, ArmCacheFacts, ArmTlb, ArmTlbFacts, FetchPolicy, LevelHint, Repeat};
-use stage2::testing::{FakeArm, FakeMachine, Mutation, Site};
+use stage2::testing::{Event, FakeArm, FakeMachine, Mutation, Site};
 use stage2::{
     Aging, Annotation, CacheMaintenance, FaultRequest, ForceWriteBack, Granule, Importer,
     InvalidateListener, Ipa, IpaRange, LeafAttrs, Level, MapRequest, Pa, PaRange, Perms, RangeOps,
@@ -303,9 +303,17 @@ const SCENARIOS: &[Scenario] = &[
         run: |space, machine, wrong| {
             map(space, 0, PAGE, 0);
             end(machine, wrong);
+            drop(machine.take_events());
             space
                 .test_and_clear_young(range(0, PAGE), Aging::Clear)
                 .unwrap();
+            // A CPU that has it cached would go on using it unnoticed.
+            let events = machine.take_events();
+            let told = matches!(
+                events[..],
+                [.., Event::TlbRange(pages, _)] if pages == range(0, PAGE)
+            );
+            wrong.extend((!told).then(|| "still cached".into()));
             end(machine, wrong);
             let old = !leaf_at(machine, 0).young;
             wrong.extend((!old).then(|| "not old".into()));
