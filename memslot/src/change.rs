@@ -109,8 +109,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         self.switch_logging(&mut slots, Memslot { flags, ..old })
     }
 
-    /// Logging on: no leaf stays writable. On demand the range is emptied, so that blocks become
-    /// pages; a read-locked slot has pages already and keeps them.
+    /// Logging on: no leaf stays writable. On demand the leaves go, so that blocks become pages;
+    /// notes stay. A read-locked slot has pages already and keeps them.
     fn switch_logging(&self, slots: &mut SlotTable, new: Memslot) -> Result<(), Error> {
         let next = slots.set.replacing(new)?;
         let bitmap = Self::bitmap_for(&new)?;
@@ -120,7 +120,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             mmu.reserve_bitmap()?;
             match new.lock {
                 Some(_) => mmu.write_protect(new.range)?,
-                None => mmu.unmap(new.range)?,
+                None => mmu.zap(new.range)?,
             }
         }
         mmu.drop_bitmap(new.id);

@@ -118,6 +118,21 @@ pub enum Error {
     /// The buffer does not have one bit per page of the slot.
     #[error("the buffer must have {0} words")]
     BadBuffer(usize),
+    /// The slot's backing or flags do not allow these permissions.
+    #[error("slot {0:?} does not allow these permissions")]
+    PermsRefused(SlotId),
+    /// There is no leaf for this page of the slot.
+    #[error("page {0:#x} of the slot is not mapped")]
+    NoLeaf(u64),
+    /// The host has taken this page of the slot back already.
+    #[error("page {0:#x} of the slot is not shared")]
+    Unshared(u64),
+    /// The host has not taken this page of the slot back.
+    #[error("page {0:#x} of the slot is shared")]
+    Shared(u64),
+    /// Memory of a protected VM is not the host's to take or to look after.
+    #[error("refused for a protected VM")]
+    NotTheHosts,
     /// The slot does not log dirty pages.
     #[error("slot {0:?} does not log dirty pages")]
     NotLogging(SlotId),
@@ -148,17 +163,21 @@ impl Error {
             | Self::NotLocked(_)
             | Self::CountUnbalanced
             | Self::NonCoherent
+            | Self::NoLeaf(_)
+            | Self::Shared(_)
             | Self::BadBuffer(_)
             | Self::NotLogging(_)
             | Self::Table(_)
             | Self::Export(_) => K::Invalid,
-            Self::WriteLockRefused(_) => K::NotPermitted,
+            Self::WriteLockRefused(_) | Self::PermsRefused(_) | Self::NotTheHosts => {
+                K::NotPermitted
+            }
             Self::LockedLimit { .. }
             | Self::OutOfMemory
             | Self::NeedTables(_)
             | Self::PinFailed(_) => K::NoMemory,
             Self::BackingChanged => K::Again,
-            Self::SlotExists(_) | Self::Overlap(_) => K::Exists,
+            Self::SlotExists(_) | Self::Overlap(_) | Self::Unshared(_) => K::Exists,
         }
     }
 }

@@ -39,6 +39,7 @@ pub mod pat;
 pub mod pending;
 pub mod policy;
 pub mod run;
+pub mod sharing;
 pub mod slot;
 pub mod slots;
 pub mod steps;

@@ -5,8 +5,8 @@
 //! fail at a chosen step and to look inside.
 
 use stage2::{
-    Annotation, Blocks, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level, MapError,
-    MapRequest, Pa, PaRange, Platform, RunKind, Stage2, TableFormat,
+    Aging, Annotation, Blocks, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level,
+    MapError, MapRequest, Pa, PaRange, Perms, Platform, RunKind, Stage2, TableFormat,
 };
 
 use crate::addr::GfnRange;
@@ -85,6 +85,19 @@ pub trait GuestTable {
     /// The table's; nothing has changed then.
     fn zap(&self, range: IpaRange) -> Result<(), MapError>;
 
+    /// Bytes of a range in leaves that were used since they were last made old; with
+    /// [`Aging::Clear`] these are old, and no use goes unnoticed, when it returns.
+    ///
+    /// # Errors
+    /// The table's; a format without an access flag can't make leaves old.
+    fn age(&self, range: IpaRange, aging: Aging) -> Result<u64, MapError>;
+
+    /// Adds permissions to the leaf at `ipa`, and makes it young.
+    ///
+    /// # Errors
+    /// The table's, [`MapError::NotMapped`] without a leaf; nothing has changed then.
+    fn relax(&self, ipa: Ipa, add: Perms) -> Result<FaultOutcome, MapError>;
+
     /// The first run of equal leaves in the range, clipped to it.
     fn next_run(&self, range: IpaRange) -> Option<LeafRun>;
 
@@ -134,6 +147,14 @@ impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
 
     fn zap(&self, range: IpaRange) -> Result<(), MapError> {
         Self::zap(self, range)
+    }
+
+    fn age(&self, range: IpaRange, aging: Aging) -> Result<u64, MapError> {
+        self.test_and_clear_young(range, aging)
+    }
+
+    fn relax(&self, ipa: Ipa, add: Perms) -> Result<FaultOutcome, MapError> {
+        self.relax_perms(ipa, add)
     }
 
     fn next_run(&self, range: IpaRange) -> Option<LeafRun> {

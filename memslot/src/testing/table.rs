@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::vec::Vec;
 
 use stage2::{
-    Annotation, CacheMaintenance, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level,
-    MapError, MapRequest, Pa, PaRange, Perms,
+    Age, Aging, Annotation, CacheMaintenance, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs,
+    Level, MapError, MapRequest, Pa, PaRange, Perms,
 };
 
 use super::CacheModel;
@@ -119,6 +119,17 @@ impl ModelTable {
         }
     }
 
+    /// Gives a leaf permissions, and makes it young.
+    fn add(&self, inner: &mut Inner, at: u64, old: ModelLeaf, perms: Perms) {
+        self.fetched(old.attrs.perms, perms, old.pa);
+        let attrs = LeafAttrs {
+            perms,
+            age: Age::Young,
+            ..old.attrs
+        };
+        inner.leaves.insert(at, ModelLeaf { attrs, ..old });
+    }
+
     fn put(&self, inner: &mut Inner, at: u64, new: ModelLeaf, now: bool) {
         let old = inner.leaves.insert(at, new);
         if let Some(old) = old.filter(|o| o.pa == new.pa && types(o) == types(&new)) {
@@ -193,17 +204,10 @@ impl GuestTable for ModelTable {
             return Ok(FaultOutcome::Conflict(entry));
         }
         let perms = old.attrs.perms | new.attrs.perms;
-        if perms == old.attrs.perms {
+        if perms == old.attrs.perms && old.attrs.age == Age::Young {
             return Ok(FaultOutcome::AlreadyMapped);
         }
-        self.fetched(old.attrs.perms, perms, pa);
-        inner.leaves.insert(
-            at,
-            ModelLeaf {
-                pa,
-                attrs: LeafAttrs { perms, ..old.attrs },
-            },
-        );
+        self.add(&mut inner, at, old, perms);
         Ok(FaultOutcome::Relaxed)
     }
 
@@ -249,6 +253,27 @@ impl GuestTable for ModelTable {
     fn zap(&self, range: IpaRange) -> Result<(), MapError> {
         self.remove(range);
         Ok(())
+    }
+
+    fn age(&self, range: IpaRange, aging: Aging) -> Result<u64, MapError> {
+        let mut inner = self.lock();
+        let bytes = range.start().get()..range.end().get();
+        let mut young = 0;
+        for (_, leaf) in inner.leaves.range_mut(bytes) {
+            young += u64::from(leaf.attrs.age == Age::Young) * PAGE;
+            if aging == Aging::Clear {
+                leaf.attrs.age = Age::Old;
+            }
+        }
+        Ok(young)
+    }
+
+    fn relax(&self, ipa: Ipa, add: Perms) -> Result<FaultOutcome, MapError> {
+        let mut inner = self.lock();
+        let at = ipa.get() & !(PAGE - 1);
+        let old = *inner.leaves.get(&at).ok_or(MapError::NotMapped(ipa))?;
+        self.add(&mut inner, at, old, old.attrs.perms | add);
+        Ok(FaultOutcome::Relaxed)
     }
 
     fn next_run(&self, range: IpaRange) -> Option<LeafRun> {

@@ -15,7 +15,8 @@ use memslot::slot::SlotId;
 use memslot::testing::View;
 use stage2::testing::{Event, FakeMachine};
 use stage2::{
-    ArmStage2, ExportError, ExportedRoot, Importer, InvalidateListener, IpaRange, Level, Perms,
+    Aging, ArmStage2, ExportError, ExportedRoot, Importer, InvalidateListener, IpaRange, Level,
+    Perms,
 };
 
 /// 16 pages at frame 0x4_0000, frames from 0x10_0000 on in runs of four.
@@ -143,7 +144,8 @@ fn a_slot_locked_while_exported_is_cleaned_as_it_is_mapped() {
 #[test]
 fn every_removal_reaches_the_importer() {
     type Removal = fn(&Vm);
-    let removals: [(&str, Removal); 6] = [
+    let removals: [(&str, Removal); 7] = [
+        ("unshare", |vm| vm.mem.unshare_pages(A, 0, 1).unwrap()),
         ("unmap", |vm| vm.mem.host_unmap(pages(BASE, 1)).unwrap()),
         ("delete", |vm| _ = vm.mem.delete_slot(A).unwrap()),
         ("move", |vm| {
@@ -179,6 +181,20 @@ fn a_page_of_the_log_that_becomes_read_only_is_told() {
     assert!(listener.was_told(BASE + 3, 1));
     assert_eq!(vm.runs()[0].attrs.perms, Perms::READ);
     unexport(&vm, listener, root).unwrap();
+    assert_eq!(vm.violations(), [""; 0]);
+}
+
+/// Its access to an old leaf would fail.
+#[test]
+fn leaves_stay_young_for_an_importer() {
+    let vm = vm_of(PLAIN);
+    let (listener, root) = export(&vm);
+    touch(&vm, BASE, Access::Write);
+    let clear = || vm.mem.age_pages(A, 0, 1, Aging::Clear);
+    assert_eq!(clear(), Err(Error::InUse(1)));
+    assert_eq!(vm.mem.age_pages(A, 0, 1, Aging::Test), Ok(1));
+    unexport(&vm, listener, root).unwrap();
+    assert_eq!(clear(), Ok(1));
     assert_eq!(vm.violations(), [""; 0]);
 }
 

@@ -94,6 +94,16 @@ pub(crate) fn vm_with<P: MemTypePolicy>(policy: P, flags: SlotFlags) -> Vm<P> {
     vm
 }
 
+/// A VM of this kind with an unflagged slot A.
+pub(crate) fn vm_of_kind(kind: VmKind) -> Vm<ArmPolicy> {
+    let caches = Arc::new(CacheModel::new());
+    let table = ModelTable::new(Arc::clone(&caches));
+    let mem = GuestMemory::new(config(kind), PLAIN, FakeFrames::new(3, LIMIT), table);
+    mem.create_slot(slot(A, A_BASE, A_PAGES, A_FRAME, NONE))
+        .unwrap();
+    Vm { mem, caches }
+}
+
 /// A VM with an unflagged slot A on CPUs without forced write-back.
 pub(crate) fn vm() -> Vm<ArmPolicy> {
     vm_with(PLAIN, NONE)

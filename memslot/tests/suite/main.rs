@@ -29,6 +29,8 @@ mod real;
 mod rules;
 mod runs;
 #[cfg(not(miri))]
+mod sharing;
+#[cfg(not(miri))]
 mod steps;
 mod unlock;
 #[cfg(not(miri))]

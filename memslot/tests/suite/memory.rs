@@ -21,7 +21,8 @@ use memslot::slot::{Memslot, SlotId};
 use memslot::table::{GuestTable, LeafRun};
 use memslot::vm::{GuestMemory, VmKind};
 use stage2::{
-    Annotation, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, MapError, MapRequest, PaRange,
+    Aging, Annotation, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, MapError, MapRequest,
+    PaRange, Perms,
 };
 
 thread_local! {
@@ -113,6 +114,12 @@ impl GuestTable for Flat {
     fn zap(&self, range: IpaRange) -> Result<(), MapError> {
         self.each(range, |_, leaf| *leaf = None);
         Ok(())
+    }
+    fn age(&self, range: IpaRange, _: Aging) -> Result<u64, MapError> {
+        Ok(range.len())
+    }
+    fn relax(&self, _: Ipa, _: Perms) -> Result<FaultOutcome, MapError> {
+        Ok(FaultOutcome::Relaxed)
     }
     fn next_run(&self, _: IpaRange) -> Option<LeafRun> {
         None
