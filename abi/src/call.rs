@@ -115,6 +115,27 @@ calls! {
     /// `x1`: address of a page that a living protected VM owns. Gives it back to the host, wiped; the
     /// guest gets an abort whenever it touches it, forever.
     MemoryReclaim = 0xc600_0129,
+    /// `x1`: handle, `x2`: slot number, `x3`: page, counted from the slot's start, `x4`: pages, 1 to 512.
+    /// Takes pages back from an unprotected guest: no mapping, TLB entry or device refers to them any
+    /// more, and what the guest wrote is in memory. The guest's next access is
+    /// [`crate::Exit::MemoryMissing`], also behind a reset. They stay behind the slot and can't be
+    /// donated. [`crate::ErrorCode::Exists`] if one was taken back before, [`crate::ErrorCode::Busy`]
+    /// for a locked slot.
+    SlotUnshare = 0xc600_012a,
+    /// Arguments as for [`Call::SlotUnshare`], whose end this is: the guest finds what the host has put
+    /// there. [`crate::ErrorCode::Invalid`] if one of the pages was not taken back.
+    SlotShare = 0xc600_012b,
+    /// `x1` to `x4` as for [`Call::SlotUnshare`], `x5`: 1 to make their mappings old, 0 only to look.
+    /// Gives how many of the pages an unprotected guest has used since their mappings were last made
+    /// old. A block of pages is one mapping: used, and old, as a whole. Making old is
+    /// [`crate::ErrorCode::Busy`] for a locked slot and while a device is attached.
+    SlotYoung = 0xc600_012c,
+    /// `x1`: handle, `x2`: slot number, `x3`: page, counted from the slot's start, `x4`: bit 0 read,
+    /// bit 1 write, bit 2 execute. Adds these permissions to the page's mapping, which counts as used,
+    /// and as written where it may be written now. [`crate::ErrorCode::NotFound`] without one,
+    /// [`crate::ErrorCode::NotPermitted`] for what the slot forbids, [`crate::ErrorCode::Busy`] for a
+    /// locked slot.
+    SlotRelax = 0xc600_012d,
 
     /// `x1`: handle, `x2`: index, below the number in the VM's [`crate::VmConfig`].
     VcpuCreate = 0xc600_0130,

@@ -12,7 +12,7 @@ use memslot::lock::{LockCall, LockRequest};
 use memslot::slot::{LockGranule, SlotFlags, SlotId};
 use memslot::steps::Progress;
 use spin::MutexGuard;
-use stage2::{Ipa, IpaRange, RunKind, TableFormat};
+use stage2::{Aging, Ipa, IpaRange, Perms, RunKind, TableFormat};
 
 use crate::arch::frames;
 use crate::hypervisor::Hypervisor;
@@ -80,7 +80,8 @@ const fn arguments(call: Call) -> usize {
         Call::VmExpect => 5,
         Call::VmTopUp | Call::SlotMove | Call::SlotDirty | Call::DmaDevice | Call::IrqLine => 3,
         Call::VcpuRun | Call::VmCreate | Call::SlotLock | Call::VcpuStart => 4,
-        Call::SlotCreate => 5,
+        Call::SlotUnshare | Call::SlotShare | Call::SlotRelax => 4,
+        Call::SlotCreate | Call::SlotYoung => 5,
         _ => 6,
     }
 }
@@ -195,6 +196,9 @@ fn in_vm(
         }
         Call::SlotLock => lock(vm, a, b, c),
         Call::SlotState => Ok(vm.slot_state(slot_id(a)?)?),
+        Call::SlotUnshare | Call::SlotShare | Call::SlotYoung | Call::SlotRelax => {
+            on_pages(vm, call, SlotId(slot_id(a)?), [b, c, d])
+        }
         Call::DmaDevice => dma(vm, a, b),
         Call::DeviceAttach => iommu::attach(vm, a, snooping(b)?),
         Call::DeviceDetach => iommu::detach(vm, a),
@@ -246,6 +250,10 @@ fn hold_still(vm: &Vm, call: Call) -> Result<Option<MutexGuard<'_, Stage>>, Erro
         | Call::SlotDelete
         | Call::SlotMove
         | Call::SlotFlags
+        | Call::SlotUnshare
+        | Call::SlotShare
+        | Call::SlotYoung
+        | Call::SlotRelax
         | Call::DmaDevice
         | Call::DeviceAttach
         | Call::DeviceDetach
@@ -253,6 +261,32 @@ fn hold_still(vm: &Vm, call: Call) -> Result<Option<MutexGuard<'_, Stage>>, Erro
         Call::SlotCreate | Call::SlotLock => protection.building().map(Some),
         _ => Ok(None),
     }
+}
+
+/// Calls about single pages of a slot.
+fn on_pages(vm: &Vm, call: Call, id: SlotId, [page, a, b]: [u64; 3]) -> Result<u64, Refusal> {
+    let memory = &vm.memory;
+    match (call, a, b) {
+        (Call::SlotUnshare, count, _) => memory.unshare_pages(id, page, count)?,
+        (Call::SlotShare, count, _) => memory.share_pages(id, page, count)?,
+        (Call::SlotYoung, count, 0) => {
+            return Ok(memory.age_pages(id, page, count, Aging::Test)?);
+        }
+        (Call::SlotYoung, count, 1) => {
+            return Ok(memory.age_pages(id, page, count, Aging::Clear)?);
+        }
+        (Call::SlotRelax, 0..8, _) => memory.relax_page(id, page, permissions(a))?,
+        _ => return Err(ErrorCode::Invalid.into()),
+    }
+    Ok(0)
+}
+
+/// Bit 0 read, bit 1 write, bit 2 execute.
+fn permissions(bits: u64) -> Perms {
+    let all = [Perms::READ, Perms::WRITE, Perms::EXEC];
+    let granted = all.into_iter().enumerate();
+    let granted = granted.filter(|(bit, _)| bits >> bit & 1 != 0);
+    granted.fold(Perms::empty(), |all, (_, perms)| all | perms)
 }
 
 fn donate_heap(hypervisor: &Hypervisor, address: u64, count: u64) -> Result<u64, Refusal> {

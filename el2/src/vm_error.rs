@@ -32,7 +32,7 @@ impl From<ErrorCode> for Refusal {
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         let code = match (error, error.kind()) {
-            (Error::NoSuchSlot(_), _) => ErrorCode::NotFound,
+            (Error::NoSuchSlot(_) | Error::NoLeaf(_), _) => ErrorCode::NotFound,
             (Error::NeedTables(tables), _) => {
                 return Self {
                     code: ErrorCode::NoMemory,
