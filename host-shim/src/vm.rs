@@ -222,6 +222,34 @@ impl Vm {
         Ok(SlotState::from_number(state))
     }
 
+    /// Takes pages back from the guest, counted from the slot's start.
+    pub(crate) fn unshare(self, id: u16, page: u64, pages: u64) -> Result<(), Refused> {
+        vm_call!(Call::SlotUnshare, self.handle, u64::from(id), page, pages).map(drop)
+    }
+
+    /// Lends them again.
+    pub(crate) fn share(self, id: u16, page: u64, pages: u64) -> Result<(), Refused> {
+        vm_call!(Call::SlotShare, self.handle, u64::from(id), page, pages).map(drop)
+    }
+
+    /// How many pages were used since their mappings were last made old; makes them old if asked.
+    pub(crate) fn young(self, id: u16, page: u64, pages: u64, clear: bool) -> Result<u64, Refused> {
+        let (id, clear) = (u64::from(id), u64::from(clear));
+        let [young, ..] = vm_call!(Call::SlotYoung, self.handle, id, page, pages, clear)?;
+        Ok(young)
+    }
+
+    /// Lets the guest read (bit 0), write (1) or execute (2) a page that is mapped.
+    pub(crate) fn relax(self, id: u16, page: u64, perms: u64) -> Result<(), Refused> {
+        vm_call!(Call::SlotRelax, self.handle, u64::from(id), page, perms).map(drop)
+    }
+
+    /// 64 bits of a slot's dirty log.
+    pub(crate) fn dirty(self, id: u16, word: u64) -> Result<u64, Refused> {
+        let [_, bits, ..] = vm_call!(Call::SlotDirty, self.handle, u64::from(id), word)?;
+        Ok(bits)
+    }
+
     /// Registers a device whose DMA is not snooped, or takes it back.
     pub(crate) fn noncoherent_device(self, register: bool) -> Result<(), Refused> {
         vm_call!(Call::DmaDevice, self.handle, 1, u64::from(register)).map(drop)

@@ -132,6 +132,8 @@ pub enum Command {
     Stat(u8),
     /// `vm map N`
     Map(u8),
+    /// `vm young N`: how much of its memory a VM has used since this was last asked.
+    Young(u8),
     /// Try to read a VM's memory.
     Scan(u8),
     /// `vm pause N`
@@ -148,7 +150,7 @@ pub enum Command {
 
 impl Command {
     /// What `help` shows.
-    pub const HELP: &'static str = "vm list | vm stat N | vm map N | vm scan N | vm pause N | vm resume N | \
+    pub const HELP: &'static str = "vm list | vm stat N | vm map N | vm young N | vm scan N | vm pause N | vm resume N | \
         vm reset N | vm stop N | help    (Ctrl-A N: input to VM N, Ctrl-A c: this prompt)";
 
     /// Reads a line.
@@ -166,6 +168,7 @@ impl Command {
             (Some("vm"), Some(verb), Some(Some(n))) => match verb {
                 "stat" => Self::Stat(n),
                 "map" => Self::Map(n),
+                "young" => Self::Young(n),
                 "scan" => Self::Scan(n),
                 "pause" => Self::Pause(n),
                 "resume" => Self::Resume(n),
@@ -232,6 +235,7 @@ mod tests {
         assert_eq!(Command::parse(""), Command::Help);
         assert_eq!(Command::parse("vm list"), Command::List);
         assert_eq!(Command::parse("vm stat 1"), Command::Stat(1));
+        assert_eq!(Command::parse("vm young 2"), Command::Young(2));
         assert_eq!(Command::parse("vm stop 3"), Command::Stop(3));
         for wrong in [
             "vm",

@@ -146,6 +146,15 @@ fn mixtures(machine: &Machine, memory: &Memory, gic: &Gic) -> Result<(), &'stati
                 0,
             ];
         }
+        let on_pages = match id {
+            Call::SlotUnshare | Call::SlotShare | Call::SlotRelax => Some(0),
+            Call::SlotYoung => Some(random(2) as u64),
+            _ => None,
+        };
+        if let Some(last) = on_pages.filter(|_| random(2) == 0) {
+            let [slot, page, count] = [4, 8, 3].map(|below| random(below) as u64);
+            args = [args[0], slot, page, 1 + count, last, 0];
+        }
         // A guest that starts in nothing never ends: the host's timer ends its run.
         gic::set_timer(gic::now() + 1000);
         let _: Result<[u64; 4], _> = call(id, args);

@@ -15,6 +15,7 @@ mod payload;
 mod protection;
 mod race;
 mod remote;
+mod sharing;
 mod steps;
 mod storm;
 mod switch_cost;

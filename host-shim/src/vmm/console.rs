@@ -6,17 +6,19 @@
 
 use core::fmt;
 
-use abi::VmCounter;
+use abi::{ErrorCode, VmCounter};
 use board::PAGE_SIZE;
 use vmm::keys::{Command, Key, Keys};
 
 use super::Vmm;
-use super::guest::{Guest, State};
+use super::guest::{Guest, RAM_SLOT, State};
 use crate::arch::fault;
 use crate::console::{labelled, line, read_byte, text, write_byte};
 
 /// Most VMs whose output is collected.
 const VMS: usize = 16;
+/// Pages that one call asks about.
+const YOUNG_PAGES: u64 = 512;
 /// Longest line that is collected.
 const LINE: usize = 160;
 
@@ -147,6 +149,7 @@ fn execute(vmm: &Vmm, command: Command) {
         Command::List => vmm.guests.iter().for_each(list),
         Command::Stat(n) => with(n, &stat),
         Command::Map(n) => with(n, &map),
+        Command::Young(n) => with(n, &young),
         Command::Scan(n) => with(n, &scan),
         Command::Pause(n) => with(n, &|g| change(g, State::Running, State::Paused)),
         Command::Resume(n) => with(n, &|g| change(g, State::Paused, State::Running)),
@@ -192,6 +195,27 @@ fn stat(guest: &Guest) {
             }
         }
     }
+}
+
+/// How much of its memory a guest has used since this was last asked: its working set.
+fn young(guest: &Guest) {
+    let pages = guest.ram.size() / PAGE_SIZE;
+    let mut used = 0;
+    for first in (0..pages).step_by(YOUNG_PAGES as usize) {
+        let count = YOUNG_PAGES.min(pages - first);
+        match guest.vm().young(RAM_SLOT, first, count, true) {
+            Ok(young) => used += young,
+            Err(refused) if refused.code == ErrorCode::Busy => {
+                let number = guest.number;
+                return line(format_args!("VM {number} is locked: its pages don't age"));
+            }
+            Err(refused) => return line(format_args!("{}", super::guest::reason(refused))),
+        }
+    }
+    line(format_args!(
+        "VM {}: used {used} of {pages} pages since this was last asked",
+        guest.number
+    ));
 }
 
 /// Tries to read every page of a guest's memory.

@@ -25,7 +25,7 @@ const STATE_PAGES: u64 = 64;
 /// Pages donated to EL2 itself when it asks for some.
 const HEAP_PAGES: u64 = 64;
 /// Number of the slot that is the guest's RAM.
-const RAM_SLOT: u16 = 0;
+pub(super) const RAM_SLOT: u16 = 0;
 
 /// What a VM is doing.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
