@@ -7,7 +7,7 @@
 //! | 18 VMCALL; 10, 12, 28, 30, 31, 32 | hypercall, CPUID, HLT, control registers, I/O, MSRs |
 //! | 0, 1, 7, 52 | interrupt of the host, interrupt window, preemption timer |
 //! | 2, and 33 to 34 with bit 31 | triple fault, entry refused: the vCPU ends, by name |
-//! | anything else | [`Exit::Other`] with its name |
+//! | anything else | [`Exit::Other`] with its number and name |
 
 use memslot::fault::{Access, FaultKind, Stage2Fault};
 use stage2::Ipa;
@@ -97,8 +97,13 @@ pub enum Exit {
     EntryFailed(&'static str),
     /// Instructions of VMX and others that a guest does not have: they raise #UD.
     Undefined(&'static str),
-    /// Nothing that a guest of ours can cause.
-    Other(u16),
+    /// Nothing that a guest of ours is expected to cause.
+    Other {
+        /// Basic exit reason.
+        basic: u16,
+        /// Its name.
+        name: &'static str,
+    },
 }
 
 impl Exit {
@@ -127,7 +132,13 @@ impl Exit {
             48 => Self::Memory(memory(vmcs)),
             49 => Self::Misconfigured(Ipa::new(vmcs.read(Field::GUEST_PHYSICAL))),
             52 => Self::Timer,
-            other => undefined(other).map_or(Self::Other(other), Self::Undefined),
+            basic => undefined(basic).map_or(
+                Self::Other {
+                    basic,
+                    name: unexpected(basic),
+                },
+                Self::Undefined,
+            ),
         }
     }
 
@@ -152,8 +163,7 @@ impl Exit {
             Self::Misconfigured(_) => "misconfiguration",
             Self::TripleFault => "triple fault",
             Self::Exception(_) => "exception",
-            Self::EntryFailed(name) | Self::Undefined(name) => name,
-            Self::Other(_) => "unexpected exit",
+            Self::EntryFailed(name) | Self::Undefined(name) | Self::Other { name, .. } => name,
         }
     }
 }
@@ -244,6 +254,39 @@ const fn undefined(basic: u16) -> Option<&'static str> {
         55 => "xsetbv",
         _ => return None,
     })
+}
+
+/// Names of the basic reasons that nothing else here decodes (SDM vol. 3D appendix C). Only a task switch exits
+/// whatever the controls say; the others need one that is off.
+const fn unexpected(basic: u16) -> &'static str {
+    match basic {
+        3 => "init",
+        4 => "start-up message",
+        5 | 6 => "system-management interrupt",
+        8 => "nmi window",
+        9 => "task switch",
+        14 => "invlpg",
+        15 => "rdpmc",
+        16 | 51 => "rdtsc",
+        17 => "rsm",
+        29 => "debug register",
+        36 => "mwait",
+        37 => "monitor trap flag",
+        39 => "monitor",
+        40 => "pause",
+        43 => "task priority below threshold",
+        44 | 45 | 56 => "virtual apic",
+        46 | 47 => "descriptor table",
+        57 | 61 => "random number",
+        58 => "invpcid",
+        59 => "vmfunc",
+        60 => "encls",
+        62 => "page-modification log full",
+        63 | 64 => "xsaves or xrstors",
+        66 => "sub-page permission",
+        67 | 68 => "umwait or tpause",
+        _ => "unknown exit",
+    }
 }
 
 #[cfg(test)]
@@ -339,13 +382,27 @@ mod tests {
     }
 
     #[test]
-    fn what_a_guest_does_not_have_is_undefined_and_the_rest_is_numbered() {
+    fn what_a_guest_does_not_have_is_undefined_and_the_rest_has_number_and_name() {
         for basic in 19..=27 {
             assert_eq!(
                 exit(&[(Field::EXIT_REASON, basic)]),
                 Exit::Undefined("vmx instruction")
             );
         }
-        assert_eq!(exit(&[(Field::EXIT_REASON, 64)]), Exit::Other(64));
+        let switch = exit(&[(Field::EXIT_REASON, 9)]);
+        assert_eq!(
+            switch,
+            Exit::Other {
+                basic: 9,
+                name: "task switch"
+            }
+        );
+        assert_eq!(switch.name(), "task switch");
+        // What SDM vol. 3D appendix C lists, less the numbers that it leaves out.
+        for basic in (0..=64).filter(|n| ![35, 38, 42].contains(n)) {
+            let exit = exit(&[(Field::EXIT_REASON, basic)]);
+            let named = basic == 33 || basic == 34 || basic == 41 || exit.name() != "unknown exit";
+            assert!(named, "{basic}");
+        }
     }
 }

@@ -120,7 +120,7 @@ pub fn handle<V: Vmcs, P: Platform>(
         Exit::TripleFault => Next::End(End::TripleFault),
         Exit::EntryFailed(why) => Next::End(End::EntryFailed(why)),
         Exit::StringIo(port) => Next::End(End::StringIo(port)),
-        Exit::Exception(_) | Exit::Other(_) => Next::End(End::Unexpected(exit)),
+        Exit::Exception(_) | Exit::Other { .. } => Next::End(End::Unexpected(exit)),
         Exit::Cpuid | Exit::Hypercall | Exit::Halt | Exit::CacheFlush | Exit::Io { .. } => {
             vcpu.advance();
             instruction(vcpu, vm, machine, exit)

@@ -45,7 +45,7 @@ pub struct ExitCounters {
 }
 
 /// What is counted, in the order of [`ExitCounters`].
-const KINDS: [&str; 12] = [
+const KINDS: [&str; 17] = [
     "cpuid",
     "hypercall",
     "hlt",
@@ -57,6 +57,11 @@ const KINDS: [&str; 12] = [
     "misconfiguration",
     "timer",
     "kick",
+    "interrupt",
+    "interrupt window",
+    "wbinvd",
+    "string i/o",
+    "triple fault",
     "other",
 ];
 

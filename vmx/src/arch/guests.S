@@ -52,7 +52,8 @@ operations:
     .long op_vmxon - operations, op_wait - operations, op_halt - operations
     .long op_count - operations, op_nothing - operations, op_triple - operations
     .long op_touch - operations, op_wbinvd - operations, op_spin - operations
-    .long op_rounds - operations, op_debug - operations
+    .long op_rounds - operations, op_debug - operations, op_outs - operations
+    .long op_lmsw - operations, op_clts - operations
 op_load:
     movq (%rbx), %rdx
     jmp done
@@ -141,6 +142,19 @@ op_spin:
 op_debug:                               # DR0: what was there, then RBX
     movq %dr0, %rdx
     movq %rbx, %dr0
+    jmp done
+op_outs:                                # a byte of memory to port RBX
+    movl %ebx, %edx
+    movl $0x700, %esi
+    outsb
+    jmp done
+op_lmsw:
+    lmsw %bx
+    movq %cr0, %rdx
+    jmp done
+op_clts:
+    clts
+    movq %cr0, %rdx
     jmp done
 op_rounds:                              # CPUID, as often as RCX says
     movq %rcx, %rsi

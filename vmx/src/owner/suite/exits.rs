@@ -21,8 +21,10 @@ pub(super) const ALL: &[Scenario] = &[
     ("exits/real-mode-from-reset", real_mode),
     ("exits/cpuid", cpuid),
     ("exits/ports", ports),
+    ("exits/string-ports", string_ports),
     ("exits/model-specific-registers", msrs),
     ("exits/control-registers", control_registers),
+    ("exits/machine-status-word", machine_status_word),
     ("exits/undefined-instruction", undefined),
     ("exits/cache-flush", cache_flush),
     ("exits/halt", halt),
@@ -123,6 +125,16 @@ fn ports(cpu: &Cpu) -> Check {
     Ok(())
 }
 
+/// Not emulated: the vCPU ends, and its end names the port.
+fn string_ports(cpu: &Cpu) -> Check {
+    let mut g = Driven::new(cpu, TODAY)?;
+    let answer = g.does(Op::Outs, 0x99, 0);
+    let want = Stop::End(End::StringIo(0x99));
+    ensure!(answer == Answer::Stopped(want), "{answer:?}");
+    ensure!(g.vm.vm.exits.of("string i/o") == 1, "no exit counted");
+    Ok(())
+}
+
 fn msrs(cpu: &Cpu) -> Check {
     let mut g = Driven::new(cpu, TODAY)?;
     let efer = g.must(Op::ReadMsr, 0, 0xc000_0080)?;
@@ -161,6 +173,20 @@ fn control_registers(cpu: &Cpu) -> Check {
     ensure!(g.must(Op::Cr8, 9, 0)? == 9, "CR8");
     let bad = g.does(Op::Cr8, 16, 0);
     ensure!(bad == Answer::Raised(13), "CR8 = 16: {bad:?}");
+    Ok(())
+}
+
+/// LMSW and CLTS: two more ways to CR0, which change bits 3:0 and nothing else. LMSW sets PE, and cannot clear it.
+fn machine_status_word(cpu: &Cpu) -> Check {
+    const TS: u64 = 1 << 3;
+    let mut g = Driven::new(cpu, TODAY)?;
+    let before = g.must(Op::Cr0, 0x8001_0033, 0)?;
+    let set = g.must(Op::Lmsw, 0xffff, 0)?;
+    ensure!(set == before | 0xf, "LMSW of all ones: {set:#x}");
+    let cleared = g.must(Op::Clts, 0, 0)?;
+    ensure!(cleared == set & !TS, "CLTS: {cleared:#x}");
+    let least = g.must(Op::Lmsw, 0, 0)?;
+    ensure!(least == before & !0xe, "LMSW of zeros: {least:#x}");
     Ok(())
 }
 

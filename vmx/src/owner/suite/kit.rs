@@ -70,6 +70,9 @@ pub(super) enum Op {
     Spin,
     Rounds,
     Debug,
+    Outs,
+    Lmsw,
+    Clts,
 }
 
 /// How an operation ended.
