@@ -161,7 +161,7 @@ fn sleep(run: &mut Running<'_>) -> Next {
         cpu::wait_as_guest();
         return interrupt(run);
     }
-    let virtual_timer = regs::virtual_timer_deadline(run.vm.world.time_offset);
+    let virtual_timer = regs::virtual_timer_deadline(run.vm.world.time_offset());
     let physical_timer = run.state.physical_timer.deadline().unwrap_or(u64::MAX);
     run.leave(Exit::WaitForInterrupt {
         until: virtual_timer.min(physical_timer),

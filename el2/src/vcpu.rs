@@ -171,6 +171,7 @@ impl Vcpu {
         let mut state = self.state.try_lock().ok_or(ErrorCode::Busy)?;
         let cpu = cpu::this_cpu().ok_or(ErrorCode::Invalid)?;
         if let Some(order) = vm.power.take_order(self.index) {
+            vm.world.start_time();
             state.restart(&vm.features, order);
         } else if state.off || !vm.power.is_on(self.index) {
             return Ok(Exit::VcpuOff);

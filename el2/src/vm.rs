@@ -39,11 +39,11 @@ use stage2::{
 
 use crate::arch::frames::FramePool;
 use crate::arch::host_regs::Stage2Regs;
+use crate::arch::mem;
 use crate::arch::owned::{Owned, Place};
 use crate::arch::tables::{Tables, Upkeep};
 use crate::arch::tlb::Tagged;
 use crate::arch::world::VmWorld;
-use crate::arch::{mem, regs};
 use crate::hypervisor::Hypervisor;
 use crate::iommu::{self, Devices};
 use crate::protect::Pages;
@@ -448,10 +448,7 @@ impl Vm {
             ids: GuestIds::new(&hypervisor.ids, &model),
             power: Power::new(config.vcpus),
             protection: config.protected.then(Protection::new),
-            world: VmWorld {
-                stage2: Stage2Regs { vtcr, vttbr },
-                time_offset: regs::ticks(),
-            },
+            world: VmWorld::new(Stage2Regs { vtcr, vttbr }),
             memory: GuestMemory::new(memory_config, policy, frames, table),
             vgic: vgic.fill_with_vgic(version, config.vcpus),
             last_vcpu: [const { AtomicU8::new(0) }; MAX_CPUS],

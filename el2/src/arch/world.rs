@@ -7,6 +7,8 @@
 //! Order (spec/arm.md 3.9; errata 1319367 and 1165522): going in, walks are off before the first
 //! foreign register is loaded, and come on with TCR_EL1 as the last one; going out the same.
 
+use core::sync::atomic::{AtomicU64, Ordering};
+
 use el2::esr;
 use el2::features::Features;
 
@@ -304,11 +306,31 @@ impl Context {
 }
 
 /// What belongs to the VM rather than to one of its vCPUs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct VmWorld {
     pub(crate) stage2: Stage2Regs,
-    /// CNTVOFF_EL2: what the virtual counter is behind the physical one.
-    pub(crate) time_offset: u64,
+    /// CNTVOFF_EL2: what the virtual counter is behind the physical one; 0 until it starts.
+    time_offset: AtomicU64,
+}
+
+impl VmWorld {
+    pub(crate) const fn new(stage2: Stage2Regs) -> Self {
+        Self {
+            stage2,
+            time_offset: AtomicU64::new(0),
+        }
+    }
+
+    /// A VM's time begins with its first instruction, not while the host loads it; a reset does not
+    /// set it back. Whoever comes first decides.
+    pub(crate) fn start_time(&self) {
+        let now = super::regs::ticks();
+        let _ = (self.time_offset).compare_exchange(0, now, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    pub(crate) fn time_offset(&self) -> u64 {
+        self.time_offset.load(Ordering::Relaxed)
+    }
 }
 
 /// The host's side while a guest is loaded.
@@ -582,7 +604,7 @@ fn load_controls(features: &Features, vm: &VmWorld, index: u8, host: &Controls) 
         mdcr: host.mdcr & MDCR_KEPT | MDCR_TRAPS | profiling::traps(features),
         hstr: 0,
         cnthctl: CNTHCTL_GUEST,
-        cntvoff: vm.time_offset,
+        cntvoff: vm.time_offset(),
         vmpidr: MPIDR_RES1 | u64::from(index),
         vpidr: host.vpidr,
     };
