@@ -50,15 +50,17 @@ const GICR_STRIDE: u64 = 0x2_0000;
 /// A load that the host completes with the next run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PendingLoad {
-    access: MmioAccess,
-    /// Syndrome of its abort.
+    /// Syndrome of its abort, which says where the value goes.
     esr: u64,
 }
 
 impl PendingLoad {
     /// Puts the host's value where the load wanted it, and steps over it.
+    #[inline]
     pub(crate) fn complete(self, regs: &mut GuestRegs, value: u64) {
-        regs.set(self.access.rt(), self.access.loaded(value));
+        if let Decoded::Access(access) = mmio::decode(self.esr) {
+            regs.set(access.rt(), access.loaded(value));
+        }
         regs.skip(self.esr);
     }
 }
@@ -530,8 +532,7 @@ fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
         regs::skip_instruction();
         return run.leave(Exit::MmioWrite { ipa, size, value });
     }
-    let esr = syndrome.esr;
-    run.state.load = Some(PendingLoad { access, esr });
+    run.state.load = Some(PendingLoad { esr: syndrome.esr });
     run.leave(Exit::MmioRead { ipa, size })
 }
 

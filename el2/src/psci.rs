@@ -254,6 +254,7 @@ impl PowerSlot {
 
     /// AFFINITY_INFO's answer: 0 on, 1 off, 2 on pending (DEN 0022 5.7).
     #[must_use]
+    #[inline]
     pub fn affinity_info(&self) -> u64 {
         match self.state.load(Ordering::Acquire) {
             ON => 0,

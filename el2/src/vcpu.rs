@@ -4,6 +4,7 @@ use abi::{ErrorCode, Exit, VmCounter};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use el2::features::Features;
 use el2::guest::PHYSICAL_TIMER_PPI;
+use el2::guest::psci::Turn;
 use el2::guest::timer::EmulatedTimer;
 use el2::psci::StartOrder;
 use el2::sync::SpinLock;
@@ -13,6 +14,7 @@ use memslot::arm::VcpuCaches;
 use memslot::error::Error;
 use spin::MutexGuard;
 
+use crate::arch::controls::HostControls;
 use crate::arch::cpu::CpuData;
 use crate::arch::world::{self, Context, HostWorld, hcr};
 use crate::arch::{cpu, firmware, regs, windows};
@@ -142,7 +144,7 @@ impl Vcpu {
         } else {
             running
         };
-        let me = cpu::this_cpu().map_or(NOWHERE, |cpu| cpu.index as u32 + 1);
+        let me = cpu::running().map_or(NOWHERE, |cpu| cpu.index as u32 + 1);
         let Some(cpu) = target
             .checked_sub(1)
             .and_then(|n| hypervisor.cpus.get(n as usize))
@@ -169,12 +171,14 @@ impl Vcpu {
             return Err(ErrorCode::NotPermitted.into());
         }
         let mut state = self.state.try_lock().ok_or(ErrorCode::Busy)?;
-        let cpu = cpu::this_cpu().ok_or(ErrorCode::Invalid)?;
-        if let Some(order) = vm.power.take_order(self.index) {
-            vm.world.start_time();
-            state.restart(&vm.features, order);
-        } else if state.off || !vm.power.is_on(self.index) {
-            return Ok(Exit::VcpuOff);
+        let cpu = cpu::running().ok_or(ErrorCode::Invalid)?;
+        match vm.power.turn(self.index) {
+            Turn::GoesOn if !state.off => {}
+            Turn::Starts(order) => {
+                vm.world.start_time();
+                state.restart(&vm.features, order);
+            }
+            Turn::GoesOn | Turn::IsOff => return Ok(Exit::VcpuOff),
         }
         if let Some(load) = state.load.take() {
             load.complete(&mut state.context.regs, loaded);
@@ -224,16 +228,18 @@ impl Vcpu {
             wait_here,
             exit: Exit::Interrupted,
         };
-        running.state.host.save(features);
+        let controls = cpu.host_controls.call_once(|| HostControls::read(features));
+        running.state.host.save(features, controls.parts);
         let VcpuState { host, context, .. } = &*running.state;
-        host.load_guest(features, &vm.world, self.index, context);
+        host.load_guest(controls, &vm.world, self.index, context);
         if vm.changes_vcpu(cpu.index, self.index) {
             world::forget_other_vcpu();
         }
         let exit = running.until_exit();
         let VcpuState { host, context, .. } = &mut *running.state;
         windows::settle_errors(context);
-        host.load_host(features, context);
+        host.save_guest(controls.parts, context);
+        host.load_host(features, controls);
         if let Some(id) = hypervisor.mitigations.between_worlds() {
             firmware::call(u64::from(id), [0; 7]);
         }

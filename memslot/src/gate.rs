@@ -35,6 +35,7 @@ impl RunGate {
     /// # Errors
     /// [`Error::VcpuRunning`]'s counterpart, [`Error::InUse`] with 0, while the gate is closed:
     /// the caller returns to its scheduler and tries again.
+    #[inline]
     pub fn enter(&self) -> Result<RunPass<'_>, Error> {
         // Acquire pairs with the release in `ClosedGate::drop`: what was published while the
         // gate was closed is seen by everyone who enters afterwards.

@@ -39,12 +39,21 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if self.pending.load().is_empty() {
             return Ok(Some(pass));
         }
+        self.after_pending(pass, go_on)
+    }
+
+    /// Work is pending: a vCPU may enter behind it.
+    #[cold]
+    fn after_pending<'a>(
+        &'a self,
+        pass: RunPass<'a>,
+        go_on: impl FnMut() -> bool,
+    ) -> Result<Option<RunPass<'a>>, Error> {
         let progress = self.perform_pending(&mut self.slots.write(), go_on)?;
         Ok((progress == Progress::Done).then_some(pass))
     }
 
     /// Does what is pending; now a vCPU may enter.
-    #[cold]
     fn perform_pending(
         &self,
         slots: &mut SlotTable,

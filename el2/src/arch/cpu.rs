@@ -9,6 +9,7 @@ use board::MAX_CPUS;
 use el2::psci::{PowerSlot, StartOrder};
 use spin::Once;
 
+use super::controls::HostControls;
 use super::mmu::Settings;
 use super::{instructions, mem, regs};
 
@@ -37,6 +38,8 @@ pub(crate) struct CpuData {
     pub(crate) gic_target: AtomicU8,
     /// The guest timer's physical interrupt is marked active.
     pub(crate) timer_active: AtomicBool,
+    /// What EL2 tells it about the host, from before its first guest on.
+    pub(crate) host_controls: Once<HostControls>,
     /// In what it differs from the core that booted, so that it is left out.
     pub(crate) differs: Once<&'static str>,
 }
@@ -63,6 +66,7 @@ impl CpuData {
             gic_frame: AtomicU64::new(0),
             gic_target: AtomicU8::new(0),
             timer_active: AtomicBool::new(false),
+            host_controls: Once::new(),
             differs: Once::new(),
         };
         // SAFETY: the block is EL2's, mapped, this core's alone; a page is large enough (asserted).
@@ -102,6 +106,12 @@ pub(crate) fn this_cpu() -> Option<&'static CpuData> {
     if !regs::mmu_is_on() {
         return None;
     }
+    running()
+}
+
+/// This core's data, for code that runs with the MMU on: what guests and the host cause.
+#[inline]
+pub(crate) fn running() -> Option<&'static CpuData> {
     let pointer = core::ptr::with_exposed_provenance::<CpuData>(TPIDR_EL2.get() as usize);
     // SAFETY: TPIDR_EL2 is 0 or was set by `adopt` (or entry.S) to data that lives for ever; the
     // host can't write it.

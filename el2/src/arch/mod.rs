@@ -7,6 +7,7 @@
 //! 2. EL2's memory (image, stacks, CPU data, page states, pool) is owned by EL2 alone from the
 //!    moment it is placed: no one else runs then, and later the host's stage 2 refuses it.
 
+pub(crate) mod controls;
 pub(crate) mod cpu;
 pub(crate) mod exceptions;
 pub(crate) mod firmware;

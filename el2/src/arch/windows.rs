@@ -4,6 +4,7 @@
 //! Each is a few instructions of guest.S between two symbols. An exception that EL2 takes from itself
 //! there comes back to it (`arch::exceptions`), and what it has changed of the guest is restored here.
 
+use super::instructions::{self, isb};
 use super::regs::{self, mrs, msr};
 use super::world::{Context, hcr, set_hcr};
 
@@ -75,7 +76,18 @@ fn translated(how: extern "C" fn(u64) -> u64, address: u64) -> Option<u64> {
 
 /// Waits for the accesses of the guest that is loaded. Where one of them has ended in an SError that
 /// no exception level has taken yet, that is the guest's: in the host it would be the host's end.
+#[inline]
 pub(crate) fn settle_errors(guest: &mut Context) {
+    const A: u64 = 1 << 8;
+    instructions::dsb_sy();
+    isb();
+    if mrs!("isr_el1") & A != 0 {
+        take_error(guest);
+    }
+}
+
+#[cold]
+fn take_error(guest: &mut Context) {
     let interrupted = Interrupted::save();
     if take_serror() == 0 {
         return;

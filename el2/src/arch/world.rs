@@ -2,7 +2,7 @@
 //!
 //! Without VHE the two share EL1's registers, so all of them change places. What differs between
 //! the worlds is in three groups: EL1's own registers ([`El1`]), what EL2 tells the core about EL1
-//! (stage 2, traps, timer offset: [`Controls`]), and FP, which changes only when the guest uses it.
+//! (stage 2, traps, timer offset: [`HostControls`]), and FP, which changes only when the guest uses it.
 //!
 //! Order (spec/arm.md 3.9; errata 1319367 and 1165522): going in, walks are off before the first
 //! foreign register is loaded, and come on with TCR_EL1 as the last one; going out the same.
@@ -12,10 +12,11 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use el2::esr;
 use el2::features::Features;
 
+use super::controls::{CPTR_GUEST_WITH_FP, HostControls, Parts};
 use super::host_regs::Stage2Regs;
 use super::instructions::{self, isb};
-use super::profiling::{self, Profiling};
-use super::regs::{self, mrs, msr, set_vectors};
+use super::profiling::Profiling;
+use super::regs::{self, mrs, msr};
 use super::tlb::{MMU_ON, NO_WALKS};
 
 /// General registers, PC and PSTATE; guest.S knows the layout.
@@ -72,9 +73,6 @@ unsafe extern "C" {
     fn guest_enter(registers: *mut GuestRegs) -> u64;
     safe fn fp_save(state: &mut FpState);
     safe fn fp_load(state: &FpState);
-    static guest_vectors: u8;
-    static forgetful_guest_vectors: u8;
-    static vectors: u8;
 }
 
 /// FP and SIMD; guest.S knows the layout.
@@ -115,7 +113,9 @@ macro_rules! context {
             /// Writes the core's.
             #[inline]
             fn write(&self) {
-                $(msr!($register, self.$field);)*
+                // Read before the first write, which the compiler moves no read across: in pairs.
+                let Self { $($field,)* } = *self;
+                $(msr!($register, $field);)*
             }
         }
     };
@@ -174,19 +174,6 @@ context! {
 }
 
 context! {
-    /// What EL2 tells the core about EL1; stage 2 and HCR_EL2 have their own place.
-    Controls {
-        cptr = "cptr_el2",
-        mdcr = "mdcr_el2",
-        hstr = "hstr_el2",
-        cnthctl = "cnthctl_el2",
-        cntvoff = "cntvoff_el2",
-        vmpidr = "vmpidr_el2",
-        vpidr = "vpidr_el2",
-    }
-}
-
-context! {
     /// The virtual timer.
     Timer {
         cval = "cntv_cval_el0",
@@ -194,24 +181,26 @@ context! {
     }
 }
 
-/// What a vCPU keeps between its runs.
+/// What a vCPU keeps between its runs. What each run moves comes first, within reach of the instructions
+/// that move two registers.
 #[derive(Clone, Debug)]
+#[repr(C)]
 pub(crate) struct Context {
     pub(crate) regs: GuestRegs,
     pub(crate) el1: El1,
     pub(crate) sctlr: u64,
     pub(crate) tcr: u64,
+    /// CNTV_CTL_EL0 and CNTV_CVAL_EL0.
+    pub(crate) timer: Timer,
+    /// HCR_EL2 while it runs.
+    pub(crate) hcr: u64,
+    /// VDISR_EL2: what DISR_EL1 is to a guest.
+    deferred_error: u64,
     keys: Keys,
     software: SoftwareContext,
     fp: FpState,
     /// The host's FP registers while the guest's are in the core.
     host_fp: FpState,
-    /// CNTV_CTL_EL0 and CNTV_CVAL_EL0.
-    pub(crate) timer: Timer,
-    /// VDISR_EL2: what DISR_EL1 is to a guest.
-    deferred_error: u64,
-    /// HCR_EL2 while it runs.
-    pub(crate) hcr: u64,
 }
 
 /// HCR_EL2 bits (Arm ARM D24.2.53).
@@ -333,199 +322,87 @@ impl VmWorld {
     }
 }
 
-/// The host's side while a guest is loaded.
+/// The host's side while a guest is loaded: what the host itself can change.
 #[derive(Debug, Default)]
 pub(crate) struct HostWorld {
     el1: El1,
     sctlr: u64,
     tcr: u64,
-    keys: Keys,
-    software: SoftwareContext,
-    controls: Controls,
     timer: Timer,
-    stage2: Stage2Regs,
-    hcr: u64,
-    hcrx: u64,
-    /// VBAR_EL2.
-    vectors: u64,
-    profiling: Profiling,
-    traps: FineTraps,
     pc: u64,
     pstate: u64,
+    keys: Keys,
+    software: SoftwareContext,
+    profiling: Profiling,
     /// The guest's FP registers are in the core.
     fp_is_guests: bool,
 }
 
-/// CPTR_EL2 of a guest that has not used FP yet: TCPAC (no trap of CPACR_EL1 is needed: clear),
-/// TAM, TTA, TSM, TFP, TZ, RES1 bits (Arm ARM D24.2.33, without VHE).
-const CPTR_GUEST: u64 = 0x22ff | 1 << 8 | 1 << 10 | 1 << 12 | 1 << 20 | 1 << 30;
-/// CPTR_EL2.TFP.
-const CPTR_TFP: u64 = 1 << 10;
-/// MDCR_EL2 of a guest: TPMCR, TPM, TDE clear, TDA, TDOSA, TDRA, TDCC (Arm ARM D24.2.103). See
-/// [`profiling::traps`] for the rest.
-const MDCR_TRAPS: u64 = 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 27;
-/// What stays of the host's MDCR_EL2: HPMN, and HPMD and HCCD, for EL2 between the guest's exits.
-const MDCR_KEPT: u64 = 0x1f | 1 << 17 | 1 << 23;
-/// MPAM2_EL2 of a guest: its accesses to MPAM0_EL1 and MPAM1_EL1, which keep the host's values, trap.
-const MPAM_TRAPS: u64 = 1 << 49 | 1 << 48;
-/// CNTHCTL_EL2: the physical counter can be read (EL1PCTEN), the physical timer traps.
-const CNTHCTL_GUEST: u64 = 1;
-/// VMPIDR_EL2: RES1 bit 31.
-const MPIDR_RES1: u64 = 1 << 31;
-
-/// Fine-grained traps, where they exist. A guest's are all zero: what has a negative name traps.
-#[derive(Clone, Copy, Debug, Default)]
-struct FineTraps {
-    registers: [u64; 5],
-    second: [u64; 5],
-}
-
-macro_rules! each_trap {
-    ($array:expr, $do:ident, $($register:literal),+) => {{
-        let mut values = $array.iter_mut();
-        $(if let Some(value) = values.next() { $do!($register, value); })+
-    }};
-}
-
-macro_rules! read_trap {
-    ($register:literal, $value:ident) => {
-        *$value = mrs!($register)
-    };
-}
-macro_rules! write_trap {
-    ($register:literal, $value:ident) => {
-        msr!($register, *$value)
-    };
-}
-
-impl FineTraps {
-    fn read(features: &Features) -> Self {
-        let mut traps = Self::default();
-        if features.fgt {
-            each_trap!(
-                traps.registers,
-                read_trap,
-                "s3_4_c1_c1_4",
-                "s3_4_c1_c1_5",
-                "s3_4_c1_c1_6",
-                "s3_4_c3_c1_4",
-                "s3_4_c3_c1_5"
-            );
-        }
-        if features.fgt2 {
-            each_trap!(
-                traps.second,
-                read_trap,
-                "s3_4_c3_c1_2",
-                "s3_4_c3_c1_3",
-                "s3_4_c3_c1_7",
-                "s3_4_c3_c1_0",
-                "s3_4_c3_c1_1"
-            );
-        }
-        traps
-    }
-
-    #[inline]
-    fn write(mut self, features: &Features) {
-        if features.fgt {
-            each_trap!(
-                self.registers,
-                write_trap,
-                "s3_4_c1_c1_4",
-                "s3_4_c1_c1_5",
-                "s3_4_c1_c1_6",
-                "s3_4_c3_c1_4",
-                "s3_4_c3_c1_5"
-            );
-        }
-        if features.fgt2 {
-            each_trap!(
-                self.second,
-                write_trap,
-                "s3_4_c3_c1_2",
-                "s3_4_c3_c1_3",
-                "s3_4_c3_c1_7",
-                "s3_4_c3_c1_0",
-                "s3_4_c3_c1_1"
-            );
-        }
-    }
-}
-
 impl HostWorld {
-    /// Loads the guest in the place of the host, whose registers were just read.
-    pub(crate) fn load_guest(&self, features: &Features, vm: &VmWorld, index: u8, guest: &Context) {
-        let host = self;
-        if features.speculative_at {
-            msr!("tcr_el1", host.tcr | NO_WALKS);
-            isb();
-            msr!("sctlr_el1", host.sctlr | MMU_ON);
-            isb();
-        }
-        guest.el1.write();
-        if features.pauth {
-            guest.keys.write();
-        }
-        if features.scxtnum {
-            guest.software.write();
-        }
-        load_controls(features, vm, index, &host.controls);
-        if features.fgt {
-            FineTraps::default().write(features);
-        }
-        // The tables behind VTTBR are the guest's.
-        msr!("vtcr_el2", vm.stage2.vtcr);
-        msr!("vttbr_el2", vm.stage2.vttbr);
-        regs::set_hcr(guest.hcr);
-        if features.hcx {
-            msr!("s3_4_c1_c2_2", 0); // HCRX_EL2
-        }
-        guest.timer.write();
-        if features.ras {
-            msr!("s3_4_c12_c1_1", guest.deferred_error); // VDISR_EL2
-            msr!("s3_4_c5_c2_3", 0); // VSESR_EL2: a virtual SError without a syndrome
-        }
-        guest.regs.load_return();
-        load_walk_registers(features, guest.sctlr, guest.tcr);
-        set_vectors(vectors_for_guest(host.vectors));
-    }
-
-    /// Reads everything of the host that a guest will replace.
-    pub(crate) fn save(&mut self, features: &Features) {
-        if features.sme {
+    /// Reads everything of the host that a guest will replace. `features` and `parts` are this core's.
+    #[inline(never)] // Here and below: few registers for what is around, and offsets that fit.
+    pub(crate) fn save(&mut self, features: &Features, parts: Parts) {
+        if parts.sme() {
             leave_streaming_mode();
         }
-        // First, while what the host's buffers are written through is still the host's.
-        self.profiling = Profiling::stop(features);
+        if parts.profiles() {
+            // First, while what the host's buffers are written through is still the host's.
+            self.profiling = Profiling::stop(features);
+        }
         self.timer = Timer::read();
         // The host's timer must not fire for the guest.
         msr!("cntv_ctl_el0", 0);
         self.el1 = El1::read();
         self.sctlr = mrs!("sctlr_el1");
         self.tcr = mrs!("tcr_el1");
-        if features.pauth {
+        if parts.pauth() {
             self.keys = Keys::read();
         }
-        self.controls = Controls::read();
-        self.stage2 = Stage2Regs {
-            vtcr: mrs!("vtcr_el2"),
-            vttbr: mrs!("vttbr_el2"),
-        };
-        self.hcr = mrs!("hcr_el2");
-        self.vectors = mrs!("vbar_el2");
-        if features.hcx {
-            self.hcrx = mrs!("s3_4_c1_c2_2");
-        }
-        if features.fgt {
-            self.traps = FineTraps::read(features);
+        if parts.scxtnum() {
+            self.software = SoftwareContext::read();
         }
         self.pc = mrs!("elr_el2");
         self.pstate = mrs!("spsr_el2");
     }
 
-    /// Saves the guest and loads the host.
-    pub(crate) fn load_host(&mut self, features: &Features, guest: &mut Context) {
+    /// Loads the guest in the place of the host, whose registers were just read.
+    #[inline(never)]
+    pub(crate) fn load_guest(
+        &self,
+        controls: &HostControls,
+        vm: &VmWorld,
+        index: u8,
+        guest: &Context,
+    ) {
+        let parts = controls.parts;
+        if parts.speculative_at() {
+            stop_walks(self.sctlr, self.tcr);
+        }
+        guest.el1.write();
+        if parts.pauth() {
+            guest.keys.write();
+        }
+        if parts.scxtnum() {
+            guest.software.write();
+        }
+        controls.load_guest(index, vm.time_offset());
+        // The tables behind VTTBR are the guest's.
+        msr!("vtcr_el2", vm.stage2.vtcr);
+        msr!("vttbr_el2", vm.stage2.vttbr);
+        regs::set_hcr(guest.hcr);
+        guest.timer.write();
+        if parts.ras() {
+            msr!("s3_4_c12_c1_1", guest.deferred_error); // VDISR_EL2
+            msr!("s3_4_c5_c2_3", 0); // VSESR_EL2: a virtual SError without a syndrome
+        }
+        guest.regs.load_return();
+        load_walk_registers(parts, guest.sctlr, guest.tcr);
+        controls.load_guest_vectors();
+    }
+
+    /// Saves the guest.
+    #[inline(never)]
+    pub(crate) fn save_guest(&mut self, parts: Parts, guest: &mut Context) {
         self.return_fp(guest);
         guest.regs.save_return();
         guest.timer = Timer::read();
@@ -533,85 +410,71 @@ impl HostWorld {
         guest.el1 = El1::read();
         guest.sctlr = mrs!("sctlr_el1");
         guest.tcr = mrs!("tcr_el1");
-        if features.pauth {
+        if parts.pauth() {
             guest.keys = Keys::read();
         }
-        if features.scxtnum {
+        if parts.scxtnum() {
             guest.software = SoftwareContext::read();
         }
-        if features.ras {
+        if parts.ras() {
             guest.deferred_error = mrs!("s3_4_c12_c1_1");
         }
-        if features.speculative_at {
-            msr!("tcr_el1", guest.tcr | NO_WALKS);
-            isb();
-            msr!("sctlr_el1", guest.sctlr | MMU_ON);
-            isb();
+        note_serror(guest);
+        if parts.speculative_at() {
+            stop_walks(guest.sctlr, guest.tcr);
         }
+    }
+
+    /// Loads the host in the place of the guest, whose registers were just saved.
+    #[inline(never)]
+    pub(crate) fn load_host(&self, features: &Features, controls: &HostControls) {
+        let parts = controls.parts;
         self.el1.write();
-        if features.pauth {
+        if parts.pauth() {
             self.keys.write();
         }
-        if features.scxtnum {
+        if parts.scxtnum() {
             self.software.write();
         }
-        self.controls.write();
-        if features.mpam {
-            msr!("s3_4_c10_c5_0", 0); // MPAM2_EL2, as `host_regs` has it
-        }
-        if features.fgt {
-            self.traps.write(features);
-        }
-        note_serror(guest);
-        // What was there when the guest was loaded.
-        msr!("vtcr_el2", self.stage2.vtcr);
-        msr!("vttbr_el2", self.stage2.vttbr);
-        regs::set_hcr(self.hcr);
-        if features.hcx {
-            msr!("s3_4_c1_c2_2", self.hcrx);
-        }
+        controls.load_host();
+        controls.load_hcr();
         msr!("elr_el2", self.pc);
         regs::return_as(self.pstate);
         self.timer.write();
-        load_walk_registers(features, self.sctlr, self.tcr);
-        self.profiling.resume(features);
-        set_vectors(self.vectors);
+        load_walk_registers(parts, self.sctlr, self.tcr);
+        if parts.profiles() {
+            self.profiling.resume(features);
+        }
+        controls.load_host_vectors();
     }
 
     /// The guest uses FP for the first time in this run: its registers in, the host's out.
     pub(crate) fn lend_fp(&mut self, guest: &mut Context) {
-        msr!("cptr_el2", CPTR_GUEST & !CPTR_TFP);
+        msr!("cptr_el2", CPTR_GUEST_WITH_FP);
         isb();
         fp_save(&mut guest.host_fp);
         fp_load(&guest.fp);
         self.fp_is_guests = true;
     }
 
+    #[inline]
     fn return_fp(&mut self, guest: &mut Context) {
-        if !self.fp_is_guests {
-            return;
+        if self.fp_is_guests {
+            // `lend_fp` has opened FP.
+            fp_save(&mut guest.fp);
+            fp_load(&guest.host_fp);
+            self.fp_is_guests = false;
         }
-        // `lend_fp` has opened FP.
-        fp_save(&mut guest.fp);
-        fp_load(&guest.host_fp);
-        self.fp_is_guests = false;
     }
 }
 
-fn load_controls(features: &Features, vm: &VmWorld, index: u8, host: &Controls) {
-    let controls = Controls {
-        cptr: CPTR_GUEST,
-        mdcr: host.mdcr & MDCR_KEPT | MDCR_TRAPS | profiling::traps(features),
-        hstr: 0,
-        cnthctl: CNTHCTL_GUEST,
-        cntvoff: vm.time_offset(),
-        vmpidr: MPIDR_RES1 | u64::from(index),
-        vpidr: host.vpidr,
-    };
-    controls.write();
-    if features.mpam {
-        msr!("s3_4_c10_c5_0", MPAM_TRAPS);
-    }
+/// No walk of stage 1 begins from here on, speculatively or not, with registers of EL1's that had these
+/// values.
+fn stop_walks(sctlr: u64, tcr: u64) {
+    msr!("tcr_el1", tcr | NO_WALKS);
+    isb();
+    msr!("sctlr_el1", sctlr | MMU_ON);
+    isb();
 }
 
 /// A guest has no streaming mode, and its vector instructions must not be those of one. A host that is
@@ -625,26 +488,17 @@ fn leave_streaming_mode() {
 }
 
 /// Walks come on as the last thing.
-fn load_walk_registers(features: &Features, sctlr: u64, tcr: u64) {
-    if features.speculative_at {
+#[inline]
+fn load_walk_registers(parts: Parts, sctlr: u64, tcr: u64) {
+    if parts.speculative_at() {
         isb();
     }
     msr!("sctlr_el1", sctlr);
-    if features.speculative_at {
+    if parts.speculative_at() {
         isb();
     }
     msr!("tcr_el1", tcr);
     isb();
-}
-
-/// The vectors of a guest on a core whose own are these.
-fn vectors_for_guest(own: u64) -> u64 {
-    let plain = (&raw const vectors).addr() as u64;
-    if own == plain {
-        (&raw const guest_vectors).addr() as u64
-    } else {
-        (&raw const forgetful_guest_vectors).addr() as u64
-    }
 }
 
 /// Runs the guest until its next exception; gives the vector's number.
@@ -689,16 +543,17 @@ pub(crate) fn note_serror(guest: &mut Context) {
 
 /// Loads a vCPU that is loaded already anew, after its registers were replaced: EL1's, not FP.
 pub(crate) fn reload(features: &Features, guest: &Context) {
+    let parts = Parts::of(features);
     guest.el1.write();
-    if features.pauth {
+    if parts.pauth() {
         guest.keys.write();
     }
-    if features.scxtnum {
+    if parts.scxtnum() {
         guest.software.write();
     }
     set_hcr(guest.hcr);
     guest.regs.load_return();
-    load_walk_registers(features, guest.sctlr, guest.tcr);
+    load_walk_registers(parts, guest.sctlr, guest.tcr);
 }
 
 /// Forgets what this core has cached for another vCPU of the VM that is loaded: they share a VMID,

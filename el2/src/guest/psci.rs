@@ -49,6 +49,17 @@ pub enum Action {
     },
 }
 
+/// What a vCPU does with a run.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Turn {
+    /// It begins with an order.
+    Starts(StartOrder),
+    /// It goes on where it was.
+    GoesOn,
+    /// It is off.
+    IsOff,
+}
+
 impl Power {
     /// A VM of `vcpus` vCPUs, 1 to [`MAX_VCPUS`] (more are cut), all off.
     #[must_use]
@@ -78,17 +89,16 @@ impl Power {
         slot.order(order)
     }
 
-    /// Before a run: the order that vCPU `index` has to start with; it is on from then.
+    /// Before a run: what vCPU `index` does. One that [`Turn::Starts`] is on from then.
     #[must_use]
-    pub fn take_order(&self, index: u8) -> Option<StartOrder> {
-        self.slot(index)?.take_order()
-    }
-
-    /// Whether the vCPU is on and has started.
-    #[must_use]
-    pub fn is_on(&self, index: u8) -> bool {
-        self.slot(index)
-            .is_some_and(|slot| slot.affinity_info() == 0)
+    #[inline]
+    pub fn turn(&self, index: u8) -> Turn {
+        self.slot(index).map_or(Turn::IsOff, |slot| {
+            if slot.affinity_info() == 0 {
+                return Turn::GoesOn;
+            }
+            slot.take_order().map_or(Turn::IsOff, Turn::Starts)
+        })
     }
 
     /// Whether the vCPU is on, or will be as soon as it is run.

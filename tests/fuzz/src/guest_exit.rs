@@ -238,7 +238,9 @@ fn call(input: &mut Unstructured<'_>, guest: &mut Guest) -> Result<()> {
         Action::Power(psci::Action::TurnedOn { index }) => {
             assert!(index < guest.vcpus);
             if input.arbitrary()? {
-                let order = guest.power.take_order(index).expect("it was turned on");
+                let psci::Turn::Starts(order) = guest.power.turn(index) else {
+                    panic!("it was turned on");
+                };
                 assert!(is_memory(order.entry) && order.entry.is_multiple_of(4));
             }
         }
