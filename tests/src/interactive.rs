@@ -7,7 +7,7 @@ use crate::verdict;
 use crate::{device_tree, files, fit, machine, process};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
@@ -118,14 +118,15 @@ pub fn run(settings: &Settings) -> Result<ExitCode> {
     println!("(leave with {escape} x)\n");
     let last = converse(&args)?;
     // Our own host says in its last words how its guests, or its scenarios, went.
-    if settings.host == Host::Shim && !ended_well(&last) {
+    if is_halt(&last) || settings.host == Host::Shim && !ended_well(&last) {
         eprintln!("make run: the guests, or the host, did not end well");
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs QEMU with this terminal, passes its output on byte by byte, and gives the last line that is not empty.
+/// Runs QEMU with this terminal, passes its output on byte by byte, and gives the last line that is not empty. A machine
+/// that has halted is ended if nobody is there to do it.
 fn converse(args: &[String]) -> Result<String> {
     let mut qemu = Command::new(QEMU)
         .args(args)
@@ -133,14 +134,21 @@ fn converse(args: &[String]) -> Result<String> {
         .spawn()
         .context("cannot start QEMU: run `make setup`")?;
     let output = qemu.stdout.take().context("QEMU has no output")?;
-    let last = pass_on(output, &mut std::io::stdout().lock())?;
+    let attended = std::io::stdin().is_terminal();
+    let last = pass_on(output, &mut std::io::stdout().lock(), attended)?;
+    if !attended && is_halt(&last) {
+        // It may have ended all the same.
+        let _ = qemu.kill();
+        qemu.wait()?;
+        return Ok(last);
+    }
     let status = qemu.wait()?;
     ensure!(status.success(), "QEMU ended with {status}");
     Ok(last)
 }
 
-/// Copies until the end; gives the last line that is not empty.
-fn pass_on(mut from: impl Read, to: &mut impl Write) -> Result<String> {
+/// Copies until the end, or, unless it is `attended`, until EL2 has halted; gives the last line that is not empty.
+fn pass_on(mut from: impl Read, to: &mut impl Write, attended: bool) -> Result<String> {
     let (mut buffer, mut line, mut last) = ([0; 4096], Vec::new(), Vec::new());
     loop {
         let count = from.read(&mut buffer)?;
@@ -158,8 +166,16 @@ fn pass_on(mut from: impl Read, to: &mut impl Write) -> Result<String> {
                 line.clear();
             }
         }
+        if !attended && is_halt(&String::from_utf8_lossy(&last)) {
+            break;
+        }
     }
     Ok(String::from_utf8_lossy(&last).into_owned())
+}
+
+/// Whether this is the last line of a hypervisor that has halted: the machine would never end.
+fn is_halt(line: &str) -> bool {
+    line.trim() == verdict::HALTED
 }
 
 /// Whether this is the closing line of a host whose checks all passed: that its guests powered off is one of them.
@@ -404,9 +420,28 @@ mod tests {
     fn all_output_is_passed_on_and_the_last_line_kept() {
         let text = b"a\r\n\xff b\r\n2 passed, 0 failed\r\n\r\n";
         let mut out = Vec::new();
-        let last = pass_on(&text[..], &mut out).unwrap();
+        let last = pass_on(&text[..], &mut out, false).unwrap();
         assert_eq!(out, text);
         assert!(ended_well(&last), "{last}");
+    }
+
+    #[test]
+    fn a_halted_machine_is_waited_for_only_at_a_terminal() {
+        /// Says that it has halted, and fails the test's read if that is asked for more.
+        struct Halted(bool);
+        impl Read for Halted {
+            fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+                if std::mem::replace(&mut self.0, true) {
+                    return Err(std::io::ErrorKind::TimedOut.into());
+                }
+                let text = b"ravelin: PANIC\r\nravelin: halted\r\n";
+                buffer[..text.len()].copy_from_slice(text);
+                Ok(text.len())
+            }
+        }
+        let last = pass_on(Halted(false), &mut Vec::new(), false).unwrap();
+        assert!(is_halt(&last) && !ended_well(&last), "{last}");
+        assert!(pass_on(Halted(false), &mut Vec::new(), true).is_err());
     }
 
     #[test]

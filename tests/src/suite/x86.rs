@@ -1,5 +1,6 @@
 //! The x86 hypervisor on Bochs.
 
+use crate::process::{self, Reply, Run};
 use crate::runner::Scenario;
 use crate::verdict;
 use crate::x86::bochs::{LINUX_MEMORY, Machine, PENRYN, RYZEN, SANDY_BRIDGE, SKYLAKE};
@@ -13,10 +14,16 @@ const CHECKS: u32 = 43;
 /// Checks that the Linux guest makes.
 const LINUX_CHECKS: u32 = 7;
 
+/// Wall-clock limit of a boot of Linux.
+const LINUX_TIMEOUT: Duration = Duration::from_secs(400);
+/// Its shell's prompt.
+const PROMPT: &str = "/ # ";
+
 /// Every scenario's name begins with `x86/`.
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
         linux(),
+        shell(),
         checks(SKYLAKE, 4),
         checks(SKYLAKE, 2),
         checks(SKYLAKE, 1),
@@ -46,11 +53,43 @@ fn linux() -> Scenario {
     Scenario::new("x86/linux", |context| {
         let mut machine = Machine::new(SKYLAKE, 1, "run=linux");
         machine.memory = LINUX_MEMORY;
-        machine.timeout = Duration::from_secs(400);
+        machine.timeout = LINUX_TIMEOUT;
         let linux = Linux::prepare("selfcheck")?;
         let transcript = machine.run(context, &linux.files())?;
         verdict::line_with(&transcript, "ravelin: the guest stopped: ")?;
         verdict::closes(&transcript, LINUX_CHECKS)
+    })
+}
+
+/// What `make run-x86` starts, without a terminal: a shell that answers, `poweroff -f`, and status 0.
+fn shell() -> Scenario {
+    Scenario::new("x86/shell", |context| {
+        let reply = |cue: &str, send: &str| Reply {
+            cue: cue.into(),
+            send: send.into(),
+        };
+        let folder = context.folder.join("machine");
+        let transcript = process::run(&Run {
+            program: std::env::current_exe()?,
+            args: vec![
+                "x86-run".into(),
+                "--folder".into(),
+                folder.display().to_string(),
+            ],
+            timeout: LINUX_TIMEOUT * context.patience,
+            log: context.folder.join("console.log"),
+            replies: vec![
+                // Each line computes, so that what is typed is not taken for the answer.
+                reply(PROMPT, "echo I am $((6 * 7))\n"),
+                reply("I am 42", ""),
+                reply(PROMPT, "poweroff -f\n"),
+            ],
+            stop_at: Vec::new(),
+        })?;
+        verdict::no_alarm(&transcript)?;
+        verdict::line_with(&transcript, "I am 42")?;
+        verdict::line_with(&transcript, "ravelin: the guest stopped: Halted")?;
+        verdict::ended_well(&transcript)
     })
 }
 

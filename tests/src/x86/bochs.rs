@@ -3,13 +3,14 @@
 use super::disk::{self, File};
 use super::linux::Linux;
 use crate::files;
-use crate::process::{self, Reply, Run, Transcript};
+use crate::process::{self, Run, Transcript};
 use crate::runner::Context;
 use crate::verdict;
-use anyhow::Result;
-use std::io::IsTerminal;
+use anyhow::{Context as _, Result};
+use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::Duration;
 
 /// The CPU model with everything that the hypervisor can use.
@@ -48,8 +49,6 @@ pub struct Machine {
     pub arguments: String,
     /// Wall-clock limit.
     pub timeout: Duration,
-    /// What is typed on the console.
-    pub replies: Vec<Reply>,
 }
 
 impl Machine {
@@ -63,7 +62,6 @@ impl Machine {
             memory: 256,
             arguments: arguments.into(),
             timeout: Duration::from_secs(240),
-            replies: Vec::new(),
         }
     }
 
@@ -77,7 +75,7 @@ impl Machine {
             args: self.prepare(&context.folder, payload)?,
             timeout: self.timeout * context.patience,
             log: context.folder.join("console.log"),
-            replies: self.replies.clone(),
+            replies: Vec::new(),
             stop_at: vec![verdict::HALTED.into()],
         })
     }
@@ -133,25 +131,77 @@ impl Machine {
     }
 }
 
-/// Boots Linux in a VM with the terminal as its console; its `poweroff -f` ends the run.
+/// Boots Linux in a VM; its console is the terminal, or, where standard input is none, standard input and output. Its
+/// `poweroff -f` ends the run. The machine's files go into `folder`.
 ///
 /// # Errors
 /// Something is not built, or Bochs cannot be started.
-pub fn interactive(model: &str, cpus: u32) -> Result<ExitCode> {
+pub fn interactive(model: &str, cpus: u32, folder: &Path) -> Result<ExitCode> {
     let mut machine = Machine::new(model, cpus, "run=linux");
     machine.memory = LINUX_MEMORY;
-    if std::io::stdin().is_terminal() {
+    let files = Linux::prepare("")?;
+    let status = if std::io::stdin().is_terminal() {
         machine.line = "mode=term, dev=/dev/tty".into();
-    }
-    let linux = Linux::prepare("")?;
-    let folder = files::build("work/x86");
-    let arguments = machine.prepare(&folder, &linux.files())?;
-    let status = Command::new(SHELL).args(arguments).status()?;
+        let arguments = machine.prepare(folder, &files.files())?;
+        Command::new(SHELL).args(arguments).status()?
+    } else {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        machine.line = format!("mode=socket-client, dev={}", listener.local_addr()?);
+        converse(&machine.prepare(folder, &files.files())?, &listener)?
+    };
     Ok(if status.success() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Runs Bochs, which connects its serial line to us, and passes what comes and goes on byte by byte. What Bochs itself
+/// says stays out of it.
+fn converse(arguments: &[String], listener: &TcpListener) -> Result<ExitStatus> {
+    let mut bochs = Command::new(SHELL)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .context("cannot start Bochs: run `make setup`")?;
+    if let Some(mut line) = connected(listener, &mut bochs)? {
+        let mut keys = line.try_clone()?;
+        // Ends with the process: nothing else ends a read of standard input.
+        std::thread::spawn(move || std::io::copy(&mut std::io::stdin().lock(), &mut keys));
+        pass_on(&mut line, &mut std::io::stdout().lock())?;
+    }
+    Ok(bochs.wait()?)
+}
+
+/// The serial line, `None` if Bochs ends before it has one.
+fn connected(listener: &TcpListener, bochs: &mut Child) -> Result<Option<TcpStream>> {
+    listener.set_nonblocking(true)?;
+    loop {
+        match listener.accept() {
+            Ok((line, _)) => {
+                line.set_nonblocking(false)?;
+                return Ok(Some(line));
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error.into()),
+        }
+        if bochs.try_wait()?.is_some() {
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Copies until the end, and shows each piece as it comes.
+fn pass_on(from: &mut impl Read, to: &mut impl Write) -> Result<()> {
+    let mut buffer = [0; 4096];
+    // A Bochs that ends may reset the connection instead of closing it.
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        to.write_all(&buffer[..count])?;
+        to.flush()?;
+    }
+    Ok(())
 }
 
 /// A shell's arguments that become Bochs. No display is needed, nor used; Bochs's own messages do not mix with the

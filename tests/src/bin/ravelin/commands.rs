@@ -81,7 +81,10 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
             let file = files::read(&kernel, "run `make build-x86` first")?;
             report(&out, &kernel::unpack(&file)?)?;
         }
-        Command::X86Run { smp, cpu } => return bochs::interactive(&cpu, smp),
+        Command::X86Run { smp, cpu, folder } => {
+            let folder = folder.unwrap_or_else(|| files::build("work/x86"));
+            return bochs::interactive(&cpu, smp, &folder);
+        }
         Command::KernelImage { kernel, out } => {
             report(
                 &out,

@@ -51,6 +51,9 @@ enum Command {
         /// Bochs's name of the CPU
         #[arg(long, default_value = ravelin_tests::x86::bochs::SKYLAKE)]
         cpu: String,
+        /// Where its disk image goes (default: build/work/x86)
+        #[arg(long)]
+        folder: Option<PathBuf>,
     },
     /// Turn Debian's kernel file (raw, gzip or EFI zboot) into a raw arm64 Image
     KernelImage {
