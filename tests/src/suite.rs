@@ -3,7 +3,9 @@
 mod bad_input;
 mod dma;
 mod guests;
+mod left_out;
 mod linux;
+mod monitored;
 mod pci_disks;
 mod raspi4b;
 mod shim;

@@ -1,7 +1,7 @@
 //! QEMU's `virt`: every CPU with every interrupt controller.
 
 use super::vm_linux::{self, DEFAULT, Reset, Setting};
-use super::{bad_input, dma, guests, linux, shim};
+use super::{bad_input, dma, guests, left_out, linux, shim};
 use crate::device_tree::Damage;
 use crate::machine::{CPUS, Clock, Gic, Machine};
 use crate::payload::Payloads;
@@ -55,10 +55,10 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
         all.extend(guests::bare(&a76(gic, 4)));
     }
     all.extend(bad_inputs(payloads));
-    all.push(guests::too_big(&a76(Gic::V3, 2)));
-    all.push(guests::without_kernel(&a76(Gic::V3, 2)));
-    all.push(guests::without_iommu(&a76(Gic::V3, 2)));
-    all.push(guests::refused_functions(&a76(Gic::V2, 2)));
+    all.push(left_out::too_big(&a76(Gic::V3, 2)));
+    all.push(left_out::without_kernel(&a76(Gic::V3, 2)));
+    all.push(left_out::without_iommu(&a76(Gic::V3, 2)));
+    all.push(left_out::refused_functions(&a76(Gic::V2, 2)));
     all
 }
 
