@@ -30,5 +30,6 @@ pub mod smmu_trace;
 pub mod suite;
 pub mod symbolise;
 pub mod tcb;
+pub mod two_machines;
 pub mod verdict;
 pub mod x86;

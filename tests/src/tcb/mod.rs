@@ -13,8 +13,10 @@ mod source;
 
 use crate::{emulate, files};
 use anyhow::{Result, bail, ensure};
+pub(crate) use conditions::Conditions;
 use inventory::Use;
 use packages::Crate;
+pub(crate) use source::{SourceFile, code_lines};
 use std::path::PathBuf;
 
 /// A use of `unsafe` and its file, from the root of the tree.

@@ -44,9 +44,7 @@ impl SourceFile {
 
     /// How many lines hold code: no blank line, no comment, no documentation.
     pub(crate) fn code_lines(&self) -> usize {
-        let mut lines = BTreeSet::new();
-        collect_lines(self.syntax.to_token_stream(), &mut lines);
-        lines.len()
+        code_lines(self.syntax.to_token_stream())
     }
 
     /// Whether it has functions, which leave instructions in the image unless nothing there calls them.
@@ -230,6 +228,13 @@ fn outer_attributes(node: &impl ToTokens) -> Vec<Attribute> {
         Ok(attributes)
     };
     parser.parse2(node.to_token_stream()).unwrap_or_default()
+}
+
+/// How many lines hold code among these tokens, which are of one file.
+pub(crate) fn code_lines(tokens: TokenStream) -> usize {
+    let mut lines = BTreeSet::new();
+    collect_lines(tokens, &mut lines);
+    lines.len()
 }
 
 /// The lines that the tokens stand on. Documentation inside a macro is still there, as attributes.

@@ -11,7 +11,7 @@ use ravelin_tests::x86::disk::{self, File};
 use ravelin_tests::x86::kernel;
 use ravelin_tests::{
     bench_boot, bench_disk, bench_target, device_tree, files, fit, image, interactive,
-    kernel_image, map_svg, sdcard, suite, tcb,
+    kernel_image, map_svg, sdcard, suite, tcb, two_machines,
 };
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
@@ -109,6 +109,7 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Tcb { check: true } => tcb::check()?,
         Command::Tcb { check: false } => tcb::write()?,
+        Command::TwoMachines => two_machines::write()?,
         Command::Sdcard { board } => {
             println!("{}: see README.txt there", sdcard::write(board)?.display())
         }

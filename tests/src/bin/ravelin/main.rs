@@ -106,6 +106,8 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Count what both machines share on the paths that docs/two-machines.md lists, and write its figures
+    TwoMachines,
     /// Write the folder that goes onto a Raspberry Pi's SD card
     Sdcard {
         /// Which board
