@@ -8,6 +8,8 @@ mod assigned;
 mod console;
 mod devices;
 mod guest;
+mod life;
+mod ram;
 mod random;
 mod sched;
 
