@@ -3,6 +3,9 @@
 //! Each change prepares all that can fail, then takes the mmu lock exclusively, removes the old
 //! leaves, declares the new generation, and swaps the collection. A locked slot refuses
 //! everything but dirty logging under a read lock.
+//!
+//! In steps the first one does all of this for the slot's first pages, and each further one takes away
+//! the next (see `unfinished`).
 
 use stage2::{LeafAttrs, Perms};
 
@@ -13,7 +16,9 @@ use crate::frames::FrameSource;
 use crate::policy::MemTypePolicy;
 use crate::slot::{LockFlags, Memslot, SlotFlags, SlotId, SlotKind};
 use crate::slots::Memslots;
+use crate::steps::{Cost, Extent, Progress, repeat};
 use crate::table::{GuestTable, rewrite};
+use crate::unfinished::{Change, Unfinished};
 use crate::vm::{GuestMemory, Mmu, SlotTable, VmKind, slot_bytes};
 
 impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
@@ -27,6 +32,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         self.check_range(slot.range)?;
         self.check_flags(slot.flags)?;
         let mut slots = self.slots.write();
+        slots.unchanged()?;
         let next = slots.set.with(Memslot { lock: None, ..slot })?;
         let bitmap = Self::bitmap_for(&slot)?;
         let mut mmu = self.mmu.write();
@@ -43,17 +49,35 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// can't tell, since that number may have been another slot's a moment ago.
     ///
     /// # Errors
-    /// [`Error::NoSuchSlot`], [`Error::Locked`], or missing memory; nothing has changed then.
+    /// [`Error::NoSuchSlot`], [`Error::Locked`], [`Error::ChangeUnfinished`], or missing memory;
+    /// nothing has changed then.
     pub fn delete_slot(&self, id: SlotId) -> Result<Memslot, Error> {
-        self.check_id(id)?;
-        let mut slots = self.slots.write();
-        let slot = slots.unlocked(id)?;
-        let next = slots.set.without(id)?;
-        let mut mmu = self.mmu.write();
-        mmu.unmap(slot.range)?;
-        mmu.drop_bitmap(id);
-        mmu.commit(&mut slots, next);
-        Ok(slot)
+        self.leave_part(id, None, Extent::Whole)
+            .map(|(slot, _)| slot)
+    }
+
+    /// [`GuestMemory::delete_slot`] in steps, for as long as `go_on` allows; the same call continues
+    /// it, and it is the slot's end when this gives the slot. From the first step on it is none, but
+    /// its number and its place stay taken.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::delete_slot`], and [`Error::NeedTables`] to cut a block of 1 GiB; what earlier
+    /// calls have done stays then.
+    pub fn delete_in_steps(
+        &self,
+        id: SlotId,
+        go_on: impl FnMut() -> bool,
+    ) -> Result<Option<Memslot>, Error> {
+        let mut gone = None;
+        let step = || {
+            let part = self.leave_part(id, None, Extent::Step);
+            part.map(|(slot, progress)| {
+                gone = Some(slot);
+                progress
+            })
+        };
+        let progress = repeat(go_on, step)?;
+        Ok(gone.filter(|_| progress == Progress::Done))
     }
 
     /// Moves a slot to another place in the guest's address space.
@@ -61,34 +85,140 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// # Errors
     /// As [`GuestMemory::create_slot`] and [`GuestMemory::delete_slot`].
     pub fn move_slot(&self, id: SlotId, base: Gfn) -> Result<(), Error> {
+        self.leave_part(id, Some(base), Extent::Whole).map(drop)
+    }
+
+    /// [`GuestMemory::move_slot`] in steps, for as long as `go_on` allows; the same call continues it.
+    /// Meanwhile the slot is nowhere, and no vCPU enters.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::move_slot`] and [`GuestMemory::delete_in_steps`].
+    pub fn move_in_steps(
+        &self,
+        id: SlotId,
+        base: Gfn,
+        go_on: impl FnMut() -> bool,
+    ) -> Result<Progress, Error> {
+        repeat(go_on, || {
+            let part = self.leave_part(id, Some(base), Extent::Step);
+            part.map(|(_, progress)| progress)
+        })
+    }
+
+    /// A slot goes from its place, and to another one if `base` is there. Gives it as it was.
+    fn leave_part(
+        &self,
+        id: SlotId,
+        base: Option<Gfn>,
+        extent: Extent,
+    ) -> Result<(Memslot, Progress), Error> {
         self.check_id(id)?;
         let mut slots = self.slots.write();
-        let slot = slots.unlocked(id)?;
-        let npages = slot.range.npages();
+        let is_it = |change: &Change| match change {
+            Change::Leave { from, to } => from.id == id && to.map(|to| to.range.start()) == base,
+            _ => false,
+        };
+        let resumed = slots.resumes(is_it)?;
+        let (from, to) = match slots.unfinished.map(|u| u.change) {
+            Some(Change::Leave { from, to }) => (from, to),
+            _ => self.departure(&slots, id, base)?,
+        };
+        let end = from.range.end();
+        let rest = GfnRange::new(resumed.unwrap_or(from.range.start().get()), end);
+        let rest = rest.ok_or(Error::ChangeUnfinished)?;
+        let part = self.mmu.read().first(rest, extent);
+        let is_last = part.end() == end;
+        // All that can fail comes first; only cutting a block can behind this.
+        let next = match (resumed.is_some(), is_last, to) {
+            (false, true, Some(to)) => Some(slots.set.replacing(to)?),
+            (false, ..) => Some(slots.set.without(id)?),
+            (true, true, Some(to)) => Some(slots.set.with(to)?),
+            (true, ..) => None,
+        };
+        let mut mmu = self.mmu.write();
+        mmu.unmap_first(part, extent)?;
+        if is_last && extent == Extent::Step {
+            // The tables above, and nothing else.
+            mmu.unmap(from.range)?;
+        }
+        if to.is_none() {
+            mmu.drop_bitmap(id);
+        }
+        if let Some(next) = next {
+            mmu.commit(&mut slots, next);
+        }
+        let change = Change::Leave { from, to };
+        let at = part.end();
+        slots.unfinished = (!is_last).then_some(Unfinished { change, at });
+        self.pending.replace(slots.work());
+        let progress = if is_last {
+            Progress::Done
+        } else {
+            Progress::More
+        };
+        Ok((from, progress))
+    }
+
+    /// A slot that may leave, as it is and as it will be.
+    fn departure(
+        &self,
+        slots: &SlotTable,
+        id: SlotId,
+        base: Option<Gfn>,
+    ) -> Result<(Memslot, Option<Memslot>), Error> {
+        let from = slots.unlocked(id)?;
+        let Some(base) = base else {
+            return Ok((from, None));
+        };
+        let npages = from.range.npages();
         let range = GfnRange::from_base(base, npages).ok_or(Error::BadRange {
             base: base.get(),
             npages,
         })?;
         self.check_range(range)?;
-        let next = slots.set.replacing(Memslot { range, ..slot })?;
-        let mut mmu = self.mmu.write();
-        mmu.unmap(slot.range)?;
-        mmu.commit(&mut slots, next);
-        Ok(())
+        let to = Memslot { range, ..from };
+        match slots.set.overlapping_but(range, id) {
+            Some(other) => Err(Error::Overlap(other.id)),
+            None => Ok((from, Some(to))),
+        }
     }
 
     /// Changes a slot's flags; only dirty logging can change.
     ///
     /// # Errors
     /// [`Error::ImmutableFlags`] for others, [`Error::Locked`] for a slot locked for writing,
-    /// [`Error::RefusedForProtected`], or missing memory; nothing has changed then.
+    /// [`Error::RefusedForProtected`], [`Error::ChangeUnfinished`], or missing memory; nothing has
+    /// changed then.
     pub fn set_slot_flags(&self, id: SlotId, flags: SlotFlags) -> Result<(), Error> {
+        self.flags_part(id, flags, Extent::Whole).map(drop)
+    }
+
+    /// [`GuestMemory::set_slot_flags`] in steps, for as long as `go_on` allows; the same call continues
+    /// it, and the old flags take it back. The log is read when it is done.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::set_slot_flags`], and [`Error::NeedTables`] to cut a block of 1 GiB; what
+    /// earlier calls have done stays then.
+    pub fn set_flags_in_steps(
+        &self,
+        id: SlotId,
+        flags: SlotFlags,
+        go_on: impl FnMut() -> bool,
+    ) -> Result<Progress, Error> {
+        repeat(go_on, || self.flags_part(id, flags, Extent::Step))
+    }
+
+    fn flags_part(&self, id: SlotId, flags: SlotFlags, extent: Extent) -> Result<Progress, Error> {
         self.check_id(id)?;
         let mut slots = self.slots.write();
+        let resumed = slots.resumes(|change| *change == Change::Log(id))?;
         let old = *slots.set.get(id).ok_or(Error::NoSuchSlot(id))?;
         let changed = old.flags ^ flags;
         if changed.is_empty() {
-            return Ok(());
+            return match resumed {
+                Some(at) => self.log_part(&mut slots, (&old, at), None, extent),
+                None => Ok(Progress::Done),
+            };
         }
         if !SlotFlags::MUTABLE.contains(changed) {
             // A locked slot refuses every flag change, whatever the flag.
@@ -106,27 +236,62 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if old.kind == SlotKind::Mmio {
             return Err(Error::BadBits(flags.bits().into()));
         }
-        self.switch_logging(&mut slots, Memslot { flags, ..old })
+        self.switch_logging(&mut slots, Memslot { flags, ..old }, extent)
+    }
+
+    fn switch_logging(
+        &self,
+        slots: &mut SlotTable,
+        new: Memslot,
+        extent: Extent,
+    ) -> Result<Progress, Error> {
+        let next = slots.set.replacing(new)?;
+        if let Some(bitmap) = Self::bitmap_for(&new)? {
+            let start = new.range.start().get();
+            return self.log_part(slots, (&new, start), Some((next, bitmap)), extent);
+        }
+        let mut mmu = self.mmu.write();
+        mmu.drop_bitmap(new.id);
+        mmu.commit(slots, next);
+        slots.unfinished = None;
+        Ok(Progress::Done)
     }
 
     /// Logging on: no leaf stays writable. On demand the leaves go, so that blocks become pages;
-    /// notes stay. A read-locked slot has pages already and keeps them.
-    fn switch_logging(&self, slots: &mut SlotTable, new: Memslot) -> Result<(), Error> {
-        let next = slots.set.replacing(new)?;
-        let bitmap = Self::bitmap_for(&new)?;
-        let starts = bitmap.is_some();
+    /// notes stay. A read-locked slot has pages already and keeps them. What is faulted in from the
+    /// first step on is logged.
+    fn log_part(
+        &self,
+        slots: &mut SlotTable,
+        (slot, at): (&Memslot, u64),
+        begins: Option<(Memslots, DirtyBitmap)>,
+        extent: Extent,
+    ) -> Result<Progress, Error> {
+        let rest = GfnRange::new(at, slot.range.end()).ok_or(Error::ChangeUnfinished)?;
         let mut mmu = self.mmu.write();
-        if starts {
+        if begins.is_some() {
             mmu.reserve_bitmap()?;
-            match new.lock {
-                Some(_) => mmu.write_protect(new.range)?,
-                None => mmu.zap(new.range)?,
-            }
         }
-        mmu.drop_bitmap(new.id);
-        mmu.set_bitmap(new.id, bitmap)?;
-        mmu.commit(slots, next);
-        Ok(())
+        let part = match slot.lock {
+            Some(_) => extent.first(rest, Cost::Maintenance),
+            None => mmu.first(rest, extent),
+        };
+        match slot.lock {
+            Some(_) => mmu.write_protect(part)?,
+            None => mmu.zap_first(part)?,
+        }
+        if let Some((next, bitmap)) = begins {
+            mmu.set_bitmap(slot.id, Some(bitmap))?;
+            mmu.commit(slots, next);
+        }
+        let (change, at) = (Change::Log(slot.id), part.end());
+        let is_last = at == slot.range.end();
+        slots.unfinished = (!is_last).then_some(Unfinished { change, at });
+        Ok(if is_last {
+            Progress::Done
+        } else {
+            Progress::More
+        })
     }
 
     /// Hands out the dirty bits of a slot and starts over: its pages are read-only again when
@@ -137,6 +302,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// words that are needed; no bit is lost then.
     pub fn take_dirty_log(&self, id: SlotId, words: &mut [u64]) -> Result<(), Error> {
         let slots = self.slots.read();
+        slots.unchanged()?;
         let slot = *slots.set.get(id).ok_or(Error::NoSuchSlot(id))?;
         let mut mmu = self.mmu.write();
         let bitmap = mmu.bitmap(id).ok_or(Error::NotLogging(id))?;
@@ -156,6 +322,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// words for a word that the slot does not have.
     pub fn take_dirty_word(&self, id: SlotId, at: u64) -> Result<u64, Error> {
         let slots = self.slots.read();
+        slots.unchanged()?;
         let slot = *slots.set.get(id).ok_or(Error::NoSuchSlot(id))?;
         let mut mmu = self.mmu.write();
         let words = mmu.bitmap(id).ok_or(Error::NotLogging(id))?.len();
@@ -172,6 +339,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     pub fn host_unmap(&self, range: GfnRange) -> Result<(), Error> {
         self.check_range(range)?;
         let slots = self.slots.read();
+        slots.unchanged()?;
         let mut touched = slots
             .set
             .iter()

@@ -19,13 +19,16 @@
 
 use stage2::{Ipa, IpaRange, LeafAttrs, PaRange};
 
+use crate::addr::GfnRange;
 use crate::error::Error;
 use crate::frames::FrameSource;
 use crate::gate::ClosedGate;
 use crate::noncoherent::{Edge, NoncoherentDma};
 use crate::policy::MemTypePolicy;
 use crate::slot::{Memslot, SlotFlags, SlotKind};
+use crate::steps::{Cost, Extent, Progress, repeat};
 use crate::table::{GuestTable, behind, rewrite};
+use crate::unfinished::{Change, Unfinished};
 use crate::vm::{GuestMemory, Mmu, SlotTable, slot_bytes};
 
 /// Whether a device sees the CPUs' caches.
@@ -38,8 +41,8 @@ pub enum Dma {
 }
 
 /// Direction of a change of the count.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Change {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
     Register,
     Unregister,
 }
@@ -52,20 +55,28 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// For a device that does not snoop: [`Error::InUse`] while a root is exported whose types
     /// would change, or while other devices keep locked slots from being rewritten; [`Error::VcpuRunning`] if locked
     /// slots must be rewritten and a vCPU is inside; [`Error::NonCoherent`] if a locked slot's
-    /// type would depend on a vCPU. For any: [`Error::Unfinished`] while a slot is locked in part.
-    /// The count has not changed then.
+    /// type would depend on a vCPU. For any: [`Error::Unfinished`] while a slot is locked in part,
+    /// [`Error::ChangeUnfinished`] during another change. The count has not changed then.
     pub fn register_device(&self, dma: Dma) -> Result<Edge, Error> {
-        let mut slots = self.slots.write();
-        slots.finished()?;
-        self.clean_for_device(&slots);
-        match dma {
-            Dma::NonSnooping => self.change_count(&mut slots, Change::Register),
-            Dma::Snooping => {
-                let mut mmu = self.mmu.write();
-                mmu.snooping = mmu.snooping.checked_add(1).ok_or(Error::CountUnbalanced)?;
-                Ok(Edge::None)
-            }
-        }
+        self.device_part(dma, Direction::Register, Extent::Whole)
+            .map(|(edge, _)| edge)
+    }
+
+    /// [`GuestMemory::register_device`] in steps, for as long as `go_on` allows; the same call
+    /// continues it. The device is admitted when it is done; while types change no vCPU enters.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::register_device`], and [`Error::NeedTables`] to cut a block of 1 GiB; what
+    /// earlier calls have done stays then.
+    pub fn register_in_steps(
+        &self,
+        dma: Dma,
+        go_on: impl FnMut() -> bool,
+    ) -> Result<Progress, Error> {
+        repeat(go_on, || {
+            let part = self.device_part(dma, Direction::Register, Extent::Step);
+            part.map(|(_, progress)| progress)
+        })
     }
 
     /// Removes a device. It no longer accesses memory, and its accesses in flight have drained.
@@ -73,16 +84,23 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// # Errors
     /// [`Error::CountUnbalanced`] if there is none, and as [`GuestMemory::register_device`].
     pub fn unregister_device(&self, dma: Dma) -> Result<Edge, Error> {
-        let mut slots = self.slots.write();
-        slots.finished()?;
-        match dma {
-            Dma::NonSnooping => self.change_count(&mut slots, Change::Unregister),
-            Dma::Snooping => {
-                let mut mmu = self.mmu.write();
-                mmu.snooping = mmu.snooping.checked_sub(1).ok_or(Error::CountUnbalanced)?;
-                Ok(Edge::None)
-            }
-        }
+        self.device_part(dma, Direction::Unregister, Extent::Whole)
+            .map(|(edge, _)| edge)
+    }
+
+    /// [`GuestMemory::unregister_device`] in steps, as [`GuestMemory::register_in_steps`].
+    ///
+    /// # Errors
+    /// As both.
+    pub fn unregister_in_steps(
+        &self,
+        dma: Dma,
+        go_on: impl FnMut() -> bool,
+    ) -> Result<Progress, Error> {
+        repeat(go_on, || {
+            let part = self.device_part(dma, Direction::Unregister, Extent::Step);
+            part.map(|(_, progress)| progress)
+        })
     }
 
     /// Admits an importer of the VM's page table: what is pending is cleaned first, and stays
@@ -96,8 +114,32 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         export: impl FnOnce(&mut T) -> Result<R, Error>,
     ) -> Result<R, Error> {
         let slots = self.slots.write();
+        slots.unchanged()?;
         slots.finished()?;
         self.clean_for_device(&slots);
+        self.import(&slots, export)
+    }
+
+    /// The same for an importer that is a device which has just been registered: what was pending has
+    /// been cleaned for it.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::attach_importer`].
+    pub fn attach_registered<R>(
+        &self,
+        export: impl FnOnce(&mut T) -> Result<R, Error>,
+    ) -> Result<R, Error> {
+        let slots = self.slots.write();
+        slots.unchanged()?;
+        slots.finished()?;
+        self.import(&slots, export)
+    }
+
+    fn import<R>(
+        &self,
+        slots: &SlotTable,
+        export: impl FnOnce(&mut T) -> Result<R, Error>,
+    ) -> Result<R, Error> {
         let mut mmu = self.mmu.write();
         let flagged = slots
             .set
@@ -136,28 +178,100 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         Ok(released)
     }
 
-    fn change_count(&self, slots: &mut SlotTable, change: Change) -> Result<Edge, Error> {
+    /// The next part of a device's coming or going: first what is pending is cleaned, for one that
+    /// comes; then it counts; then the types follow.
+    fn device_part(
+        &self,
+        dma: Dma,
+        way: Direction,
+        extent: Extent,
+    ) -> Result<(Edge, Progress), Error> {
+        if (dma, way) == (Dma::Snooping, Direction::Unregister) {
+            // Nothing follows from it: it may come at any time.
+            let mut mmu = self.mmu.write();
+            mmu.snooping = mmu.snooping.checked_sub(1).ok_or(Error::CountUnbalanced)?;
+            return Ok((Edge::None, Progress::Done));
+        }
+        let mut slots = self.slots.write();
+        let is_it = |change: &Change| match *change {
+            Change::Clean(of, what) | Change::Types(of, what, _) => (of, what) == (dma, way),
+            _ => false,
+        };
+        let mut at = match slots.resumes(is_it)? {
+            Some(at) => at,
+            None => slots.finished().map(|()| 0)?,
+        };
+        if let Some(Change::Types(_, _, edge)) = slots.unfinished.map(|u| u.change) {
+            return self.follow(&mut slots, (dma, way, edge), at, extent);
+        }
+        while let Some(next) = (way == Direction::Register)
+            .then(|| self.clean_part(&slots, at, extent))
+            .flatten()
+        {
+            at = next;
+            if extent == Extent::Step {
+                let change = Change::Clean(dma, way);
+                slots.unfinished = Some(Unfinished { change, at });
+                return Ok((Edge::None, Progress::More));
+            }
+        }
+        // It counts now, or nothing of it is left.
+        slots.unfinished = None;
+        match dma {
+            Dma::NonSnooping => self.change_count(&mut slots, way, extent),
+            Dma::Snooping => {
+                let mut mmu = self.mmu.write();
+                mmu.snooping = mmu.snooping.checked_add(1).ok_or(Error::CountUnbalanced)?;
+                Ok((Edge::None, Progress::Done))
+            }
+        }
+    }
+
+    fn change_count(
+        &self,
+        slots: &mut SlotTable,
+        way: Direction,
+        extent: Extent,
+    ) -> Result<(Edge, Progress), Error> {
         let mut mmu = self.mmu.write();
-        if change == Change::Register && mmu.importers > 0 && self.policy.asks_vcpu() {
+        if way == Direction::Register && mmu.importers > 0 && self.policy.asks_vcpu() {
             return Err(Error::InUse(mmu.importers));
         }
-        let mut next = NoncoherentDma::with_count(mmu.noncoherent.count());
-        let edge = match change {
-            Change::Register => next.register()?,
-            Change::Unregister => next.unregister()?,
+        let before = mmu.noncoherent.count();
+        let mut next = NoncoherentDma::with_count(before);
+        let edge = match way {
+            Direction::Register => next.register()?,
+            Direction::Unregister => next.unregister()?,
         };
         if edge == Edge::None || !self.policy.depends_on_noncoherent_dma() {
             mmu.noncoherent = next;
-            return Ok(edge);
+            return Ok((edge, Progress::Done));
         }
         if mmu.importers > 0 {
             return Err(Error::InUse(mmu.importers));
         }
         let _closed = self.prepare_edge(slots, &mmu, next.any())?;
         mmu.noncoherent = next;
-        self.apply_edge(slots, &mut mmu)?;
-        self.count(|c| c.edges += 1);
-        Ok(edge)
+        let what = (Dma::NonSnooping, way, edge);
+        let followed = self.apply_edge(slots, &mut mmu, what, 0, extent);
+        if followed.is_err() {
+            // The first step lacked tables, and has changed nothing.
+            mmu.noncoherent = NoncoherentDma::with_count(before);
+        }
+        followed
+    }
+
+    /// The types go on to follow the count.
+    fn follow(
+        &self,
+        slots: &mut SlotTable,
+        what: (Dma, Direction, Edge),
+        at: u64,
+        extent: Extent,
+    ) -> Result<(Edge, Progress), Error> {
+        let mut mmu = self.mmu.write();
+        let _closed = self.prepare_edge(slots, &mmu, mmu.noncoherent.any())?;
+        self.apply_edge(slots, &mut mmu, what, at, extent)
     }
 
     /// Everything that can refuse an edge. Rewriting locked slots needs the vCPUs out: they
@@ -182,48 +296,90 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         self.gate.close().map(Some)
     }
 
-    fn apply_edge(&self, slots: &mut SlotTable, mmu: &mut Mmu<T>) -> Result<(), Error> {
-        let noncoherent = mmu.noncoherent.any();
-        let SlotTable { set, locked } = slots;
-        for slot in set.iter().filter(|s| follows_count(s)) {
-            let range = slot_bytes(slot.range)?;
-            if slot.lock.is_none() {
-                self.zap_with_maintenance(mmu, range)?;
-                continue;
-            }
-            let leaf = self.locked_type(slot, noncoherent)?;
-            let (mem, combine) = self.policy.encode(leaf);
-            rewrite(&mut mmu.table, range, |attrs| LeafAttrs {
-                mem,
-                combine,
-                ..attrs
-            })?;
-            // The host may write between this and the next run, as between lock and first run.
-            if let Some(entry) = locked.iter_mut().find(|l| l.id == slot.id) {
-                entry.owe(self.flush_work(leaf));
+    /// The types of slots from frame `at` on follow the count: in one go, or those of the next part.
+    fn apply_edge(
+        &self,
+        slots: &mut SlotTable,
+        mmu: &mut Mmu<T>,
+        (dma, way, edge): (Dma, Direction, Edge),
+        mut at: u64,
+        extent: Extent,
+    ) -> Result<(Edge, Progress), Error> {
+        while let Some((slot, rest)) = slots.next_of(at, follows_count) {
+            let part = match slot.lock {
+                None => {
+                    let part = extent.first(rest, Cost::Maintenance);
+                    self.zap_with_maintenance(mmu, part)?;
+                    part
+                }
+                Some(_) => self.rewrite_locked(slots, mmu, &slot, rest, extent)?,
+            };
+            at = part.end();
+            if extent == Extent::Step {
+                let change = Change::Types(dma, way, edge);
+                slots.unfinished = Some(Unfinished { change, at });
+                self.pending.replace(slots.work());
+                return Ok((edge, Progress::More));
             }
         }
-        self.pending.publish(slots.work());
-        Ok(())
+        slots.unfinished = None;
+        self.pending.replace(slots.work());
+        self.count(|c| c.edges += 1);
+        Ok((edge, Progress::Done))
+    }
+
+    /// A locked slot's leaves change in place, the first part of `rest`; a block of 1 GiB, which stays
+    /// one mapping, in one go.
+    fn rewrite_locked(
+        &self,
+        slots: &mut SlotTable,
+        mmu: &mut Mmu<T>,
+        slot: &Memslot,
+        rest: GfnRange,
+        extent: Extent,
+    ) -> Result<GfnRange, Error> {
+        let small = extent.first(rest, Cost::Maintenance);
+        let part = if mmu.would_cut(small)? {
+            extent.first(rest, Cost::Blocks)
+        } else {
+            small
+        };
+        let leaf = self.locked_type(slot, mmu.noncoherent.any())?;
+        let (mem, combine) = self.policy.encode(leaf);
+        rewrite(&mut mmu.table, slot_bytes(part)?, |attrs| LeafAttrs {
+            mem,
+            combine,
+            ..attrs
+        })?;
+        // The host may write between this and the next run, as between lock and first run.
+        if let Some(entry) = slots.locked_mut(slot.id) {
+            entry.owe(self.flush_work(leaf));
+        }
+        Ok(part)
     }
 
     /// Removes the leaves of a range, then cleans and invalidates what they mapped, except
     /// where the removal has done so.
-    fn zap_with_maintenance(&self, mmu: &mut Mmu<T>, range: IpaRange) -> Result<(), Error> {
+    fn zap_with_maintenance(&self, mmu: &mut Mmu<T>, part: GfnRange) -> Result<(), Error> {
         if !self
             .policy
             .needs_maintenance(crate::policy::LeafType::HonourGuest)
         {
-            return Ok(mmu.table.zap(range)?);
+            return mmu.zap_part(part);
         }
-        let mut rest = Some(range);
+        let cuts = mmu.would_cut(part)?;
+        let mut rest = Some(slot_bytes(part)?);
         while let Some(range) = rest {
             let mut memory: [Option<PaRange>; BATCH] = [None; BATCH];
             let end = gather(&mmu.table, range, &mut memory);
             rest = behind(range, end);
             let size = end.get() - range.start().get();
-            let part = IpaRange::new(range.start(), size).map_err(stage2::MapError::from)?;
-            mmu.table.zap(part)?;
+            let gone = IpaRange::new(range.start(), size).map_err(stage2::MapError::from)?;
+            if cuts {
+                mmu.table.unmap(gone)?;
+            } else {
+                mmu.table.zap(gone)?;
+            }
             memory
                 .into_iter()
                 .flatten()

@@ -72,6 +72,9 @@ pub enum Error {
     /// A call has locked or unlocked part of the slot: repeat that call first.
     #[error("slot {0:?} is locked in part")]
     Unfinished(SlotId),
+    /// A slot, a reset or a device has changed part of the memory: repeat that call first.
+    #[error("a change of the memory is not complete")]
+    ChangeUnfinished,
     /// The slot is not locked.
     #[error("slot {0:?} is not locked")]
     NotLocked(SlotId),
@@ -147,6 +150,7 @@ impl Error {
             Self::VcpuRunning
             | Self::Locked(_)
             | Self::Unfinished(_)
+            | Self::ChangeUnfinished
             | Self::InUse(_)
             | Self::Export(ExportError::Busy | ExportError::Full | ExportError::Imported(_)) => {
                 K::Busy

@@ -79,8 +79,9 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// maps other frames than its source says. Nothing has changed after an error.
     pub fn handle_fault(&self, fault: &Stage2Fault, vcpu: &P::Vcpu) -> Result<FaultOutcome, Error> {
         let gfn = fault.ipa.frame();
-        let Some((slot, generation)) = self.find_slot(gfn) else {
-            return Ok(FaultOutcome::Mmio);
+        let (slot, generation) = match self.look_up(gfn) {
+            Ok(found) => found,
+            Err(outcome) => return Ok(outcome),
         };
         match (fault.access, slot.kind) {
             (Access::Write, _) if !slot.is_writable() => return Ok(FaultOutcome::Mmio),
@@ -102,6 +103,16 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             return Ok(FaultOutcome::Retry);
         }
         self.install(&mmu, &slot, (gfn, fault.access), run, vcpu)
+    }
+
+    /// The slot that holds `gfn` and the generation of the slots; or what a guest meets without one.
+    fn look_up(&self, gfn: Gfn) -> Result<(Memslot, u64), FaultOutcome> {
+        let slots = self.slots.read();
+        match slots.set.find(gfn) {
+            Some(slot) => Ok((*slot, slots.set.generation())),
+            None if slots.is_moving(gfn) => Err(FaultOutcome::Retry),
+            None => Err(FaultOutcome::Mmio),
+        }
     }
 
     /// Installs the leaf; the mmu lock is held, and the slot is current.

@@ -6,7 +6,7 @@ use stage2::{IpaRange, PaRange};
 use crate::addr::GfnRange;
 use crate::frames::FrameSource;
 use crate::policy::MemTypePolicy;
-use crate::slot::SlotKind;
+use crate::slot::{Memslot, SlotKind};
 use crate::steps::{Cost, Extent, Progress};
 use crate::table::{GuestTable, LeafRun, behind};
 use crate::toggle::Flush;
@@ -84,8 +84,12 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// The first RAM in a slot at or behind frame `from`.
     fn first_ram(&self, from: u64) -> Option<GfnRange> {
         let slots = self.slots.read();
-        let mut ram = slots.set.iter().filter(|s| s.kind == SlotKind::Ram);
-        ram.find_map(|s| GfnRange::new(s.range.start().get().max(from), s.range.end()))
+        // What a slot leaves behind is mapped until it is taken away.
+        let all = slots.set.iter().chain(slots.leaving());
+        let ram = all.filter(|s| s.kind == SlotKind::Ram);
+        let behind = |s: &Memslot| GfnRange::new(s.range.start().get().max(from), s.range.end());
+        ram.filter_map(behind)
+            .min_by_key(|range| range.start().get())
     }
 
     /// Data maintenance of the leaves that need it, by their attribute.

@@ -48,6 +48,7 @@ pub mod table;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod toggle;
+mod unfinished;
 pub mod vm;
 pub mod withhold;
 #[cfg(feature = "x86")]

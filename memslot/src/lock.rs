@@ -30,6 +30,7 @@ use crate::policy::{LeafType, MemTypePolicy, TypeQuery};
 use crate::slot::{LockFlags, LockGranule, Memslot, SlotFlags, SlotId, SlotLock};
 use crate::steps::{Cost, Extent, Progress, repeat};
 use crate::table::{GuestTable, bytes};
+use crate::unfinished::Change;
 use crate::vm::{GuestMemory, Locked, Mmu, SlotTable, slot_bytes};
 
 /// A decoded lock hypercall.
@@ -126,7 +127,7 @@ pub enum LockState {
     LockedClean,
     /// Mapped and pinned, kept across a reset; maintenance is pending.
     LockedReset,
-    /// A call has locked or unlocked part of it.
+    /// A call has locked, unlocked, deleted, moved or begun to log part of it.
     Unfinished,
 }
 
@@ -163,6 +164,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         }
         let _closed = self.gate.close()?;
         let mut slots = self.slots.write();
+        slots.unchanged()?;
         let (slot, rest) = lockable(&slots, request)?;
         let begins = slot.lock.is_none();
         let npages = slot.range.npages();
@@ -296,6 +298,14 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     #[must_use]
     pub fn lock_state(&self, id: SlotId) -> Option<LockState> {
         let slots = self.slots.read();
+        let changes = match slots.unfinished.map(|u| u.change) {
+            Some(Change::Leave { from, .. }) => from.id == id,
+            Some(Change::Log(log)) => log == id,
+            _ => false,
+        };
+        if changes {
+            return Some(LockState::Unfinished);
+        }
         slots.set.get(id)?;
         let locked = slots.locked(id);
         if locked.is_some_and(|l| l.unmapped().is_some()) {
@@ -318,10 +328,11 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         let _closed = self.gate.close()?;
         let mut slots = self.slots.write();
         let mut mmu = self.mmu.write();
-        for slot in slots.set.iter() {
+        for slot in slots.set.iter().chain(slots.leaving()) {
             mmu.unmap(slot.range)?;
         }
         drop(mmu);
+        slots.unfinished = None;
         while let Some(id) = slots.locked.last().map(|l| l.id) {
             let _: Progress = self.unlock_one(&mut slots, id, Extent::Whole)?;
         }
@@ -334,6 +345,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         id: SlotId,
         extent: Extent,
     ) -> Result<Progress, Error> {
+        slots.unchanged()?;
         let slot = *slots.set.get(id).ok_or(Error::NoSuchSlot(id))?;
         let lock = slot.lock.ok_or(Error::NotLocked(id))?;
         let mut mmu = self.mmu.write();

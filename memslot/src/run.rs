@@ -6,10 +6,11 @@ use crate::frames::FrameSource;
 use crate::gate::RunPass;
 use crate::pending::Work;
 use crate::policy::{MemTypePolicy, TypeQuery};
-use crate::slot::SlotKind;
-use crate::steps::{Cost, Extent, Progress};
+use crate::slot::{Memslot, SlotKind};
+use crate::steps::{Cost, Extent, Progress, repeat};
 use crate::table::GuestTable;
-use crate::vm::{GuestMemory, Locked, SlotTable, slot_bytes};
+use crate::unfinished::{Change, Unfinished};
+use crate::vm::{GuestMemory, SlotTable, slot_bytes};
 
 impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// Lets a vCPU into the guest, after all pending work.
@@ -59,7 +60,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         slots: &mut SlotTable,
         mut go_on: impl FnMut() -> bool,
     ) -> Result<Progress, Error> {
-        slots.finished()?;
+        slots.may_enter()?;
         if slots.work().is_empty() {
             return Ok(Progress::Done);
         }
@@ -91,18 +92,26 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// waits for the first run of a vCPU would come too late for it. It stays pending, because
     /// the host may go on writing until that run.
     pub(crate) fn clean_for_device(&self, slots: &SlotTable) {
-        let dirty = |l: &&Locked| l.work.contains(Work::FLUSH_DCACHE);
-        let mut flushed = 0;
-        for locked in slots.locked.iter().filter(dirty) {
-            self.maintain(locked.range, Work::FLUSH_DCACHE);
-            flushed += 1;
+        let mut at = 0;
+        while let Some(next) = self.clean_part(slots, at, Extent::Whole) {
+            at = next;
         }
-        if flushed > 0 {
-            self.count(|c| {
-                c.pending_runs += 1;
-                c.slots_flushed += flushed;
-            });
-        }
+    }
+
+    /// The next part of that; how far it is now.
+    pub(crate) fn clean_part(&self, slots: &SlotTable, at: u64, extent: Extent) -> Option<u64> {
+        let is_dirty = |slot: &Memslot| {
+            let locked = slots.locked(slot.id);
+            locked.is_some_and(|l| l.work.contains(Work::FLUSH_DCACHE))
+        };
+        let (slot, rest) = slots.next_of(at, is_dirty)?;
+        let part = extent.first(rest, Cost::Maintenance);
+        self.maintain(part, Work::FLUSH_DCACHE);
+        self.count(|c| {
+            c.pending_runs += u64::from(at == 0);
+            c.slots_flushed += u64::from(part.end() == slot.range.end());
+        });
+        Some(part.end())
     }
 
     /// Does work of some frames.
@@ -122,18 +131,49 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// Not for a single vCPU that is turned off and on again: that resets registers only.
     ///
     /// # Errors
-    /// [`Error::VcpuRunning`]; [`Error::Unfinished`] while a slot is locked in part; or the page
-    /// table's, which emptying whole slots does not meet.
+    /// [`Error::VcpuRunning`]; [`Error::Unfinished`] while a slot is locked in part, and
+    /// [`Error::ChangeUnfinished`] during another change.
     pub fn reset(&self) -> Result<(), Error> {
+        self.reset_part(Extent::Whole).map(|_| ())
+    }
+
+    /// [`GuestMemory::reset`] in steps, for as long as `go_on` allows; the same call continues it. No
+    /// vCPU enters before it is done.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::reset`], and [`Error::NeedTables`] to cut a block of 1 GiB.
+    pub fn reset_in_steps(&self, go_on: impl FnMut() -> bool) -> Result<Progress, Error> {
+        repeat(go_on, || self.reset_part(Extent::Step))
+    }
+
+    fn reset_part(&self, extent: Extent) -> Result<Progress, Error> {
         let _closed = self.gate.close()?;
         let mut slots = self.slots.write();
-        slots.finished()?;
-        let mmu = self.mmu.write();
-        for slot in slots.set.iter().filter(|s| s.lock.is_none()) {
-            mmu.zap(slot.range)?;
+        let mut at = match slots.resumes(|change| *change == Change::Reset)? {
+            Some(at) => at,
+            None => slots.finished().map(|()| 0)?,
+        };
+        let mut mmu = self.mmu.write();
+        while let Some((_, rest)) = slots.next_of(at, |slot| slot.lock.is_none()) {
+            let part = mmu.first(rest, extent);
+            mmu.zap_first(part)?;
+            at = part.end();
+            if extent == Extent::Step {
+                let change = Change::Reset;
+                slots.unfinished = Some(Unfinished { change, at });
+                self.pending.replace(slots.work());
+                return Ok(Progress::More);
+            }
         }
         let noncoherent = mmu.noncoherent.any();
-        let SlotTable { set, locked } = &mut *slots;
+        self.owe_after_reset(&mut slots, noncoherent);
+        slots.unfinished = None;
+        self.pending.replace(slots.work());
+        Ok(Progress::Done)
+    }
+
+    fn owe_after_reset(&self, slots: &mut SlotTable, noncoherent: bool) {
+        let SlotTable { set, locked, .. } = slots;
         for locked in locked {
             let Some(slot) = set.get(locked.id).filter(|s| s.kind == SlotKind::Ram) else {
                 continue;
@@ -145,7 +185,5 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
                 .map_or(Work::FLUSH_DCACHE, |t| self.flush_work(t));
             locked.owe(flush | Work::INVAL_ICACHE);
         }
-        self.pending.publish(slots.work());
-        Ok(())
     }
 }

@@ -32,7 +32,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// # Errors
     /// [`Error::Unshared`] if one of them was taken back before, [`Error::NeedTables`], and those that
     /// all of this module have in common: [`Error::NotTheHosts`], [`Error::NoSuchSlot`],
-    /// [`Error::BadRange`] for no pages, more than [`MAX_PAGES`] or some beyond the slot,
+    /// [`Error::ChangeUnfinished`], [`Error::BadRange`] for no pages, more than [`MAX_PAGES`] or some beyond the slot,
     /// [`Error::Locked`]. Nothing has changed then.
     pub fn unshare_pages(&self, id: SlotId, first: u64, count: u64) -> Result<(), Error> {
         let note = Annotation::try_new(UNSHARED).ok_or(Error::OutOfMemory)?;
@@ -145,6 +145,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if self.config.kind == VmKind::Protected {
             return Err(Error::NotTheHosts);
         }
+        slots.unchanged()?;
         let slot = *slots.set.get(id).ok_or(Error::NoSuchSlot(id))?;
         let refused = Error::BadRange {
             base: first,

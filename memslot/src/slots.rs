@@ -147,6 +147,12 @@ impl Memslots {
         slot.range.intersection(range).map(|_| slot)
     }
 
+    /// The same, but for slot `id`.
+    pub(crate) fn overlapping_but(&self, range: GfnRange, id: SlotId) -> Option<&Memslot> {
+        let mut others = self.slots.iter().filter(|slot| slot.id != id);
+        others.find(|slot| slot.range.intersection(range).is_some())
+    }
+
     fn id_position(&self, id: SlotId) -> Result<usize, usize> {
         self.by_id.binary_search_by_key(&Some(id), |&at| {
             self.slots.get(usize::from(at)).map(|s| s.id)

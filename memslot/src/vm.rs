@@ -27,8 +27,10 @@ use crate::pending::{PendingOps, Work};
 use crate::policy::MemTypePolicy;
 use crate::slot::{Memslot, SlotId};
 use crate::slots::Memslots;
+use crate::steps::{Cost, Extent};
 use crate::sync::{AtomicU64, Mutex, Ordering, RwLock, RwLockWriteGuard};
 use crate::table::{GuestTable, LeafRun, bytes};
+use crate::unfinished::Unfinished;
 #[cfg(feature = "x86")]
 use crate::zap::ZapList;
 
@@ -112,6 +114,7 @@ impl Locked {
 pub(crate) struct SlotTable {
     pub(crate) set: Memslots,
     pub(crate) locked: Vec<Locked>,
+    pub(crate) unfinished: Option<Unfinished>,
 }
 
 /// A VM's memory.
@@ -170,6 +173,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             slots: RwLock::new(SlotTable {
                 set: Memslots::new(),
                 locked: Vec::new(),
+                unfinished: None,
             }),
             mmu: RwLock::new(mmu),
             removals: AtomicU64::new(0),
@@ -248,17 +252,29 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
 }
 
 impl SlotTable {
-    /// Union of what the locked slots need.
+    /// Union of what the locked slots need, and of what keeps everybody out.
     pub(crate) fn work(&self) -> Work {
+        let out = self
+            .unfinished
+            .is_some_and(|u| u.change.keeps_vcpus_out())
+            .then_some(Work::UNFINISHED);
         self.locked
             .iter()
-            .fold(Work::empty(), |all, l| all | l.pending())
+            .fold(out.unwrap_or_default(), |all, l| all | l.pending())
     }
 
     /// Refuses what needs every lock to be complete.
     pub(crate) fn finished(&self) -> Result<(), Error> {
         let unfinished = self.locked.iter().find(|l| l.unmapped().is_some());
         unfinished.map_or(Ok(()), |l| Err(Error::Unfinished(l.id)))
+    }
+
+    /// Refuses a vCPU that would meet half of something.
+    pub(crate) fn may_enter(&self) -> Result<(), Error> {
+        match self.unfinished {
+            Some(unfinished) if unfinished.change.keeps_vcpus_out() => Err(Error::ChangeUnfinished),
+            _ => self.finished(),
+        }
     }
 
     pub(crate) fn locked(&self, id: SlotId) -> Option<&Locked> {
@@ -313,14 +329,47 @@ impl<T: GuestTable> Mmu<T> {
     /// The same for a part of a slot, whose blocks of 1 GiB keep their rest: they are not cleaned in
     /// one go, and there is no note below them.
     pub(crate) fn zap_part(&mut self, part: GfnRange) -> Result<(), Error> {
-        let range = slot_bytes(part)?;
-        let run = self.table.next_run(range);
-        let cuts = |run: &LeafRun| run.level.height() > Level::L2.height() && run.range == range;
-        if run.as_ref().is_some_and(cuts) {
+        if self.would_cut(part)? {
             self.unmap(part)
         } else {
             self.zap(part)
         }
+    }
+
+    /// Whether a part lies in a block of 1 GiB.
+    pub(crate) fn would_cut(&self, part: GfnRange) -> Result<bool, Error> {
+        let range = slot_bytes(part)?;
+        let run = self.table.next_run(range);
+        let cuts = |run: &LeafRun| run.level.height() > Level::L2.height() && run.range == range;
+        Ok(run.as_ref().is_some_and(cuts))
+    }
+
+    /// What is taken away in one go.
+    pub(crate) fn first(&self, rest: GfnRange, extent: Extent) -> GfnRange {
+        let cost = if self.table.owes_data() {
+            Cost::Maintenance
+        } else {
+            Cost::Pages
+        };
+        extent.first(rest, cost)
+    }
+
+    /// Takes the leaves of a part away that [`Self::first`] has chosen; notes stay.
+    pub(crate) fn zap_first(&mut self, part: GfnRange) -> Result<(), Error> {
+        if self.table.owes_data() {
+            self.zap_part(part)
+        } else {
+            // A block goes at once, with nothing to clean.
+            self.zap(part)
+        }
+    }
+
+    /// The same with its notes and tables.
+    pub(crate) fn unmap_first(&mut self, part: GfnRange, extent: Extent) -> Result<(), Error> {
+        if extent == Extent::Step && !self.table.owes_data() {
+            self.zap(part)?;
+        }
+        self.unmap(part)
     }
 
     /// Whether anybody but a vCPU may access the memory.

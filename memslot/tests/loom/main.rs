@@ -20,12 +20,14 @@ use memslot::noncoherent::Edge;
 use memslot::pending::Work;
 use memslot::policy::{ArmCaches, ArmPolicy, CdQuirk, EptPolicy, MemTypePolicy, VcpuTypes};
 use memslot::slot::{LockFlags, Memslot, SlotFlags, SlotId, SlotKind};
+use memslot::steps::Progress;
 use memslot::testing::{CacheModel, FakeFrames, ModelLeaf, ModelTable, View};
 use memslot::vm::{GuestMemory, VmConfig, VmKind};
 use memslot::zap::ZapList;
 use stage2::{Combine, Gfn, Ipa, MemType, Pa};
 
 const A: SlotId = SlotId(0);
+const B: SlotId = SlotId(1);
 const PAGE: u64 = 0x100;
 const FRAME: u64 = 0x8000;
 
@@ -214,6 +216,86 @@ fn slot_replacement_against_fault() {
         if let Some(leaf) = vm.leaf() {
             assert_eq!(leaf.pa, Pa::new(0x9000 << 12));
         }
+    });
+}
+
+/// Two pages, each of which is a step.
+fn two_steps() -> Arc<Vm<ArmPolicy>> {
+    let vm = vm(PLAIN);
+    let base = Gfn::try_new(511).unwrap();
+    let slot = Memslot::new(B, base, 2, 0x9000, SlotFlags::empty(), SlotKind::Ram).unwrap();
+    vm.mem.create_slot(slot).unwrap();
+    vm
+}
+
+fn write(vm: &Vm<ArmPolicy>, page: u64) -> FaultOutcome {
+    let fault = Stage2Fault {
+        ipa: Ipa::new(page << 12),
+        access: Access::Write,
+        kind: FaultKind::Translation,
+    };
+    vm.mem.handle_fault(&fault, &()).unwrap()
+}
+
+/// Two CPUs make the same call, step by step, while a vCPU faults: the slot goes once, with its last
+/// leaf, and nothing comes back.
+#[test]
+fn two_deletions_in_steps_against_a_fault() {
+    check(2, || {
+        let vm = two_steps();
+        let others = [Arc::clone(&vm), Arc::clone(&vm)];
+        let [one, two] = others;
+        let vcpu = thread::spawn(move || write(&one, 512));
+        let cpu = thread::spawn(move || {
+            let step = two.mem.delete_in_steps(B, || false);
+            u32::from(matches!(step, Ok(Some(_))))
+        });
+        let mut gone = 0;
+        for _ in 0..2 {
+            let step = vm.mem.delete_in_steps(B, || false);
+            gone += u32::from(matches!(step, Ok(Some(_))));
+        }
+        gone += cpu.join().unwrap();
+        let _ = vcpu.join().unwrap();
+        assert_eq!(gone, 1);
+        assert!(vm.mem.with_table(ModelTable::leaves).is_empty());
+        assert_eq!(write(&vm, 512), FaultOutcome::Mmio);
+    });
+}
+
+/// A log that begins in steps: what is writable when it has begun is in it.
+#[test]
+fn a_log_in_steps_against_write_faults() {
+    check(3, || {
+        let vm = two_steps();
+        assert_eq!(write(&vm, 511), FaultOutcome::Resolved);
+        let other = Arc::clone(&vm);
+        let vcpu = thread::spawn(move || (write(&other, 512), write(&other, 511)));
+        let log = || vm.mem.set_flags_in_steps(B, SlotFlags::DIRTY_LOG, || false);
+        assert_eq!(log(), Ok(Progress::More));
+        assert_eq!(log(), Ok(Progress::Done));
+        let _ = vcpu.join().unwrap();
+        let leaves = vm.mem.with_table(ModelTable::leaves);
+        let bits = vm.mem.take_dirty_word(B, 0).unwrap();
+        for (bit, page) in [(0, 511), (1, 512)] {
+            let leaf = leaves.get(&(page << 12));
+            let writable = leaf.is_some_and(|l| l.attrs.perms.contains(stage2::Perms::WRITE));
+            assert!(!writable || bits >> bit & 1 == 1, "page {page}");
+        }
+    });
+}
+
+/// A page that the host has taken back is nowhere, whatever faults meanwhile.
+#[test]
+fn unshare_against_fault() {
+    check(3, || {
+        let vm = vm(PLAIN);
+        let other = Arc::clone(&vm);
+        let vcpu = thread::spawn(move || other.fault(&()));
+        vm.mem.unshare_pages(A, 0, 1).unwrap();
+        let _ = vcpu.join().unwrap();
+        assert_eq!(vm.leaf(), None);
+        assert!(matches!(vm.fault(&()), FaultOutcome::NoFrame(_)));
     });
 }
 

@@ -32,6 +32,8 @@ mod runs;
 mod sharing;
 #[cfg(not(miri))]
 mod steps;
+#[cfg(not(miri))]
+mod unfinished;
 mod unlock;
 #[cfg(not(miri))]
 mod withhold;
