@@ -65,7 +65,8 @@ calls! {
     /// its address, and in `x2` its pages. When nothing is left: 0 and 0, and the handle is free.
     VmReclaim = 0xc600_0114,
     /// `x1`: handle. Resets the VM's memory (on-demand leaves go, locked slots keep theirs and owe
-    /// their maintenance again), interrupt controller and vCPUs; the entry must be set anew.
+    /// their maintenance again), interrupt controller and vCPUs; the entry must be set anew. [`crate::ErrorCode::Again`]: call
+    /// again, the memory is done in steps; no vCPU runs before.
     VmReset = 0xc600_0115,
     /// `x1`: handle, `x2`: a [`crate::VmCounter`]; gives its value.
     VmCounter = 0xc600_0116,
@@ -90,11 +91,15 @@ calls! {
     /// Gives the guest a slot of the host's memory. Unprotected: the host keeps its access. Protected:
     /// the guest finds nothing there before [`Call::MemoryDonate`].
     SlotCreate = 0xc600_0120,
-    /// `x1`: handle, `x2`: slot number. Removes it and its mappings.
+    /// `x1`: handle, `x2`: slot number. Removes it and its mappings. [`crate::ErrorCode::Again`]: call
+    /// again, the work is done in steps; the guest finds nothing new there from the first one on.
     SlotDelete = 0xc600_0121,
-    /// `x1`: handle, `x2`: slot number, `x3`: its new IPA.
+    /// `x1`: handle, `x2`: slot number, `x3`: its new IPA. [`crate::ErrorCode::Again`]: call again, the
+    /// work is done in steps; the slot is nowhere before, and no vCPU enters.
     SlotMove = 0xc600_0122,
     /// `x1`: handle, `x2`: a [`crate::SlotWord`]: the new flags of an existing slot.
+    /// [`crate::ErrorCode::Again`]: call again, or with the old flags, the work is done in steps; the
+    /// log can be read when it is done.
     SlotFlags = 0xc600_0123,
     /// `x1`: handle, `x2`: action (bit 0 lock, bit 1 unlock), `x3`: slot number, `x4`: for lock
     /// bit 0 read, bit 1 write, bit 8 blocks where they stay one mapping; for unlock bit 0: all
@@ -107,7 +112,8 @@ calls! {
     /// pages from there in `x2` (1: written since the last call) and protects them again.
     SlotDirty = 0xc600_0126,
     /// `x1`: handle, `x2`: 0 for a device whose DMA is snooped, 1 for one whose is not; `x3`: 1 to
-    /// register, 0 to take it back. Gives the devices of that kind.
+    /// register, 0 to take it back. [`crate::ErrorCode::Again`]: call again, the work is done in steps;
+    /// the device may access memory when it is done.
     DmaDevice = 0xc600_0127,
     /// `x1`: handle of a protected VM, `x2`: IPA in one of its slots, `x3`: pages, `x4`: a
     /// [`crate::DonationKind`]. Takes the pages behind it from the host and gives them to the guest.
@@ -165,7 +171,8 @@ calls! {
     /// `x1`: handle, `x2`: a function that was taken, `x3`: 1 if its DMA goes past the caches, else 0.
     /// Its DMA goes through the VM's stage 2: bus addresses are IPAs. [`crate::ErrorCode::NotPermitted`]
     /// for a protected VM and while no slot is locked, [`crate::ErrorCode::Mismatch`] if the IOMMU can't
-    /// read the VM's tables as CPUs do: see [`crate::VmConfig`].
+    /// read the VM's tables as CPUs do: see [`crate::VmConfig`]. [`crate::ErrorCode::Again`]: as for
+    /// [`Call::DmaDevice`].
     DeviceAttach = 0xc600_0152,
     /// `x1`: handle, `x2`: a function of this VM. Its DMA aborts again; it stays taken.
     /// [`Call::VmDestroy`] does the same to all.

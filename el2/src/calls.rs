@@ -184,15 +184,14 @@ fn in_vm(
         Call::SlotMove => {
             pages(b, 1)?;
             let base = Gfn::try_new(b / PAGE_SIZE).ok_or(ErrorCode::Invalid)?;
-            vm.memory.move_slot(SlotId(slot_id(a)?), base)?;
-            Ok(0)
+            let (id, mut slice) = (SlotId(slot_id(a)?), Slice::new());
+            done(vm.memory.move_in_steps(id, base, || slice.go_on())?)
         }
         Call::SlotFlags => {
             let word = SlotWord::from_bits(a).ok_or(ErrorCode::Invalid)?;
             let id = SlotId(slot_id(word.id.into())?);
-            vm.memory
-                .set_slot_flags(id, SlotFlags::from_word(word.flags)?)?;
-            Ok(0)
+            let (flags, mut slice) = (SlotFlags::from_word(word.flags)?, Slice::new());
+            done(vm.memory.set_flags_in_steps(id, flags, || slice.go_on())?)
         }
         Call::SlotLock => lock(vm, a, b, c),
         Call::SlotState => Ok(vm.slot_state(slot_id(a)?)?),
@@ -321,6 +320,11 @@ fn lock(vm: &Vm, action: u64, slot: u64, flags: u64) -> Result<u64, Refusal> {
         }
         LockCall::UnlockAll => vm.memory.unlock_all_in_steps(go_on)?,
     };
+    done(progress)
+}
+
+/// What the host is told: to call again if something is left.
+pub(crate) fn done(progress: Progress) -> Result<u64, Refusal> {
     match progress {
         Progress::Done => Ok(0),
         Progress::More => Err(ErrorCode::Again.into()),
@@ -337,12 +341,13 @@ fn snooping(kind: u64) -> Result<Dma, ErrorCode> {
 
 fn dma(vm: &Vm, kind: u64, register: u64) -> Result<u64, Refusal> {
     let kind = snooping(kind)?;
-    match register {
-        0 => vm.memory.unregister_device(kind)?,
-        1 => vm.memory.register_device(kind)?,
+    let mut slice = Slice::new();
+    let go_on = || slice.go_on();
+    done(match register {
+        0 => vm.memory.unregister_in_steps(kind, go_on)?,
+        1 => vm.memory.register_in_steps(kind, go_on)?,
         _ => return Err(ErrorCode::Invalid.into()),
-    };
-    Ok(0)
+    })
 }
 
 /// The first run of equal leaves that ends behind an address.

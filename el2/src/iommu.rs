@@ -16,8 +16,10 @@ use stage2::{ExportedRoot, Importer, InvalidateListener, IpaRange, Level};
 
 use crate::arch::frames::FramePool;
 use crate::arch::smmu::Registers;
+use crate::calls;
 use crate::console::say;
 use crate::host::HostMemory;
+use crate::slice::Slice;
 use crate::vm::Vm;
 
 /// Most functions of one VM.
@@ -221,7 +223,8 @@ pub(crate) fn attach(vm: &Vm, function: u64, dma: Dma) -> Result<u64, Refusal> {
         return Err(ErrorCode::NoSpace.into());
     }
     // What is pending is cleaned by that: the device sees what the host has written.
-    vm.memory.register_device(dma)?;
+    let mut slice = Slice::new();
+    calls::done(vm.memory.register_in_steps(dma, || slice.go_on())?)?;
     let result = attached.export(vm, &walk, smmu.ids().output_bits);
     let result = result.and_then(|()| Ok(smmu.attach(stream, &walk)?));
     if let Err(refusal) = result {
@@ -269,7 +272,7 @@ impl Attached {
             return Ok(());
         }
         let importer = importer(walk.vmid, output_bits);
-        let root = vm.memory.attach_importer(|table| {
+        let root = vm.memory.attach_registered(|table| {
             let root = table.export(0)?;
             match table.register(&root, importer) {
                 Ok(()) => Ok(root),

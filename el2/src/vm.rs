@@ -44,6 +44,7 @@ use crate::arch::owned::{Owned, Place};
 use crate::arch::tables::{Tables, Upkeep};
 use crate::arch::tlb::Tagged;
 use crate::arch::world::VmWorld;
+use crate::calls;
 use crate::hypervisor::Hypervisor;
 use crate::iommu::{self, Devices};
 use crate::protect::Pages;
@@ -593,11 +594,13 @@ impl Vm {
         Ok(0)
     }
 
-    /// Deletes a slot; its memory is only the host's again.
+    /// Deletes a slot, in steps; its memory is only the host's again when this returns a value.
     pub(crate) fn delete_slot(&self, hypervisor: &Hypervisor, id: u16) -> Result<u64, Refusal> {
         // The lease that ends must be that of the slot that went, whatever other CPUs do meanwhile
         // with this number: a slot without a lease would reach memory that the host can give away.
-        let slot = self.memory.delete_slot(SlotId(id))?;
+        let mut slice = Slice::new();
+        let gone = self.memory.delete_in_steps(SlotId(id), || slice.go_on())?;
+        let slot = gone.ok_or(ErrorCode::Again)?;
         let memory =
             AddrRange::with_size(slot.backing * PAGE_SIZE, slot.range.npages() * PAGE_SIZE);
         if let Some(memory) = memory.filter(|_| slot.kind == SlotKind::Ram) {
@@ -619,7 +622,7 @@ impl Vm {
         Ok(state as u64)
     }
 
-    /// Resets the VM; no vCPU runs.
+    /// Resets the VM, its memory in steps; no vCPU runs.
     pub(crate) fn reset(&self, hypervisor: &Hypervisor) -> Result<u64, Refusal> {
         // All of them first, and until all is done: else one could run on registers that are empty
         // while its power state still says that it is on.
@@ -627,7 +630,8 @@ impl Vm {
         for vcpu in self.vcpus.iter().filter_map(Once::get) {
             stopped.push(vcpu.stop()?).map_err(|_| ErrorCode::Busy)?;
         }
-        self.memory.reset()?;
+        let mut slice = Slice::new();
+        calls::done(self.memory.reset_in_steps(|| slice.go_on())?)?;
         for vcpu in &mut stopped {
             vcpu.empty(hypervisor, &self.features);
         }

@@ -153,7 +153,12 @@ impl Vm {
 
     /// Resets it.
     pub(crate) fn reset(self) -> Result<(), Refused> {
-        vm_call!(Call::VmReset, self.handle).map(drop)
+        in_steps(|| self.reset_step())
+    }
+
+    /// One step of that; [`ErrorCode::Again`] if there are more.
+    pub(crate) fn reset_step(self) -> Result<[u64; 4], Refused> {
+        vm_call!(Call::VmReset, self.handle)
     }
 
     /// Gives it a slot.
@@ -177,17 +182,32 @@ impl Vm {
 
     /// Removes a slot.
     pub(crate) fn delete_slot(self, id: u16) -> Result<(), Refused> {
-        vm_call!(Call::SlotDelete, self.handle, u64::from(id)).map(drop)
+        in_steps(|| self.delete_step(id))
+    }
+
+    /// One step of that; [`ErrorCode::Again`] if there are more.
+    pub(crate) fn delete_step(self, id: u16) -> Result<[u64; 4], Refused> {
+        vm_call!(Call::SlotDelete, self.handle, u64::from(id))
     }
 
     /// Moves a slot.
     pub(crate) fn move_slot(self, id: u16, ipa: u64) -> Result<(), Refused> {
-        vm_call!(Call::SlotMove, self.handle, u64::from(id), ipa).map(drop)
+        in_steps(|| self.move_step(id, ipa))
+    }
+
+    /// One step of that; [`ErrorCode::Again`] if there are more.
+    pub(crate) fn move_step(self, id: u16, ipa: u64) -> Result<[u64; 4], Refused> {
+        vm_call!(Call::SlotMove, self.handle, u64::from(id), ipa)
     }
 
     /// Changes a slot's flags.
     pub(crate) fn set_slot_flags(self, word: SlotWord) -> Result<(), Refused> {
-        vm_call!(Call::SlotFlags, self.handle, word.bits()).map(drop)
+        in_steps(|| self.flags_step(word))
+    }
+
+    /// One step of that; [`ErrorCode::Again`] if there are more.
+    pub(crate) fn flags_step(self, word: SlotWord) -> Result<[u64; 4], Refused> {
+        vm_call!(Call::SlotFlags, self.handle, word.bits())
     }
 
     /// Locks a slot for reading and writing, with blocks where that is possible.
@@ -252,19 +272,18 @@ impl Vm {
 
     /// Registers a device whose DMA is not snooped, or takes it back.
     pub(crate) fn noncoherent_device(self, register: bool) -> Result<(), Refused> {
-        vm_call!(Call::DmaDevice, self.handle, 1, u64::from(register)).map(drop)
+        in_steps(|| self.device_step(register))
+    }
+
+    /// One step of that; [`ErrorCode::Again`] if there are more.
+    pub(crate) fn device_step(self, register: bool) -> Result<[u64; 4], Refused> {
+        vm_call!(Call::DmaDevice, self.handle, 1, u64::from(register))
     }
 
     /// Lets a function that was taken do DMA at this VM's addresses.
     pub(crate) fn attach_device(self, function: u16, snooped: bool) -> Result<(), Refused> {
-        let function = u64::from(function);
-        vm_call!(
-            Call::DeviceAttach,
-            self.handle,
-            function,
-            u64::from(!snooped)
-        )
-        .map(drop)
+        let (function, passes) = (u64::from(function), u64::from(!snooped));
+        in_steps(|| vm_call!(Call::DeviceAttach, self.handle, function, passes))
     }
 
     /// Ends that.

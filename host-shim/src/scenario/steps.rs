@@ -33,6 +33,12 @@ pub(super) fn run(machine: &Machine, memory: &Memory, report: &mut Report) {
     report.check("a_lock_goes_by_steps", steps.with_vm(Steps::lock));
     report.check("a_first_run_goes_by_steps", steps.with_vm(Steps::first_run));
     report.check("an_unlock_goes_by_steps", steps.with_vm(Steps::unlock));
+    report.check("a_deletion_goes_by_steps", steps.with_vm(Steps::deletion));
+    report.check("a_move_goes_by_steps", steps.with_vm(Steps::movement));
+    report.check("a_log_begins_by_steps", steps.with_vm(Steps::log));
+    report.check("a_reset_goes_by_steps", steps.with_vm(Steps::reset));
+    report.check("a_device_comes_by_steps", steps.with_vm(Steps::device));
+    report.check("a_half_deleted_slot_ends_with_its_vm", steps.abandoned());
     report.check("a_destruction_goes_by_steps", steps.destruction());
     // The timer has to hit the flush, on a machine that may have other things to do.
     let mut flush = (0..5).map(|_| steps.with_vm(Steps::flush));
@@ -175,6 +181,171 @@ impl Steps<'_> {
             let state = words(vm.slot_state(0))?;
             expect(state == Some(SlotState::Unlocked), "it is locked")
         })?
+    }
+
+    /// All of the slot is mapped, by pages, and nobody waits for it; gives in how many steps it goes.
+    fn mapped(&self, vm: Vm) -> Result<u64, &'static str> {
+        words(vm.lock_slot_as(0, false))?;
+        words(vm.start_vcpu(0, self.ipa(), 0))?;
+        // The first instruction is none: what is pending is done before it.
+        mem::bytes_mut(self.ram()).fill(0);
+        gic::enable(self.gic)?;
+        gic::set_timer(gic::now() + ticks_per_second() / 1000);
+        for _ in 0..1000 {
+            if words(vm.slot_state(0))? == Some(SlotState::LockedClean) {
+                break;
+            }
+            words(vm.run(0, 0, false))?;
+            while gic::take(self.gic).is_some() {}
+            gic::set_timer(gic::now() + ticks_per_second() / 1000);
+        }
+        gic::stop_timer();
+        while gic::take(self.gic).is_some() {}
+        words(vm.unlock_slot(0))?;
+        let leaf = words(vm.mapping(self.ipa()))?;
+        expect(leaf.0 == self.ipa(), "it is not mapped")?;
+        // Where nothing is cleaned a step takes 64 MiB, to the boundary and from there on.
+        Ok(if cleans() { self.parts() } else { 2 })
+    }
+
+    /// What would meet half of a change is refused.
+    fn others_are_busy(vm: Vm) -> Result<(), &'static str> {
+        let busy = Some(ErrorCode::Busy);
+        let codes = [
+            code(vm.delete_slot(5)),
+            code(vm.move_slot(5, 0)),
+            code(vm.lock_step(0, false)),
+            code(vm.unlock_step(0)),
+            code(vm.unshare(0, 0, 1)),
+            code(vm.young(0, 0, 1, true)),
+            code(vm.dirty(0, 0)),
+            code(vm.attach_device(0, true)),
+        ];
+        // There is no such device, or no slot is locked for it.
+        expect(codes[7].is_some(), "a device was attached")?;
+        expect(codes[..7] == [busy; 7], "it met half of a change")
+    }
+
+    fn deletion(&self, vm: Vm) -> Result<(), &'static str> {
+        let parts = self.mapped(vm)?;
+        self.interrupted(|| {
+            let first = code(vm.delete_step(0));
+            expect(first == Some(ErrorCode::Again), "it was not cut short")?;
+            let state = words(vm.slot_state(0))?;
+            expect(state == Some(SlotState::Unfinished), "it is whole")?;
+            Self::others_are_busy(vm)?;
+            let taken = code(vm.create_slot(SLOT, self.ipa(), self.ram()));
+            expect(taken == Some(ErrorCode::Busy), "its place was given away")?;
+            let leased = code(vm.top_up(self.part_of_ram()?));
+            expect(leased == Some(ErrorCode::Busy), "its memory was given away")?;
+            let turned = code(vm.move_step(0, 0));
+            expect(turned == Some(ErrorCode::Busy), "it was moved")?;
+            let rest = Self::count(|| vm.delete_step(0))?;
+            expect(rest + 1 == parts, "not by steps")?;
+            let gone = code(vm.mapping(self.ipa()));
+            expect(gone == Some(ErrorCode::NotFound), "something is mapped")?;
+            let gone = code(vm.delete_step(0));
+            expect(gone == Some(ErrorCode::NotFound), "it was deleted twice")
+        })??;
+        words(vm.create_slot(SLOT, self.ipa(), self.ram()))
+    }
+
+    fn part_of_ram(&self) -> Result<AddrRange, &'static str> {
+        AddrRange::with_size(self.ram().start(), PAGE_SIZE).ok_or("there is no memory")
+    }
+
+    fn movement(&self, vm: Vm) -> Result<(), &'static str> {
+        let parts = self.mapped(vm)?;
+        let place = self.ipa() + 2 * self.ram().size();
+        self.interrupted(|| {
+            let first = code(vm.move_step(0, place));
+            expect(first == Some(ErrorCode::Again), "it was not cut short")?;
+            Self::others_are_busy(vm)?;
+            let busy = Some(ErrorCode::Busy);
+            expect(code(vm.run(0, 0, false)) == busy, "a vCPU ran")?;
+            expect(code(vm.reset_step()) == busy, "the VM was reset")?;
+            let turned = code(vm.move_step(0, self.ipa()));
+            expect(turned == busy, "it turned round")?;
+            expect(code(vm.delete_step(0)) == busy, "it was deleted")?;
+            let rest = Self::count(|| vm.move_step(0, place))?;
+            expect(rest + 1 == parts, "not by steps")?;
+            let gone = code(vm.mapping(self.ipa()));
+            expect(gone == Some(ErrorCode::NotFound), "something is mapped")
+        })??;
+        let moved = words(vm.lock_slot_as(0, false));
+        let (start, ..) = words(vm.mapping(0))?;
+        moved.and(expect(start == place, "it is elsewhere"))
+    }
+
+    fn log(&self, vm: Vm) -> Result<(), &'static str> {
+        const LOGGED: SlotWord = SlotWord { flags: 1, ..SLOT };
+        let parts = self.mapped(vm)?;
+        self.interrupted(|| {
+            let first = code(vm.flags_step(LOGGED));
+            expect(first == Some(ErrorCode::Again), "it was not cut short")?;
+            Self::others_are_busy(vm)?;
+            words(vm.flags_step(SLOT))?;
+            let none = code(vm.dirty(0, 0));
+            expect(none == Some(ErrorCode::Invalid), "it was not taken back")?;
+            let again = code(vm.flags_step(LOGGED));
+            expect(again == Some(ErrorCode::Again), "it was not cut short")?;
+            let rest = Self::count(|| vm.flags_step(LOGGED))?;
+            expect(rest + 1 == parts, "not by steps")?;
+            expect(words(vm.dirty(0, 0))? == 0, "nobody wrote")?;
+            let gone = code(vm.mapping(self.ipa()));
+            expect(gone == Some(ErrorCode::NotFound), "something is mapped")
+        })?
+    }
+
+    fn reset(&self, vm: Vm) -> Result<(), &'static str> {
+        let parts = self.mapped(vm)?;
+        self.interrupted(|| {
+            let first = code(vm.reset_step());
+            expect(first == Some(ErrorCode::Again), "it was not cut short")?;
+            Self::others_are_busy(vm)?;
+            let busy = Some(ErrorCode::Busy);
+            expect(code(vm.run(0, 0, false)) == busy, "a vCPU ran")?;
+            // EL2's own slot of a GICv2 comes before; the last step finds that nothing is left.
+            let own = u64::from(matches!(self.gic, Gic::V2 { .. }));
+            let rest = Self::count(|| vm.reset_step())?;
+            expect(rest == parts + own, "not by steps")?;
+            let gone = code(vm.mapping(self.ipa()));
+            expect(gone == Some(ErrorCode::NotFound), "something is mapped")
+        })??;
+        words(vm.start_vcpu(0, self.ipa(), 0))
+    }
+
+    /// A device that does not snoop comes: pending pages are cleaned for it, where there are caches to
+    /// clean; where write-back is forced, types follow.
+    fn device(&self, vm: Vm) -> Result<(), &'static str> {
+        let parts = if cleans() {
+            words(vm.lock_slot_as(0, false))?;
+            self.parts()
+        } else {
+            self.mapped(vm)?;
+            self.parts()
+        };
+        self.interrupted(|| {
+            let first = code(vm.device_step(true));
+            expect(first == Some(ErrorCode::Again), "it was not cut short")?;
+            Self::others_are_busy(vm)?;
+            let other = code(vm.device_step(false));
+            expect(other == Some(ErrorCode::Busy), "it went before it came")?;
+            // The last step finds that nothing is left.
+            let rest = Self::count(|| vm.device_step(true))?;
+            expect(rest == parts, "not by steps")?;
+            Self::count(|| vm.device_step(false)).map(drop)
+        })?
+    }
+
+    /// The host never repeats its call: the VM can be ended, and gives everything back.
+    fn abandoned(&self) -> Result<(), &'static str> {
+        let vm = self.vm()?;
+        self.mapped(vm)?;
+        let first = self.interrupted(|| code(vm.delete_step(0)))?;
+        expect(first == Some(ErrorCode::Again), "it was not cut short")?;
+        end(vm)?;
+        end(self.vm()?)
     }
 
     fn destruction(&self) -> Result<(), &'static str> {
