@@ -1,11 +1,6 @@
 //! Each row of the tables of events, with ranges computed by hand, and the promise itself.
 
 use super::*;
-use crate::addr::gfn;
-use crate::policy::{MemTypePolicy, TypeQuery};
-use crate::slot::{SlotFlags, SlotKind};
-use proptest::prelude::*;
-use std::vec;
 use std::vec::Vec;
 
 const ON: EptPolicy = EptPolicy::guest_mtrr(CdQuirk::WriteBack);
@@ -276,63 +271,72 @@ fn a_full_plan_becomes_everything() {
     assert_eq!(plan, ZapPlan::ALL);
 }
 
-#[derive(Clone, Debug)]
-enum Event {
-    Write(Msr, u64),
-    Cd(bool),
-}
-
-fn event() -> impl Strategy<Value = Event> {
-    let kind = || prop::sample::select(vec![0u64, 1, 4, 5, 6]);
-    let flags = prop::sample::select(vec![0u64, 0x400, 0x800, 0xc00, 0xc00]);
-    let byte = prop::sample::select(vec![0u64, 6, 6, 4]);
-    prop_oneof![
-        3 => (kind(), flags).prop_map(|(t, f)| Event::Write(Msr::DefaultType, f | t)),
-        2 => (0u8..11, byte).prop_map(|(n, b)| Event::Write(Msr::Fixed(n), b * 0x0101_0101_0101_0101)),
-        3 => (0u8..8, 0u64..0x400, kind())
-            .prop_map(|(n, page, t)| Event::Write(Msr::VariableBase(n), page << 12 | t)),
-        3 => (0u8..8, 0u64..0x400, any::<bool>()).prop_map(|(n, m, valid)| {
-            Event::Write(Msr::VariableMask(n), (m << 12) | 0xff_ffc0_0000 | u64::from(valid) << 11)
-        }),
-        3 => any::<bool>().prop_map(Event::Cd),
-        1 => Just(Event::Write(Msr::Pat, 0x6)),
-    ]
-}
-
-fn type_of(policy: EptPolicy, v: &VcpuTypes, page: u64) -> (stage2::MemType, stage2::Combine) {
-    let query = TypeQuery {
-        gfn: gfn(page),
-        kind: SlotKind::Ram,
-        flags: SlotFlags::empty(),
-        noncoherent_dma: true,
-    };
-    policy.encode(policy.leaf_type(&query, v))
-}
-
-// Arithmetic only: nothing for Miri to see, and long in it.
+/// Arithmetic only: nothing for Miri to see, and long in it.
 #[cfg(not(miri))]
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
-    /// The promise: no page outside the plan changes its type.
-    #[test]
-    fn a_plan_covers_every_page_whose_type_changes(
-        events in prop::collection::vec(event(), 1..24),
-        quirk_on in any::<bool>(),
-        offered in any::<bool>(),
-    ) {
-        let policy = if quirk_on { ON } else { OFF };
-        let mut v = VcpuTypes::new(40, offered);
-        for e in events {
-            let old = v.clone();
-            let plan = match e {
-                Event::Cd(cd) => set_cd(&policy, true, &mut v, cd),
-                Event::Write(msr, value) => write_msr(&policy, true, &mut v, msr, value)
-                    .unwrap_or(ZapPlan::NONE),
-            };
-            for page in (0..0x480u64).chain([0x8_0000]) {
-                if type_of(policy, &old, page) != type_of(policy, &v, page) {
-                    let covered = plan.ranges().iter().any(|r| r.contains(gfn(page)));
-                    prop_assert!(covered, "page {page:#x} after {e:?}");
+mod promise {
+    use super::*;
+    use crate::addr::gfn;
+    use crate::policy::{MemTypePolicy, TypeQuery};
+    use crate::slot::{SlotFlags, SlotKind};
+    use proptest::prelude::*;
+    use std::vec;
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        Write(Msr, u64),
+        Cd(bool),
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        let kind = || prop::sample::select(vec![0u64, 1, 4, 5, 6]);
+        let flags = prop::sample::select(vec![0u64, 0x400, 0x800, 0xc00, 0xc00]);
+        let byte = prop::sample::select(vec![0u64, 6, 6, 4]);
+        prop_oneof![
+            3 => (kind(), flags).prop_map(|(t, f)| Event::Write(Msr::DefaultType, f | t)),
+            2 => (0u8..11, byte).prop_map(|(n, b)| Event::Write(Msr::Fixed(n), b * 0x0101_0101_0101_0101)),
+            3 => (0u8..8, 0u64..0x400, kind())
+                .prop_map(|(n, page, t)| Event::Write(Msr::VariableBase(n), page << 12 | t)),
+            3 => (0u8..8, 0u64..0x400, any::<bool>()).prop_map(|(n, m, valid)| {
+                Event::Write(Msr::VariableMask(n), (m << 12) | 0xff_ffc0_0000 | u64::from(valid) << 11)
+            }),
+            3 => any::<bool>().prop_map(Event::Cd),
+            1 => Just(Event::Write(Msr::Pat, 0x6)),
+        ]
+    }
+
+    fn type_of(policy: EptPolicy, v: &VcpuTypes, page: u64) -> (stage2::MemType, stage2::Combine) {
+        let query = TypeQuery {
+            gfn: gfn(page),
+            kind: SlotKind::Ram,
+            flags: SlotFlags::empty(),
+            noncoherent_dma: true,
+        };
+        policy.encode(policy.leaf_type(&query, v))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+        /// The promise: no page outside the plan changes its type.
+        #[test]
+        fn a_plan_covers_every_page_whose_type_changes(
+            events in prop::collection::vec(event(), 1..24),
+            quirk_on in any::<bool>(),
+            offered in any::<bool>(),
+        ) {
+            let policy = if quirk_on { ON } else { OFF };
+            let mut v = VcpuTypes::new(40, offered);
+            for e in events {
+                let old = v.clone();
+                let plan = match e {
+                    Event::Cd(cd) => set_cd(&policy, true, &mut v, cd),
+                    Event::Write(msr, value) => write_msr(&policy, true, &mut v, msr, value)
+                        .unwrap_or(ZapPlan::NONE),
+                };
+                for page in (0..0x480u64).chain([0x8_0000]) {
+                    if type_of(policy, &old, page) != type_of(policy, &v, page) {
+                        let covered = plan.ranges().iter().any(|r| r.contains(gfn(page)));
+                        prop_assert!(covered, "page {page:#x} after {e:?}");
+                    }
                 }
             }
         }
