@@ -16,6 +16,7 @@
 
 use crate::addr::Pa;
 use crate::attr::LeafAttrs;
+use crate::bits::join;
 use crate::level::Level;
 
 /// One entry, decoded.
@@ -114,6 +115,12 @@ pub(crate) enum SoftWord {
     ReadyTable(Pa),
 }
 
+/// A word of a kind.
+#[inline(always)]
+const fn word(kind: u64, payload: u64) -> u64 {
+    join([kind << KIND_SHIFT, payload])
+}
+
 impl SoftWord {
     pub(crate) const EMPTY: u64 = 0;
 
@@ -121,7 +128,7 @@ impl SoftWord {
     pub(crate) const fn encode(self) -> u64 {
         match self {
             Self::Empty => Self::EMPTY,
-            Self::Annotation(note) => KIND_ANNOTATION << KIND_SHIFT | note.0 << PAYLOAD_SHIFT,
+            Self::Annotation(note) => word(KIND_ANNOTATION, note.0 << PAYLOAD_SHIFT),
             Self::BrokenLeaf {
                 pa,
                 owes_data,
@@ -129,10 +136,10 @@ impl SoftWord {
             } => {
                 let owes = if owes_data { OWES_DATA } else { 0 };
                 let claim = (claim.0 as u64) << CLAIM_SHIFT;
-                KIND_BROKEN_LEAF << KIND_SHIFT | owes | pa.get() & ADDRESS | claim
+                word(KIND_BROKEN_LEAF, join([owes, pa.get() & ADDRESS, claim]))
             }
-            Self::BrokenTable(pa) => KIND_BROKEN_TABLE << KIND_SHIFT | pa.get() & ADDRESS,
-            Self::ReadyTable(pa) => KIND_READY_TABLE << KIND_SHIFT | pa.get() & ADDRESS,
+            Self::BrokenTable(pa) => word(KIND_BROKEN_TABLE, pa.get() & ADDRESS),
+            Self::ReadyTable(pa) => word(KIND_READY_TABLE, pa.get() & ADDRESS),
         }
     }
 

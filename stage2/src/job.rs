@@ -74,12 +74,10 @@ impl LeafLevels {
 
     /// Every level at which the format has leaves.
     pub(crate) fn of<F: TableFormat>(format: &F) -> Self {
-        [Level::L2, Level::L1, Level::L0]
+        let blocks = [Level::L2, Level::L1, Level::L0]
             .into_iter()
-            .filter(|level| format.supports_leaf(*level))
-            .fold(Self::PAGE, |levels, level| {
-                Self(levels.0 | 1 << level.height())
-            })
+            .filter(|level| format.supports_leaf(*level));
+        Self(Self::PAGE.0 + blocks.map(|level| 1 << level.height()).sum::<u8>())
     }
 
     /// Those that a request allows.

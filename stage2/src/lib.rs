@@ -9,6 +9,7 @@ pub mod addr;
 pub mod arm;
 pub mod attr;
 mod bbm;
+mod bits;
 mod dump;
 pub mod entry;
 mod erase;

@@ -2,6 +2,7 @@
 
 use super::tlb::LevelHint;
 use crate::addr::IpaRange;
+use crate::bits::join;
 use crate::format::Granule;
 use crate::level::Level;
 
@@ -23,7 +24,8 @@ pub const fn ipa_operand(ipa: u64, granule: Granule, level: Option<Level>, hint:
     let page = (ipa >> 12) & ((1 << 40) - 1);
     match (level, hint) {
         (Some(level), LevelHint::Offered) if level.number() >= 1 => {
-            page | (translation_granule(granule) << 2 | level.number() as u64) << 44
+            let hint = join([translation_granule(granule) << 2, level.number() as u64]);
+            join([page, hint << 44])
         }
         _ => page,
     }
@@ -70,11 +72,13 @@ impl TlbiOps {
             Some(level) if level.number() >= 1 => level.number() as u64,
             _ => 0,
         };
-        translation_granule(self.granule) << 46
-            | scale << 44
-            | (count - 1) << 39
-            | level << 37
-            | (self.next & ((1 << 37) - 1))
+        join([
+            translation_granule(self.granule) << 46,
+            scale << 44,
+            (count - 1) << 39,
+            level << 37,
+            self.next & ((1 << 37) - 1),
+        ])
     }
 }
 

@@ -5,6 +5,7 @@
 
 use super::{Execute, ForceWriteBack};
 use crate::attr::{Age, Combine, Device, LeafAttrs, Maintenance, MemType, Perms, SwBits};
+use crate::bits::join;
 use crate::error::EncodeError;
 
 pub(super) const VALID: u64 = 1;
@@ -22,12 +23,14 @@ const SW_SHIFT: u32 = 55;
 /// Marks in the tables, in bits that belong to the address. In a permission: something may be
 /// fetched. In a memory type: nothing may. Both together carry into `REFUSED` when added.
 const EXECUTION: u64 = 1 << 13;
-/// Cannot be said; twice that for both.
+/// Cannot be said.
 const REFUSED: u64 = 1 << 14;
+/// Either or both cannot.
+const ANY_REFUSED: u64 = join([REFUSED, REFUSED << 1]);
 /// In a memory type: the data cache is owed.
 const OWES_DATA: u64 = 1 << 16;
 /// Marks that what can be said may bear.
-pub(super) const MARKS: u64 = EXECUTION | OWES_DATA;
+pub(super) const MARKS: u64 = join([EXECUTION, OWES_DATA]);
 
 /// Stage-2 MemAttr (Arm ARM D8.6): what it says without and with forced write-back.
 mod mem_attr {
@@ -126,10 +129,12 @@ impl Fields {
                 self.types[field as usize] = (mem, combine);
                 self.ram |= (!device as u16) << field;
                 self.uncached |= (owed.data as u16) << field;
-                self.memory[n] = (field as u64) << MEM_ATTR_SHIFT
-                    | if device { 0 } else { INNER_SHAREABLE }
-                    | if never_fetched { EXECUTION } else { 0 }
-                    | if owed.data { OWES_DATA } else { 0 };
+                self.memory[n] = join([
+                    (field as u64) << MEM_ATTR_SHIFT,
+                    if device { 0 } else { INNER_SHAREABLE },
+                    if never_fetched { EXECUTION } else { 0 },
+                    if owed.data { OWES_DATA } else { 0 },
+                ]);
             }
             n += 1;
         }
@@ -142,7 +147,7 @@ impl Fields {
             if let Ok(xn) = execute_never(self.execute, perms) {
                 let fetched = if perms.may_execute() { EXECUTION } else { 0 };
                 let access = perms.intersection(Perms::RW).bits() as u64;
-                self.perms[n as usize] = VALID | access << S2AP_SHIFT | xn | fetched;
+                self.perms[n as usize] = join([VALID, access << S2AP_SHIFT, xn, fetched]);
                 self.fetches[(xn >> XN_SHIFT) as usize] = perms.intersection(Perms::EXEC);
             }
             n += 1;
@@ -161,7 +166,7 @@ impl Fields {
         let memory = self.memory[memory_index(attrs.mem, attrs.combine)];
         let perms = self.perms[usize::from(attrs.perms.bits() & 0xf)];
         let said = memory + perms; // they share no bits but the marks
-        if said & (REFUSED | REFUSED << 1) != 0 {
+        if said & ANY_REFUSED != 0 {
             return None;
         }
         let age = match attrs.age {
@@ -172,7 +177,8 @@ impl Fields {
             data: memory & OWES_DATA != 0,
             fetch: perms & EXECUTION != 0, // what is no memory was refused
         };
-        Some((said | age | u64::from(attrs.sw.get()) << SW_SHIFT, owed))
+        let software = u64::from(attrs.sw.get()) << SW_SHIFT;
+        Some((join([said, age, software]), owed))
     }
 
     #[inline]
@@ -180,7 +186,7 @@ impl Fields {
         let (mem, combine) = self.types[(raw >> MEM_ATTR_SHIFT & 0xf) as usize];
         let access = Perms::from_bits_truncate((raw >> S2AP_SHIFT & 0b11) as u8);
         LeafAttrs {
-            perms: access | self.fetches[(raw >> XN_SHIFT & 0b11) as usize],
+            perms: access.union(self.fetches[(raw >> XN_SHIFT & 0b11) as usize]),
             mem,
             combine,
             sw: SwBits::from_field(raw >> SW_SHIFT),
@@ -259,6 +265,6 @@ const fn execute_never(execute: Execute, perms: Perms) -> Result<u64, EncodeErro
         (false, false) => Ok(XN_HIGH),
         _ if joint => Err(EncodeError::UnsupportedPerms(perms)),
         (false, true) => Ok(XN_LOW),
-        (true, false) => Ok(XN_HIGH | XN_LOW),
+        (true, false) => Ok(join([XN_HIGH, XN_LOW])),
     }
 }

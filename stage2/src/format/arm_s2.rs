@@ -5,6 +5,7 @@ use super::arm_fields::{ACCESS_FLAG, Fields, INNER_SHAREABLE, MARKS, S2AP_WRITE,
 use super::{TableFormat, WordKind};
 use crate::addr::Pa;
 use crate::attr::{Age, LeafAttrs, Maintenance};
+use crate::bits::join;
 use crate::error::{ConfigError, EncodeError};
 use crate::level::{Geometry, Level};
 
@@ -38,6 +39,8 @@ enum AddressField {
 
 /// Bit 1: a table below level 3, a page at level 3; clear for blocks.
 const TABLE_OR_PAGE: u64 = 1 << 1;
+/// What every table says.
+const TABLE: u64 = join([VALID, TABLE_OR_PAGE]);
 
 /// Output address bits 47:12 in place.
 const ADDRESS_47: u64 = ((1 << 48) - 1) & !0xfff;
@@ -99,10 +102,10 @@ impl ArmStage2 {
         let in_place = high & !(geometry.page_size() - 1);
         // With LPA2 shareability comes from VTCR_EL2 and its bits are address (D8.3).
         let attr_bits = match address {
-            AddressField::Lpa2 => !(MARKS | INNER_SHAREABLE),
+            AddressField::Lpa2 => !join([MARKS, INNER_SHAREABLE]),
             AddressField::Narrow | AddressField::Lpa => !MARKS,
         };
-        let plain_table = VALID | TABLE_OR_PAGE | address.high_field();
+        let plain_table = join([TABLE, address.high_field()]);
         Ok(Self {
             geometry,
             granule,
@@ -202,8 +205,8 @@ impl ArmStage2 {
         }
         match self.address {
             AddressField::Narrow => pa & ADDRESS_47,
-            AddressField::Lpa2 => pa & ADDRESS_49 | (pa >> 50 & 0b11) << 8,
-            AddressField::Lpa => pa & ADDRESS_47 & !0xffff | (pa >> 48 & 0xf) << 12,
+            AddressField::Lpa2 => join([pa & ADDRESS_49, (pa >> 50 & 0b11) << 8]),
+            AddressField::Lpa => join([pa & ADDRESS_47 & !0xffff, (pa >> 48 & 0xf) << 12]),
         }
     }
 }
@@ -288,7 +291,7 @@ unsafe impl TableFormat for ArmStage2 {
     #[inline]
     fn leaf_word(&self, attrs: u64, pa: Pa, level: Level) -> u64 {
         let page = if level.is_page() { TABLE_OR_PAGE } else { 0 };
-        attrs | page | self.address_field(pa)
+        join([attrs, page, self.address_field(pa)])
     }
 
     #[inline]
@@ -299,7 +302,7 @@ unsafe impl TableFormat for ArmStage2 {
 
     #[inline]
     fn table_word(&self, table: Pa) -> u64 {
-        VALID | TABLE_OR_PAGE | self.address_field(table)
+        join([TABLE, self.address_field(table)])
     }
 
     /// A level-3 word with bit 1 clear is reserved and treated as invalid by hardware (D8.3);
@@ -317,7 +320,7 @@ unsafe impl TableFormat for ArmStage2 {
 
     #[inline]
     fn plain_table(&self, raw: u64) -> Option<Pa> {
-        let plain = raw & self.plain_table == VALID | TABLE_OR_PAGE;
+        let plain = raw & self.plain_table == TABLE;
         plain.then_some(Pa::new(raw & self.in_place))
     }
 
@@ -329,7 +332,7 @@ unsafe impl TableFormat for ArmStage2 {
 
     #[inline]
     fn plain_page(&self, attrs: u64, pa: Pa) -> u64 {
-        attrs | TABLE_OR_PAGE | pa.get()
+        join([attrs, TABLE_OR_PAGE, pa.get()])
     }
 
     #[inline]
@@ -337,8 +340,8 @@ unsafe impl TableFormat for ArmStage2 {
         let pa = raw & self.in_place;
         Pa::new(match self.address {
             AddressField::Narrow => pa,
-            AddressField::Lpa2 => pa | (raw >> 8 & 0b11) << 50,
-            AddressField::Lpa => pa | (raw >> 12 & 0xf) << 48,
+            AddressField::Lpa2 => join([pa, (raw >> 8 & 0b11) << 50]),
+            AddressField::Lpa => join([pa, (raw >> 12 & 0xf) << 48]),
         })
     }
 

@@ -3,6 +3,7 @@
 use super::{TableFormat, WordKind};
 use crate::addr::Pa;
 use crate::attr::{Age, Combine, LeafAttrs, MemType, Perms, SwBits};
+use crate::bits::join;
 use crate::error::{ConfigError, EncodeError};
 use crate::level::{Geometry, Level};
 
@@ -38,13 +39,19 @@ pub struct Ept {
 const READ: u64 = 1;
 const WRITE: u64 = 1 << 1;
 const EXECUTE: u64 = 1 << 2;
-const RWX: u64 = READ | WRITE | EXECUTE;
+const RWX: u64 = join([READ, WRITE, EXECUTE]);
 const TYPE_SHIFT: u32 = 3;
 const IGNORE_PAT: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 const ACCESSED: u64 = 1 << 8;
 const DIRTY: u64 = 1 << 9;
 const ADDRESS: u64 = ((1 << 52) - 1) & !0xfff;
+/// What a leaf says besides its attributes.
+const PLACE: u64 = join([ADDRESS, LARGE]);
+/// What tells a table that grants everything from all else.
+const TABLE_OR_LEAF: u64 = join([RWX, LARGE]);
+/// What CPUs with flags set on their own.
+const FLAGS: u64 = join([ACCESSED, DIRTY]);
 /// Bits 55:52 are ignored by every CPU and by VT-d second-stage tables.
 const SW_SHIFT: u32 = 52;
 
@@ -80,7 +87,12 @@ impl Ept {
     pub fn pointer(&self, root: Pa) -> u64 {
         let walk_length_minus_one = 3 << 3;
         let flags = if self.has_flags() { 1 << 6 } else { 0 };
-        root.get() & ADDRESS | flags | walk_length_minus_one | mem_type::WB
+        join([
+            root.get() & ADDRESS,
+            flags,
+            walk_length_minus_one,
+            mem_type::WB,
+        ])
     }
 
     #[inline]
@@ -146,7 +158,7 @@ unsafe impl TableFormat for Ept {
             MemType::WriteBack => mem_type::WB,
             MemType::Device(_) => return Err(EncodeError::UnsupportedType(attrs.mem)),
         };
-        let mut raw = self.permissions(attrs.perms)? | kind << TYPE_SHIFT;
+        let mut raw = join([self.permissions(attrs.perms)?, kind << TYPE_SHIFT]);
         raw |= u64::from(attrs.sw.get()) << SW_SHIFT;
         if attrs.combine == Combine::ForceStage2 {
             raw |= IGNORE_PAT;
@@ -162,17 +174,17 @@ unsafe impl TableFormat for Ept {
     #[inline]
     fn leaf_word(&self, attrs: u64, pa: Pa, level: Level) -> u64 {
         let large = if level.is_page() { 0 } else { LARGE };
-        attrs | large | pa.get() & ADDRESS
+        join([attrs, large, pa.get() & ADDRESS])
     }
 
     #[inline]
     fn attrs_word(&self, raw: u64, _level: Level) -> u64 {
-        raw & !(ADDRESS | LARGE)
+        raw & !PLACE
     }
 
     #[inline]
     fn table_word(&self, table: Pa) -> u64 {
-        RWX | table.get() & ADDRESS
+        join([RWX, table.get() & ADDRESS])
     }
 
     #[inline]
@@ -189,7 +201,7 @@ unsafe impl TableFormat for Ept {
     /// Whatever is linked grants everything; see [`table_word`](TableFormat::table_word).
     #[inline]
     fn plain_table(&self, raw: u64) -> Option<Pa> {
-        (raw & (RWX | LARGE) == RWX).then_some(Pa::new(raw & ADDRESS))
+        (raw & TABLE_OR_LEAF == RWX).then_some(Pa::new(raw & ADDRESS))
     }
 
     #[inline]
@@ -248,10 +260,6 @@ unsafe impl TableFormat for Ept {
 
     #[inline]
     fn hardware_bits(&self) -> u64 {
-        if self.has_flags() {
-            ACCESSED | DIRTY
-        } else {
-            0
-        }
+        if self.has_flags() { FLAGS } else { 0 }
     }
 }
