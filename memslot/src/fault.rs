@@ -102,7 +102,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if mmu.generation != generation || moved {
             return Ok(FaultOutcome::Retry);
         }
-        self.install(&mmu, &slot, (gfn, fault.access), run, vcpu)
+        self.install(&mmu, &slot, (gfn, fault), run, vcpu)
     }
 
     /// The slot that holds `gfn` and the generation of the slots; or what a guest meets without one.
@@ -120,14 +120,14 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         &self,
         mmu: &Mmu<T>,
         slot: &Memslot,
-        (gfn, access): (Gfn, Access),
+        (gfn, fault): (Gfn, &Stage2Fault),
         run: FrameRun,
         vcpu: &P::Vcpu,
     ) -> Result<FaultOutcome, Error> {
         let query = TypeQuery::of(slot, gfn, mmu.noncoherent.any());
         let leaf = self.policy.leaf_type(&query, vcpu);
         let (mem, combine) = self.policy.encode(leaf);
-        let attrs = LeafAttrs::new(perms(slot, access), mem, combine);
+        let attrs = LeafAttrs::new(perms(slot, fault.access), mem, combine);
         let run = self.limited(slot, leaf, gfn, run);
         let Some(request) = self.request(slot, &query, vcpu, run, attrs) else {
             return Ok(FaultOutcome::NoFrame(gfn));
@@ -140,6 +140,10 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             let first = index << self.page_order;
             (first..first + (1 << self.page_order)).for_each(|page| bitmap.mark(page));
         }
+        let request = match fault.kind {
+            FaultKind::Translation => request.on_missing(),
+            FaultKind::Permission | FaultKind::AccessFlag => request,
+        };
         match mmu.table.fault(&request)? {
             stage2::FaultOutcome::Mapped(_)
             | stage2::FaultOutcome::AlreadyMapped

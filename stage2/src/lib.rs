@@ -37,6 +37,7 @@ pub mod testing;
 mod visit;
 #[cfg(feature = "x86")]
 pub mod vmx;
+mod walk_cache;
 mod zap;
 
 pub use addr::{Gfn, Ipa, IpaRange, Pa, PaRange, Pfn};
@@ -58,7 +59,7 @@ pub use platform::{
     TlbInvalidate,
 };
 pub use protect::Aging;
-pub use request::{Blocks, CmoMode, FaultRequest, MapOutcome, MapRequest};
+pub use request::{Blocks, CmoMode, FaultRequest, MapOutcome, MapRequest, Met};
 pub use space::Stage2;
 pub use sweep::DetachedLeaf;
 pub use sync::AtomicEntry;

@@ -79,6 +79,17 @@ pub enum MapOutcome {
     AlreadyMapped,
 }
 
+/// What the hardware met where it refused an access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Met {
+    /// An entry that is not valid: a translation fault, or an EPT violation without permissions.
+    /// A hint that the entry is most likely still empty, so that it need not be read before it is
+    /// taken. Caches are maintained for nothing where it is not.
+    Nothing,
+    /// A leaf, or it is not known.
+    Anything,
+}
+
 /// One fault to resolve.
 #[derive(Clone, Copy, Debug)]
 pub struct FaultRequest {
@@ -95,10 +106,12 @@ pub struct FaultRequest {
     pub blocks: Blocks,
     /// When caches are maintained.
     pub cmo: CmoMode,
+    /// What the hardware met.
+    pub met: Met,
 }
 
 impl FaultRequest {
-    /// A fault that takes the largest block, with maintenance now.
+    /// A fault for any reason that takes the largest block, with maintenance now.
     #[must_use]
     pub const fn new(ipa: Ipa, window: IpaRange, pa: Pa, attrs: LeafAttrs) -> Self {
         Self {
@@ -108,6 +121,7 @@ impl FaultRequest {
             attrs,
             blocks: Blocks::Largest,
             cmo: CmoMode::Now,
+            met: Met::Anything,
         }
     }
 
@@ -122,6 +136,13 @@ impl FaultRequest {
     #[must_use]
     pub const fn deferred(mut self) -> Self {
         self.cmo = CmoMode::Deferred;
+        self
+    }
+
+    /// The same for a fault that the hardware reports as a translation that is missing.
+    #[must_use]
+    pub const fn on_missing(mut self) -> Self {
+        self.met = Met::Nothing;
         self
     }
 }

@@ -11,11 +11,12 @@ use crate::entry::SoftWord;
 use crate::format::TableFormat;
 use crate::level::Level;
 
-use crate::platform::Platform;
-use crate::request::{CmoMode, FaultRequest, MapRequest};
+use crate::platform::{EntryRef, Platform};
+use crate::request::{CmoMode, FaultRequest, MapRequest, Met};
 use crate::space::{Position, Stage2};
 use crate::sync::{AtomicEntry, Ordering};
 use crate::table::Table;
+use crate::walk_cache::WalkCache;
 
 /// What the short way knows of a space.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub(crate) struct Short {
     /// tables away share code with others.
     last_slot: AtomicEntry,
     last_table: AtomicEntry,
+    /// Where walks start.
+    walk_cache: WalkCache,
 }
 
 /// Pages of the common shape.
@@ -49,13 +52,15 @@ impl Short {
             no_pa: !format.plain_outputs(),
             last_slot: AtomicEntry::new(NO_SLOT),
             last_table: AtomicEntry::new(0),
+            walk_cache: WalkCache::new(),
         }
     }
 
-    /// A table leaves: the last one may be it, or below it.
+    /// A table leaves: what is remembered may be it, or below it.
     #[inline]
     pub(crate) fn forget(&self) {
         self.last_slot.store(NO_SLOT, Ordering::Relaxed);
+        self.walk_cache.forget();
     }
 }
 
@@ -83,9 +88,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let Some((leaf, owed)) = self.page_word(&request.attrs, request.pa) else {
             return false;
         };
-        if request.cmo == CmoMode::Now {
-            self.clean_before_make(PaRange::from_bounds(pa, pa + PAGE_SIZE), owed);
-        }
+        self.clean_if_now(request.cmo, (pa, PAGE_SIZE), owed);
         self.make(here.table.entry(here.index), leaf);
         self.platform.publish();
         true
@@ -110,26 +113,43 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         if strange != 0 || within > span {
             return false;
         }
-        let here = match self.page_table(at) {
-            Some(table) => self.page_of(table, at),
-            None => return false,
-        };
-        if !here.is_empty() {
+        let Some(table) = self.page_table(at) else {
             return false;
-        }
+        };
+        let Some(entry) = self.entry_to_take(table, at, request.met) else {
+            return false;
+        };
         let pa = first + within;
         let Some((leaf, owed)) = self.page_word(&request.attrs, Pa::new(pa)) else {
             return false;
         };
-        if request.cmo == CmoMode::Now {
-            self.clean_before_make(PaRange::from_bounds(pa, pa + PAGE_SIZE), owed);
-        }
-        let entry = here.table.entry(here.index);
+        self.clean_if_now(request.cmo, (pa, PAGE_SIZE), owed);
         let won = self.platform.compare_exchange(entry, SoftWord::EMPTY, leaf);
         if won {
             self.platform.publish();
         }
         won
+    }
+
+    /// The entry of a page, unless it is known not to be empty.
+    #[inline(always)]
+    fn entry_to_take<'a>(&self, table: Table<'a, P>, at: u64, met: Met) -> Option<EntryRef<'a>> {
+        match met {
+            Met::Nothing => Some(table.unread_entry(self.page_index(&table, at))),
+            Met::Anything => {
+                let here = self.page_of(table, at);
+                here.is_empty().then_some(table.entry(here.index))
+            }
+        }
+    }
+
+    /// Steps 5 and 6 of the maintenance order, unless they are left to a flush.
+    #[inline(always)]
+    #[track_caller]
+    fn clean_if_now(&self, cmo: CmoMode, (pa, size): (u64, u64), owed: Maintenance) {
+        if cmo == CmoMode::Now {
+            self.clean_before_make(PaRange::from_bounds(pa, pa + size), owed);
+        }
     }
 
     /// The descriptor of a page and what it owes, unless something speaks against it.
@@ -152,6 +172,15 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             return None;
         }
         Some(self.page_of(self.page_table(at)?, at))
+    }
+
+    #[inline(always)]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "masked to the table's entries"
+    )]
+    fn page_index(&self, table: &Table<'_, P>, at: u64) -> usize {
+        (at >> self.geometry().common_shift(Level::PAGE)) as usize & (table.entries() - 1)
     }
 
     #[inline(always)]
@@ -180,12 +209,41 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// The table of pages around `at` in tables of the common shape.
     #[inline(always)]
     fn page_table(&self, at: u64) -> Option<Table<'_, P>> {
-        let mut table = self.root_table();
-        if self.geometry().start_level() == Level::L0 {
-            table = self.step(table, at, Level::L0)?;
-        }
-        table = self.step(table, at, Level::L1)?;
+        let table = self.table_of_blocks(at, Level::L2)?;
         self.step(table, at, Level::L2)
+    }
+
+    /// The table of blocks around `at`, which is remembered for the walks to come.
+    #[inline]
+    fn block_table(&self, at: u64, gigabyte: u64) -> Option<Table<'_, P>> {
+        let table = self.gigabyte_table(at)?;
+        let table = self.step(table, at, Level::L1)?;
+        self.short.walk_cache.keep(gigabyte, table.pa());
+        Some(table)
+    }
+
+    /// The table of gigabytes around `at`.
+    #[inline(always)]
+    fn gigabyte_table(&self, at: u64) -> Option<Table<'_, P>> {
+        let root = self.root_table();
+        if self.geometry().start_level() == Level::L0 {
+            self.step(root, at, Level::L0)
+        } else {
+            Some(root)
+        }
+    }
+
+    /// The table of `level`, 1 or 2, around `at`.
+    #[inline(always)]
+    fn table_of_blocks(&self, at: u64, level: Level) -> Option<Table<'_, P>> {
+        if level == Level::L1 {
+            return self.gigabyte_table(at);
+        }
+        let gigabyte = at >> self.geometry().common_shift(Level::L1);
+        match self.short.walk_cache.find(gigabyte) {
+            Some(known) => Some(self.small_table(known)),
+            None => self.block_table(at, gigabyte),
+        }
     }
 
     /// The table below an entry, if there is one and that is quickly said.

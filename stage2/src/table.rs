@@ -115,6 +115,13 @@ impl<'a, M: TableMemory> Table<'a, M> {
         }
     }
 
+    /// The entry, for a compare-and-swap that is the first look at it.
+    #[inline]
+    pub(crate) fn unread_entry(&self, index: usize) -> EntryRef<'a> {
+        self.memory.visited(1);
+        self.entry(index)
+    }
+
     /// Reads an entry; what a table it points to held when it was linked is seen, too.
     #[inline]
     pub(crate) fn load(&self, index: usize) -> u64 {

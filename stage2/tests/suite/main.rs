@@ -12,6 +12,7 @@ mod kit;
 mod map;
 mod model;
 mod race;
+mod remembered;
 mod resize;
 mod starve;
 mod unmap;

@@ -36,18 +36,33 @@ fn a_page_beside_another_looks_at_its_own_entry() {
     assert_eq!(machine.take_visits(), 1);
 }
 
+fn page_fault(at: u64) -> FaultRequest {
+    FaultRequest::new(Ipa::new(at), range(at, PAGE), Pa::new(GIB), normal())
+}
+
 #[test]
 fn a_fault_and_a_look_up_walk_once() {
     let machine = machine(8);
     let mut space = space(&machine);
     map(&mut space, 0, PAGE, GIB);
     let _ = machine.take_visits();
-    let page = range(PAGE, PAGE);
-    let request = FaultRequest::new(Ipa::new(PAGE), page, Pa::new(GIB), normal());
-    space.fault(&request).unwrap();
+    space.fault(&page_fault(PAGE)).unwrap();
     assert_eq!(machine.take_visits(), 3);
+}
+
+#[test]
+fn a_second_walk_to_a_gigabyte_starts_at_its_table() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, 0, PAGE, GIB);
     space.lookup(Ipa::new(PAGE)).unwrap();
-    assert_eq!(machine.take_visits(), 3);
+    let _ = machine.take_visits();
+    space.fault(&page_fault(PAGE)).unwrap();
+    assert_eq!(machine.take_visits(), 2);
+    space.fault(&page_fault(2 * PAGE).on_missing()).unwrap();
+    assert_eq!(machine.take_visits(), 2);
+    space.lookup(Ipa::new(PAGE)).unwrap();
+    assert_eq!(machine.take_visits(), 2);
 }
 
 #[test]
@@ -84,4 +99,17 @@ fn a_map_over_leaves_looks_at_each_once_and_twice_where_they_are_broken() {
     assert_eq!(way, 7);
     map_pages(&mut space, BLOCK, BLOCK, 2 * GIB);
     assert_eq!(machine.take_visits(), way + 2 * 512);
+}
+
+/// Nothing is looked at behind the range, empty or not.
+#[test]
+fn a_zap_of_part_of_a_table_looks_at_that_part() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, 0, PAGE, GIB);
+    let _ = machine.take_visits();
+    space.zap_exclusive(range(4 * PAGE, 4 * PAGE)).unwrap();
+    assert_eq!(machine.take_visits(), 2 + 4);
+    space.zap(range(4 * PAGE, 4 * PAGE)).unwrap();
+    assert_eq!(machine.take_visits(), 2 + 4);
 }
