@@ -133,7 +133,7 @@ pub(crate) fn retire() -> ! {
     super::halt()
 }
 
-/// Makes core `number` turn itself off and waits up to a second until PSCI says so.
+/// Makes core `number` turn itself off and waits until PSCI says so, as [`wait_for_off`].
 pub(crate) fn turn_off(number: usize, mpidr: u64) -> Result<(), &'static str> {
     let mailbox = MAILBOXES.get(number).ok_or("no such core")?;
     if psci::affinity_info::<Hvc>(mpidr, psci::LowestAffinityLevel::All) != Ok(AffinityState::On) {
@@ -143,7 +143,7 @@ pub(crate) fn turn_off(number: usize, mpidr: u64) -> Result<(), &'static str> {
     wait_for_off(mpidr)
 }
 
-/// Waits until PSCI says that a core is off, two seconds at most.
+/// Waits until PSCI says that a core is off, [`PATIENCE`] at most.
 pub(crate) fn wait_for_off(mpidr: u64) -> Result<(), &'static str> {
     wait(
         || {
@@ -197,8 +197,11 @@ pub(crate) fn power_down(number: usize, gic: &Gic) -> Result<(), &'static str> {
     )
 }
 
+/// Seconds that another core may take for anything: an emulator's may not get to run for long.
+const PATIENCE: u64 = 20;
+
 fn wait(done: impl Fn() -> bool, why: &'static str) -> Result<(), &'static str> {
-    let deadline = ticks() + 2 * ticks_per_second();
+    let deadline = ticks() + PATIENCE * ticks_per_second();
     while ticks() < deadline {
         if done() {
             return Ok(());
