@@ -79,7 +79,7 @@ pub(crate) fn entry() -> u64 {
     (&raw const secondary_start).addr() as u64
 }
 
-/// Turns core `number` on and waits up to a second until it says so with the right identity.
+/// Turns core `number` on and waits, [`PATIENCE`] at most, until it says so with the right identity.
 pub(crate) fn turn_on(number: usize, mpidr: u64, settings: Settings) -> Result<(), &'static str> {
     let mailbox = MAILBOXES.get(number).ok_or("no such core")?;
     let before = mailbox.arrivals.load(Ordering::Acquire);
