@@ -53,8 +53,6 @@ pub(crate) struct VcpuState {
     lists_loaded: bool,
     /// Line of the physical timer's interrupt.
     physical_line: bool,
-    /// The virtual timer's interrupt is pending or active in the virtual GIC.
-    pub(crate) timer_in_flight: bool,
     /// It has turned itself off: it runs again only from an order.
     off: bool,
 }
@@ -287,7 +285,6 @@ impl VcpuState {
             physical_timer: EmulatedTimer::new(),
             lists_loaded: false,
             physical_line: false,
-            timer_in_flight: false,
             off: false,
         }
     }
@@ -330,8 +327,7 @@ impl Running<'_> {
         let gic = &self.hypervisor.gic;
         gic.prepare_cpu(self.cpu);
         gic.load(&self.state.gic);
-        self.refresh_timers();
-        self.load_interrupts();
+        self.refresh_interrupts();
         if self.owed_flush() != Next::Leave {
             self.guest_until_exit();
         }
@@ -343,7 +339,7 @@ impl Running<'_> {
     }
 
     /// Makes the core's list registers what the timers and the virtual GIC say now.
-    #[inline]
+    #[inline(never)]
     pub(crate) fn refresh_interrupts(&mut self) {
         self.save_interrupts();
         self.refresh_timers();
@@ -367,7 +363,6 @@ impl Running<'_> {
     }
 
     /// Looks at the guest's interrupts again; leaves if it has ended one that the host waits for.
-    #[inline(never)] // The loop around it is the shortest way back to the guest.
     fn refresh_or_leave(&mut self) -> Next {
         self.refresh_interrupts();
         if self.vm.vgic.has_ended() {
@@ -398,7 +393,7 @@ impl Running<'_> {
         self.vcpu.counts.add(VmCounter::InterruptsDelivered, used);
         let gic = &self.hypervisor.gic;
         gic.enter(&self.state.gic);
-        gic.set_timer_active(self.cpu, self.state.timer_in_flight);
+        gic.set_timer_active(self.cpu, self.state.gic.timer_in_flight);
         self.state.lists_loaded = true;
     }
 
@@ -406,40 +401,45 @@ impl Running<'_> {
     #[inline]
     pub(crate) fn save_interrupts(&mut self) {
         if core::mem::take(&mut self.state.lists_loaded) {
-            self.save_lists();
+            self.hypervisor.gic.leave(&mut self.state.gic);
+            if !self.state.gic.shows_nothing() {
+                self.save_lists();
+            }
         }
     }
 
+    #[inline(never)]
     fn save_lists(&mut self) {
         let index = self.index();
         let gic = &self.hypervisor.gic;
-        gic.leave(&mut self.state.gic);
-        if self.state.gic.shows_nothing() {
-            return;
-        }
         gic.timer_was_ended(self.cpu, &self.state.gic);
-        let kicks = self.vm.vgic.save(index, &self.state.gic);
+        let kicks = self.vm.vgic.save(index, &mut self.state.gic);
         for other in kicks.iter() {
             if let Ok(vcpu) = self.vm.vcpu(other as u64) {
                 vcpu.kick(self.hypervisor);
             }
         }
-        self.state.timer_in_flight = self.vm.vgic.timer_in_flight(index);
     }
 
     /// Makes the lines of the timers' interrupts what the timers say.
+    #[inline]
     pub(crate) fn refresh_timers(&mut self) {
-        let index = self.index();
         let fired = regs::virtual_timer_fired();
-        if fired || self.state.timer_in_flight {
-            self.state.timer_in_flight = self.vm.vgic.set_timer(index, fired);
+        if fired || self.state.gic.timer_in_flight {
+            self.state.gic.timer_in_flight = self.vm.vgic.set_timer(self.index(), fired);
         }
-        let Some(deadline) = self.state.physical_timer.deadline() else {
-            if self.state.physical_line {
-                self.set_physical_line(false);
-            }
-            regs::stop_el2_timer();
-            return;
+        match self.state.physical_timer.deadline() {
+            None if !self.state.physical_line => regs::stop_el2_timer(),
+            deadline => self.refresh_physical_timer(deadline),
+        }
+    }
+
+    /// The same for the physical timer, which hardly a guest uses.
+    #[inline(never)]
+    fn refresh_physical_timer(&mut self, deadline: Option<u64>) {
+        let Some(deadline) = deadline else {
+            self.set_physical_line(false);
+            return regs::stop_el2_timer();
         };
         let asserted = self.state.physical_timer.asserted(regs::ticks());
         if asserted != self.state.physical_line {
@@ -463,6 +463,8 @@ impl Running<'_> {
 
     /// Whether the EL2 timer has ended a guest's run for the guest's physical timer.
     pub(crate) fn physical_timer_fired(&self) -> bool {
-        !self.state.physical_line && self.state.physical_timer.asserted(regs::ticks())
+        let timer = &self.state.physical_timer;
+        let due = timer.deadline().is_some_and(|at| regs::ticks() >= at);
+        due && !self.state.physical_line
     }
 }

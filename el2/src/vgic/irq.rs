@@ -105,6 +105,12 @@ impl Irq {
         self.is_pending() && !self.has(ACTIVE) && self.may_signal(groups)
     }
 
+    /// Belongs into a list register of its vCPU, and is in none.
+    #[inline]
+    pub(super) const fn is_for_list(self, groups: u8) -> bool {
+        self.holder == NOBODY && (self.has(ACTIVE) || self.is_deliverable(groups))
+    }
+
     /// Enabled, and its group, too.
     pub(super) const fn may_signal(self, groups: u8) -> bool {
         self.has(ENABLED) && groups & 1 << (self.has(GROUP1) as u8) != 0

@@ -5,7 +5,7 @@ use core::sync::atomic::Ordering;
 use abi::GUEST_TIMER_PPI;
 
 use super::irq::{Irq, NOBODY};
-use super::{GicVersion, Kicks, PRIVATE, State, Vgic};
+use super::{GicVersion, Kicks, PRIVATE, State, VCPUS, Vgic, bits};
 
 /// Most list registers: GICv3 has at most 16, GICv2 (GIC-400) at most 64, of which we use 16.
 const MAX_LISTS: usize = 16;
@@ -25,6 +25,9 @@ pub struct CpuInterface {
     pub vmcr: u32,
     /// GICH_APR, or ICH_AP0R and ICH_AP1R.
     pub active_priorities: [[u32; 4]; 2],
+    /// No register: whether the virtual timer's interrupt was asserted or active when the registers were
+    /// taken back, or its line set: the physical one must not fire meanwhile.
+    pub timer_in_flight: bool,
 }
 
 impl CpuInterface {
@@ -38,11 +41,27 @@ impl CpuInterface {
             hcr: HCR_EN,
             vmcr: 0,
             active_priorities: [[0; 4]; 2],
+            timer_in_flight: false,
         }
     }
 }
 
 impl CpuInterface {
+    /// Whether all list registers are in use.
+    #[inline]
+    const fn is_full(&self) -> bool {
+        self.used >= self.count
+    }
+
+    /// Uses the next list register, if there is one.
+    #[inline]
+    fn push(&mut self, list: u64) {
+        if let Some(place) = self.lists.get_mut(usize::from(self.used)) {
+            *place = list;
+            self.used += 1;
+        }
+    }
+
     /// Whether the registers that were read back have nothing to say: none was in use, and nothing
     /// was ended without one.
     #[inline]
@@ -94,37 +113,40 @@ pub(super) struct List {
 impl List {
     #[inline]
     pub(super) fn encode(self, version: GicVersion) -> u64 {
-        let state = u64::from(self.active) << 1 | u64::from(self.pending);
-        let (hw, group) = (u64::from(self.hardware.is_some()), u64::from(self.group1));
-        let physical = self.hardware.map_or(0, u64::from);
-        let tell = u64::from(self.tell_end && self.hardware.is_none());
         match version {
-            // ICH_LR<n>_EL2 (IHI 0069H 12.4.8).
-            GicVersion::V3 => {
-                state << 62
-                    | hw << 61
-                    | group << 60
-                    | u64::from(self.priority) << 48
-                    | physical << 32
-                    | tell << 41
-                    | u64::from(self.intid)
-            }
-            // GICH_LR<n> (IHI 0048B 5.3, table of the list register bits).
-            GicVersion::V2 => {
-                let source = if self.hardware.is_none() {
-                    u64::from(self.source & 7) << 10
-                } else {
-                    physical << 10
-                };
-                hw << 31
-                    | group << 30
-                    | state << 28
-                    | u64::from(self.priority >> 3) << 23
-                    | tell << 19
-                    | source
-                    | u64::from(self.intid)
-            }
+            GicVersion::V3 => self.encode_v3(),
+            GicVersion::V2 => self.encode_v2(),
         }
+    }
+
+    /// ICH_LR<n>_EL2 (IHI 0069H 12.4.8).
+    #[inline]
+    fn encode_v3(self) -> u64 {
+        let behind = match self.hardware {
+            Some(physical) => 1 << 61 | u64::from(physical) << 32,
+            None => u64::from(self.tell_end) << 41,
+        };
+        u64::from(self.active) << 63
+            | u64::from(self.pending) << 62
+            | u64::from(self.group1) << 60
+            | u64::from(self.priority) << 48
+            | behind
+            | u64::from(self.intid)
+    }
+
+    /// GICH_LR<n> (IHI 0048B 5.3, table of the list register bits).
+    #[inline(never)] // One of the two is never used on a machine.
+    fn encode_v2(self) -> u64 {
+        let behind = match self.hardware {
+            Some(physical) => 1 << 31 | u64::from(physical) << 10,
+            None => u64::from(self.tell_end) << 19 | u64::from(self.source & 7) << 10,
+        };
+        u64::from(self.group1) << 30
+            | u64::from(self.active) << 29
+            | u64::from(self.pending) << 28
+            | u64::from(self.priority >> 3) << 23
+            | behind
+            | u64::from(self.intid)
     }
 
     /// INTID, and whether it is pending and active, of a register that was in use.
@@ -140,54 +162,88 @@ impl List {
 }
 
 impl Vgic {
-    /// Puts what this vCPU must see into its list registers, the most urgent first.
+    /// Puts what this vCPU must see into its list registers.
+    #[inline]
     pub fn load(&self, vcpu: usize, interface: &mut CpuInterface) {
         interface.used = 0;
         interface.hcr = HCR_EN;
-        if !self.is_busy(vcpu) {
-            return;
+        if self.is_busy(vcpu) {
+            self.load_live(vcpu, interface);
         }
+    }
+
+    #[inline(never)]
+    fn load_live(&self, vcpu: usize, interface: &mut CpuInterface) {
         let mut state = self.state.lock();
-        let room = usize::from(interface.count).min(MAX_LISTS);
-        let mut some = [0u16; MAX_LISTS];
-        let count = match self.few(&state, vcpu, &mut some[..room]) {
-            Some(count) => count,
-            None => self.most_urgent(&state, vcpu, &mut some[..room], interface),
-        };
-        for number in some.iter().take(count) {
-            let list = self.place(&mut state, vcpu, usize::from(*number));
-            if let Some(place) = interface.lists.get_mut(usize::from(interface.used)) {
-                *place = list.encode(self.version);
-                interface.used += 1;
-            }
+        let state = &mut *state;
+        // In any order: the hardware delivers by priority.
+        if !self.load_private(state, vcpu, interface) || !self.load_shared(state, vcpu, interface) {
+            self.load_chosen(state, vcpu, interface);
         }
-        if count == 0 && !state.has_live(vcpu, self.version) {
-            self.busy.fetch_and(!(1 << vcpu), Ordering::Release);
+        if interface.used == 0 && !state.has_live(vcpu, self.version) {
+            let busy = self.busy.load(Ordering::Relaxed) & !(1 << vcpu);
+            self.busy.store(busy, Ordering::Release);
         }
     }
 
-    /// The interrupts for the list registers in any order, if there are enough registers: the
-    /// hardware delivers by priority. `None` if there are not.
-    fn few(&self, state: &State, vcpu: usize, some: &mut [u16]) -> Option<usize> {
-        let mut count = 0;
-        for number in state.live(vcpu) {
-            let irq = state.irq(vcpu, number);
-            if self.concerns(irq, vcpu, number, state.enabled) {
-                *some.get_mut(count)? = number.to_le_bytes16();
-                count += 1;
+    /// The vCPU's own interrupts into list registers; says whether there were enough.
+    #[inline]
+    fn load_private(&self, state: &mut State, vcpu: usize, interface: &mut CpuInterface) -> bool {
+        let groups = state.enabled;
+        let irqs = &mut state.private[vcpu % VCPUS];
+        for number in bits(state.live_private[vcpu % VCPUS].into()) {
+            let Some(irq) = irqs.get_mut(number).filter(|irq| irq.is_for_list(groups)) else {
+                continue;
+            };
+            if interface.is_full() {
+                return false;
             }
+            interface.push(self.place(irq, vcpu, number, groups));
         }
-        Some(count)
+        true
     }
 
-    /// The most urgent interrupts, as many as there are registers, and maintenance for the others.
-    fn most_urgent(
+    /// The same for shared interrupts that go to this vCPU.
+    #[inline]
+    fn load_shared(&self, state: &mut State, vcpu: usize, interface: &mut CpuInterface) -> bool {
+        state.live_words == 0 || self.load_some_shared(state, vcpu, interface)
+    }
+
+    #[inline(never)]
+    fn load_some_shared(
         &self,
-        state: &State,
+        state: &mut State,
         vcpu: usize,
-        some: &mut [u16],
         interface: &mut CpuInterface,
-    ) -> usize {
+    ) -> bool {
+        let groups = state.enabled;
+        for at in bits(state.live_words.into()) {
+            let word = state.live_spis.get(at).copied().unwrap_or(0);
+            for number in bits(word).map(|bit| PRIVATE + at * 64 + bit) {
+                let irq = state.irq_mut(vcpu, number);
+                if usize::from(irq.target(self.version)) != vcpu || !irq.is_for_list(groups) {
+                    continue;
+                }
+                if interface.is_full() {
+                    return false;
+                }
+                interface.push(self.place(irq, vcpu, number, groups));
+            }
+        }
+        true
+    }
+
+    /// There are more interrupts than registers: those that are in one come back as they went, and the most
+    /// urgent of all go, with maintenance for the others.
+    #[cold]
+    #[inline(never)]
+    fn load_chosen(&self, state: &mut State, vcpu: usize, interface: &mut CpuInterface) {
+        for list in interface.lists.iter().take(usize::from(interface.used)) {
+            let (number, pending, active) = List::decode(*list, self.version);
+            let irq = state.irq_mut(vcpu, number);
+            irq.release(pending, active, self.version);
+        }
+        interface.used = 0;
         let mut chosen = [(0u16, 0u16); MAX_LISTS];
         let room = interface.count;
         let (count, all, left_active) = self.choose(state, vcpu, room, &mut chosen);
@@ -197,10 +253,12 @@ impl Vgic {
         if left_active {
             interface.hcr |= HCR_LRENPIE;
         }
-        for (place, (_, number)) in some.iter_mut().zip(chosen) {
-            *place = number;
+        let groups = state.enabled;
+        for (_, number) in chosen.iter().take(count) {
+            let number = usize::from(*number);
+            let irq = state.irq_mut(vcpu, number);
+            interface.push(self.place(irq, vcpu, number, groups));
         }
-        count
     }
 
     /// The interrupts for the list registers, sorted; whether all are among them, and whether an
@@ -246,22 +304,18 @@ impl Vgic {
     /// Whether this interrupt belongs into a list register of this vCPU now.
     fn concerns(&self, irq: &Irq, vcpu: usize, number: usize, groups: u8) -> bool {
         let mine = number < PRIVATE || usize::from(irq.target(self.version)) == vcpu;
-        let free = irq.holder() == NOBODY;
-        mine && free && (irq.is_active() || irq.is_deliverable(groups))
+        mine && irq.is_for_list(groups)
     }
 
     /// Makes an interrupt's list register.
-    #[inline]
-    fn place(&self, state: &mut State, vcpu: usize, number: usize) -> List {
-        let groups = state.enabled;
-        let irq = state.irq_mut(vcpu, number);
+    #[inline(never)] // From several places; not short.
+    fn place(&self, irq: &mut Irq, vcpu: usize, number: usize, groups: u8) -> u64 {
         let hardware = (number == GUEST_TIMER_PPI as usize).then_some(number.to_le_bytes16());
         let again = irq.is_pending() && irq.may_signal(groups);
         // A level that is still high is seen again when the guest ends the interrupt; a pending
         // and active one would be delivered twice.
         let other_sender = self.version == GicVersion::V2 && irq.sources() != 0;
         let pending = again && (!irq.is_active() || (irq.is_edge() && !other_sender));
-        let source = irq.next_source();
         let list = List {
             intid: number.to_le_bytes16(),
             pending,
@@ -270,21 +324,19 @@ impl Vgic {
             priority: irq.priority(),
             hardware,
             tell_end: false,
-            source,
+            source: irq.next_source(),
         };
         if pending {
             irq.take(vcpu.to_le_bytes()[0], self.version);
         } else {
             irq.hold(vcpu.to_le_bytes()[0]);
         }
-        List {
-            tell_end: irq.wants_end(),
-            ..list
-        }
+        let tell_end = irq.wants_end();
+        List { tell_end, ..list }.encode(self.version)
     }
 
     /// Takes back what the list registers say after the vCPU has left the guest.
-    pub fn save(&self, vcpu: usize, interface: &CpuInterface) -> Kicks {
+    pub fn save(&self, vcpu: usize, interface: &mut CpuInterface) -> Kicks {
         let ended = interface.hcr >> HCR_EOI_COUNT;
         if interface.shows_nothing() {
             return Kicks::NONE;
@@ -304,9 +356,9 @@ impl Vgic {
             self.note_end(&mut state, number, done);
             kicks.0 |= changed.0;
         }
+        let version = self.version;
         for list in interface.lists.iter().take(usize::from(interface.used)) {
-            let (number, pending, active) = List::decode(*list, self.version);
-            let version = self.version;
+            let (number, pending, active) = List::decode(*list, version);
             let mut done = false;
             let changed = self.change_in(&mut state, vcpu, number, |irq| {
                 irq.release(pending, active, version);
@@ -315,6 +367,7 @@ impl Vgic {
             self.note_end(&mut state, number, done);
             kicks.0 |= changed.0;
         }
+        interface.timer_in_flight = state.irq(vcpu, GUEST_TIMER_PPI as usize).is_in_flight();
         // Itself it does not concern: it loads again before it runs.
         kicks.0 &= !(1 << vcpu);
         kicks

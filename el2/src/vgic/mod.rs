@@ -226,17 +226,8 @@ impl Vgic {
         state.live(vcpu).any(deliverable)
     }
 
-    /// Whether the virtual timer's interrupt is asserted or active: the physical one must not fire
-    /// meanwhile.
-    pub fn timer_in_flight(&self, vcpu: usize) -> bool {
-        if !self.is_busy(vcpu) {
-            return false;
-        }
-        let state = self.state.lock();
-        state.irq(vcpu, GUEST_TIMER_PPI as usize).is_in_flight()
-    }
-
     /// ICC_SGI1R_EL1 of a GICv3 guest: affinities are vCPU n = 0.0.0.n (IHI 0069H 12.2.19).
+    #[inline]
     pub fn sgi1r(&self, from: usize, value: u64) -> Kicks {
         /// IRM: all but the sender.
         const ALL_OTHERS: u64 = 1 << 40;
@@ -294,7 +285,9 @@ impl Vgic {
             after.target(self.version)
         };
         if after.is_live() && usize::from(target) < VCPUS {
-            self.busy.fetch_or(1 << target, Ordering::Release);
+            // No exchange: who writes it holds the lock.
+            let busy = self.busy.load(Ordering::Relaxed) | 1 << target;
+            self.busy.store(busy, Ordering::Release);
         }
         if before.holder() != NOBODY {
             kicks.add(before.holder());
@@ -305,6 +298,7 @@ impl Vgic {
         kicks
     }
 
+    #[inline]
     fn is_busy(&self, vcpu: usize) -> bool {
         self.busy.load(Ordering::Acquire) & 1 << vcpu != 0
     }

@@ -127,7 +127,7 @@ impl Machine {
 
     fn enter_or_leave(&mut self, vcpu: usize) -> Kicks {
         match self.loaded[vcpu].take() {
-            Some(interface) => self.vgic.save(vcpu, &interface),
+            Some(mut interface) => self.vgic.save(vcpu, &mut interface),
             None => {
                 let mut interface = CpuInterface::new(self.lists);
                 self.vgic.load(vcpu, &mut interface);
@@ -169,7 +169,6 @@ impl Machine {
 
     fn ask(&self, vcpu: usize, reset: bool) {
         let _: bool = self.vgic.has_pending(vcpu);
-        let _: bool = self.vgic.timer_in_flight(vcpu);
         if reset && self.loaded.iter().all(Option::is_none) {
             self.vgic.reset();
             assert!((0..self.vcpus).all(|vcpu| !self.vgic.has_pending(vcpu)));
@@ -234,7 +233,7 @@ impl Machine {
         for list in &mut interface.lists[..usize::from(interface.used)] {
             *list &= !(3 << shift);
         }
-        let _: Kicks = self.vgic.save(vcpu, &interface);
+        let _: Kicks = self.vgic.save(vcpu, &mut interface);
         interface.used != 0
     }
 }
