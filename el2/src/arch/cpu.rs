@@ -28,6 +28,8 @@ pub(crate) struct CpuData {
     pub(crate) index: u64,
     /// Affinity fields of MPIDR_EL1.
     pub(crate) mpidr: u64,
+    /// What ICC_SGI1R_EL1 takes to interrupt it, but the INTID (IHI 0069H 12.2.19).
+    pub(crate) sgi_target: u64,
     /// Its power state.
     pub(crate) power: PowerSlot,
     /// A vCPU that this core's host looks after may be runnable: a kick is the host's.
@@ -61,6 +63,7 @@ impl CpuData {
             history: AtomicU64::new(0),
             index: id.0,
             mpidr: id.1,
+            sgi_target: sgi_target(id.1),
             power: PowerSlot::new(),
             host_kick: AtomicBool::new(false),
             gic_frame: AtomicU64::new(0),
@@ -99,6 +102,15 @@ impl CpuData {
         let bottom = self.stack_top - el2::layout::STACK;
         (bottom - board::PAGE_SIZE..bottom).contains(&address)
     }
+}
+
+/// Affinity fields of MPIDR_EL1 as ICC_SGI1R_EL1 has them: Aff3 to Aff1, range and target list of Aff0.
+const fn sgi_target(mpidr: u64) -> u64 {
+    let list = 1 << (mpidr & 0xf);
+    let range = (mpidr >> 4 & 0xf) << 44;
+    let cluster =
+        (mpidr >> 8 & 0xff) << 16 | (mpidr >> 16 & 0xff) << 32 | (mpidr >> 32 & 0xff) << 48;
+    cluster | range | list
 }
 
 /// This core's data, or `None` before it has any.

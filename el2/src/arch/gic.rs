@@ -337,15 +337,10 @@ impl PhysicalGic {
                 Mmio::gic(v2.gicd.start()).write(GICD_SGIR, targets | KICK_SGI);
             }
             Self::V3(_) => {
-                let affinity = target.mpidr;
-                let list = 1 << (affinity & 0xf);
-                let range = (affinity >> 4 & 0xf) << 44;
-                let cluster = (affinity >> 8 & 0xff) << 16
-                    | (affinity >> 16 & 0xff) << 32
-                    | (affinity >> 32 & 0xff) << 48;
+                // ICC_SGI1R_EL1
                 msr!(
-                    "s3_0_c12_c11_5", // ICC_SGI1R_EL1
-                    u64::from(KICK_SGI) << 24 | cluster | range | list
+                    "s3_0_c12_c11_5",
+                    target.sgi_target | u64::from(KICK_SGI) << 24
                 );
                 isb();
             }
