@@ -111,15 +111,58 @@ pub enum Cause {
 #[must_use]
 #[inline(always)]
 pub fn decode(esr: u64) -> Cause {
-    let class = field(esr, 26, 6);
-    match class {
+    match class(esr) {
         0x01 => Cause::WaitFor,
         0x16 => Cause::Hvc(immediate(esr)),
         0x17 => Cause::Smc(immediate(esr)),
-        0x18 => Cause::SystemRegister(bits32(esr, 25)),
-        0x20 => Cause::Abort(abort(esr, Access::Fetch)),
-        0x24 => Cause::Abort(abort(esr, data_access(esr))),
+        0x18 => Cause::SystemRegister(iss(esr)),
+        0x20 | 0x24 => Cause::Abort(abort(esr)),
         other => Cause::Other(other),
+    }
+}
+
+/// The exception class.
+#[must_use]
+#[inline]
+pub const fn class(esr: u64) -> u8 {
+    field(esr, 26, 6)
+}
+
+/// The syndrome of a system register's class.
+#[must_use]
+#[inline]
+pub fn iss(esr: u64) -> u32 {
+    bits32(esr, 25)
+}
+
+/// The abort that the syndrome of one tells of (class 0x20 or 0x24).
+#[must_use]
+#[inline]
+pub fn abort(esr: u64) -> Abort {
+    let access = if class(esr) == 0x20 {
+        Access::Fetch
+    } else {
+        data_access(esr)
+    };
+    Abort {
+        access,
+        kind: fault_kind(field(esr, 0, 6)),
+        on_s1_walk: esr & (1 << 7) != 0,
+        far_invalid: esr & (1 << 10) != 0,
+    }
+}
+
+/// The IPA of a data abort (class 0x24) whose access itself stage 2 does not translate: as [`fault_ipa`] of
+/// such a one. `None` if it is on a walk of stage 1, without an address, or a fault of another kind.
+#[must_use]
+#[inline]
+pub const fn untranslated(esr: u64, hpfar: u64, far: u64) -> Option<u64> {
+    /// FnV and S1PTW clear, DFSC 0b0001LL.
+    const LOOKED_AT: u64 = 1 << 10 | 1 << 7 | 0x3c;
+    if esr & LOOKED_AT == 0b00_0100 {
+        Some((hpfar >> 4 & 0xff_ffff_ffff) << 12 | far & 0xfff)
+    } else {
+        None
     }
 }
 
@@ -130,16 +173,6 @@ fn data_access(esr: u64) -> Access {
         Access::Write
     } else {
         Access::Read
-    }
-}
-
-#[inline]
-fn abort(esr: u64, access: Access) -> Abort {
-    Abort {
-        access,
-        kind: fault_kind(field(esr, 0, 6)),
-        on_s1_walk: esr & (1 << 7) != 0,
-        far_invalid: esr & (1 << 10) != 0,
     }
 }
 
@@ -169,7 +202,10 @@ pub fn fault_ipa(abort: &Abort, hpfar: u64, far: u64) -> u64 {
     }
 }
 
-fn immediate(esr: u64) -> u16 {
+/// The immediate of an HVC or SMC.
+#[must_use]
+#[inline]
+pub fn immediate(esr: u64) -> u16 {
     let [low, high, ..] = esr.to_le_bytes();
     u16::from_le_bytes([low, high])
 }
@@ -293,6 +329,22 @@ mod tests {
     }
 
     proptest! {
+        /// The short way to an address is the long one where it gives one, and it does for all accesses that
+        /// are emulated.
+        #[test]
+        fn untranslated_accesses_have_the_address_of_their_abort(
+            iss in 0u64..1 << 25, hpfar in 0u64..1 << 44, far: u64
+        ) {
+            let esr = 0x24 << 26 | iss;
+            let Cause::Abort(abort) = decode(esr) else {
+                panic!("not an abort");
+            };
+            let plain = abort.kind == FaultKind::Translation && !abort.on_s1_walk && !abort.far_invalid;
+            let level = iss & 0x3f != 0b10_1011; // Level -1 takes the long way.
+            let expected = (plain && level).then(|| fault_ipa(&abort, hpfar, far));
+            prop_assert_eq!(untranslated(esr, hpfar, far), expected);
+        }
+
         #[test]
         fn any_syndrome_decodes(esr: u64) {
             let _: Cause = decode(esr);

@@ -33,13 +33,15 @@ use crate::hypervisor::Hypervisor;
 use crate::vcpu::{Next, Running, VcpuState};
 use crate::vm::Vm;
 
-/// Vectors of exceptions from a guest; plus four from AArch32. That of a synchronous one, 8, is the only
-/// multiple of four.
-const IRQ: u64 = 9;
-const FIQ: u64 = 10;
+/// The lower bits of the vectors of exceptions from a guest, of either width: 0 is a synchronous one.
+const IRQ: u64 = 1;
+const FIQ: u64 = 2;
 
-/// Exception class of a trapped use of FP or SIMD (Arm ARM D24.2.40).
+/// Exception classes (Arm ARM D24.2.40): a trapped use of FP or SIMD, and those that come all the time.
 const EC_FP: u8 = 0x07;
+const EC_HVC: u8 = 0x16;
+const EC_SYSTEM_REGISTER: u8 = 0x18;
+const EC_DATA_ABORT: u8 = 0x24;
 
 /// The guest's GIC, as on QEMU's virt (docs/guest-platform.md).
 const GICD: u64 = 0x0800_0000;
@@ -79,10 +81,10 @@ pub(crate) fn handle(run: &mut Running<'_>, vector: u64) -> Next {
 #[inline]
 fn synchronous(run: &mut Running<'_>) -> Next {
     let esr = regs::esr();
-    match esr::decode(esr) {
-        Cause::Hvc(immediate) => call(run, immediate),
-        Cause::SystemRegister(iss) => register(run, iss),
-        Cause::Abort(abort) => fault(run, &abort, &regs::syndrome()),
+    match esr::class(esr) {
+        EC_HVC => call(run, esr::immediate(esr)),
+        EC_DATA_ABORT => data_abort(run, esr),
+        EC_SYSTEM_REGISTER => register(run, esr::iss(esr)),
         _ => seldom(run, esr),
     }
 }
@@ -91,6 +93,7 @@ fn synchronous(run: &mut Running<'_>) -> Next {
 fn seldom(run: &mut Running<'_>, esr: u64) -> Next {
     match esr::decode(esr) {
         Cause::WaitFor => wait(run),
+        Cause::Abort(_) => fault(run, esr),
         Cause::Other(EC_FP) => {
             run.vcpu.counts.count(VmCounter::FpSwitches);
             let VcpuState { host, context, .. } = &mut *run.state;
@@ -102,9 +105,9 @@ fn seldom(run: &mut Running<'_>, esr: u64) -> Next {
     }
 }
 
-#[inline(never)]
+#[inline]
 fn asynchronous(run: &mut Running<'_>, vector: u64) -> Next {
-    match vector & !4 {
+    match vector & 3 {
         IRQ | FIQ => interrupt(run),
         _ => serror(run),
     }
@@ -112,6 +115,7 @@ fn asynchronous(run: &mut Running<'_>, vector: u64) -> Next {
 
 /// A physical interrupt: a timer of the guest, EL2's own kick, the virtual GIC's maintenance
 /// interrupt, or the host's.
+#[inline(never)]
 fn interrupt(run: &mut Running<'_>) -> Next {
     run.vcpu.counts.count(VmCounter::Interrupts);
     let maintenance = run.hypervisor.gic.maintenance_pending();
@@ -122,7 +126,8 @@ fn interrupt(run: &mut Running<'_>) -> Next {
         return Next::Refresh;
     }
     // A kick that the host waits for stays pending for it.
-    let for_host = run.cpu.host_kick.swap(false, Ordering::AcqRel);
+    let host_kick = &run.cpu.host_kick;
+    let for_host = host_kick.load(Ordering::Acquire) && host_kick.swap(false, Ordering::AcqRel);
     if !for_host && run.hypervisor.gic.take_kick(run.cpu) {
         return Next::Refresh;
     }
@@ -130,6 +135,7 @@ fn interrupt(run: &mut Running<'_>) -> Next {
 }
 
 /// An asynchronous error while the guest ran: it is the guest's to deal with.
+#[cold]
 fn serror(run: &mut Running<'_>) -> Next {
     say!(
         Warn,
@@ -325,8 +331,29 @@ fn power(run: &mut Running<'_>, action: PowerAction) -> Next {
 }
 
 /// A trapped system register or instruction.
+#[inline]
 fn register(run: &mut Running<'_>, iss: u32) -> Next {
     run.vcpu.counts.count(VmCounter::SystemRegisters);
+    // What a guest with several vCPUs writes all the time, first.
+    match sysreg::sgi_written(iss) {
+        Some(rt) if run.vm.ids.has_gic_registers() => {
+            let value = run.state.context.regs.get(rt);
+            regs::skip_instruction();
+            send_sgi(run, value)
+        }
+        _ => other_register(run, iss),
+    }
+}
+
+/// ICC_SGI1R_EL1.
+#[inline]
+fn send_sgi(run: &mut Running<'_>, value: u64) -> Next {
+    let kicks = run.vm.vgic.sgi1r(run.index(), value);
+    kick(run, kicks)
+}
+
+#[inline]
+fn other_register(run: &mut Running<'_>, iss: u32) -> Next {
     let trapped = Trapped::decode(iss);
     let value = run.state.context.regs.get(trapped.rt);
     let outcome = sysreg::decide(trapped, &run.vm.ids);
@@ -344,10 +371,7 @@ fn register(run: &mut Running<'_>, iss: u32) -> Next {
             Next::Resume
         }
         Outcome::WriteIgnored | Outcome::Sgi(SgiGroup::Zero) | Outcome::Deactivate => Next::Resume,
-        Outcome::Sgi(SgiGroup::One) => {
-            let kicks = run.vm.vgic.sgi1r(run.index(), value);
-            kick(run, kicks)
-        }
+        Outcome::Sgi(SgiGroup::One) => send_sgi(run, value),
         Outcome::SetWay => {
             run.state.caches.set_way();
             watch(run)
@@ -423,21 +447,44 @@ pub(crate) fn flush(run: &mut Running<'_>) -> Next {
     Next::Resume
 }
 
-/// A stage-2 fault.
-fn fault(run: &mut Running<'_>, abort: &Abort, syndrome: &Syndrome) -> Next {
-    let Some(ipa) = address(abort, syndrome) else {
+/// A data abort: an access to the virtual GIC, or another fault.
+#[inline]
+fn data_abort(run: &mut Running<'_>, esr: u64) -> Next {
+    let Syndrome { far, hpfar, .. } = regs::syndrome();
+    let Some(ipa) = esr::untranslated(esr, hpfar, far) else {
+        return fault(run, esr);
+    };
+    match Frame::of(run, ipa) {
+        Some(frame) => in_gic(run, frame, ipa, esr),
+        None => resolve(run, ipa, esr),
+    }
+}
+
+/// A fault that is not that of a plain access.
+#[inline(never)]
+fn fault(run: &mut Running<'_>, esr: u64) -> Next {
+    let abort = esr::abort(esr);
+    let Some(ipa) = address(&abort, &regs::syndrome()) else {
         // Stage 1 has changed meanwhile: the access will fault again if it must.
         return Next::Resume;
     };
-    if let Some(next) = in_gic(run, ipa, abort, syndrome) {
-        return next;
+    if Frame::of(run, ipa).is_some() {
+        // What can be emulated does not come here.
+        return external_abort(run, &abort, esr);
     }
+    resolve(run, ipa, esr)
+}
+
+/// A fault at an address where there is memory, or a device of the host's.
+#[inline(never)]
+fn resolve(run: &mut Running<'_>, ipa: u64, esr: u64) -> Next {
+    let abort = &esr::abort(esr);
     let Some(kind) = memory_kind(abort.kind) else {
-        return external_abort(run, abort, syndrome.esr);
+        return external_abort(run, abort, esr);
     };
     if abort.on_s1_walk && abort.kind == FaultKind::Permission && is_device(run, ipa) {
         // HCR_EL2.PTW: a table in a device, which no leaf would ever allow.
-        return external_abort(run, abort, syndrome.esr);
+        return external_abort(run, abort, esr);
     }
     let request = Stage2Fault {
         ipa: Ipa::new(ipa),
@@ -454,15 +501,15 @@ fn fault(run: &mut Running<'_>, abort: &Abort, syndrome: &Syndrome) -> Next {
             Next::Resume
         }
         Ok(FaultOutcome::Retry) => Next::Resume,
-        Ok(FaultOutcome::Mmio) => device(run, ipa, abort, syndrome),
-        Ok(FaultOutcome::Abort) => external_abort(run, abort, syndrome.esr),
+        Ok(FaultOutcome::Mmio) => device(run, ipa, abort, esr),
+        Ok(FaultOutcome::Abort) => external_abort(run, abort, esr),
         Ok(FaultOutcome::NoFrame(_)) if run.vm.pages(run.hypervisor).is_poisoned(ipa) => {
-            external_abort(run, abort, syndrome.esr)
+            external_abort(run, abort, esr)
         }
         Ok(FaultOutcome::NoFrame(gfn)) => run.leave(Exit::MemoryMissing {
             ipa: gfn.start().get(),
         }),
-        Err(error) => refused(run, error, syndrome.esr),
+        Err(error) => refused(run, error, esr),
     }
 }
 
@@ -512,18 +559,22 @@ fn address(abort: &Abort, syndrome: &Syndrome) -> Option<u64> {
 }
 
 /// An access to a device: EL2 decodes it, the host emulates it.
-fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -> Next {
+fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, esr: u64) -> Next {
     let guard = run.vm.protection.as_ref().map(|p| &p.guard);
     if guard.is_some_and(|guard| !guard.allows(ipa)) {
-        return external_abort(run, abort, syndrome.esr);
+        return external_abort(run, abort, esr);
     }
-    let access = match decoded(ipa, abort, syndrome) {
+    let decoded = match abort.access {
+        Access::Fetch => Decoded::ExternalAbort,
+        Access::Read | Access::Write => decoded(ipa, esr),
+    };
+    let access = match decoded {
         Decoded::Access(access) => access,
         Decoded::SkipMaintenance => {
             regs::skip_instruction();
             return Next::Resume;
         }
-        Decoded::ExternalAbort => return external_abort(run, abort, syndrome.esr),
+        Decoded::ExternalAbort => return external_abort(run, abort, esr),
     };
     run.vcpu.counts.count(VmCounter::MmioInHost);
     let size = access.size();
@@ -532,66 +583,63 @@ fn device(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -
         regs::skip_instruction();
         return run.leave(Exit::MmioWrite { ipa, size, value });
     }
-    run.state.load = Some(PendingLoad { esr: syndrome.esr });
+    run.state.load = Some(PendingLoad { esr });
     run.leave(Exit::MmioRead { ipa, size })
 }
 
 /// The access behind an abort: what has no syndrome, or crosses registers, reaches none.
 #[inline]
-fn decoded(ipa: u64, abort: &Abort, syndrome: &Syndrome) -> Decoded {
-    if abort.access == Access::Fetch {
-        return Decoded::ExternalAbort;
-    }
-    match mmio::decode(syndrome.esr) {
+fn decoded(ipa: u64, esr: u64) -> Decoded {
+    match mmio::decode(esr) {
         Decoded::Access(access) if !access.is_aligned(ipa) => Decoded::ExternalAbort,
         other => other,
     }
 }
 
-/// An access to the distributor or a redistributor, if it is one.
-fn in_gic(run: &mut Running<'_>, ipa: u64, abort: &Abort, syndrome: &Syndrome) -> Option<Next> {
-    let frame = Frame::of(run, ipa)?;
-    let access = match decoded(ipa, abort, syndrome) {
+/// An access to the distributor or a redistributor.
+#[inline]
+fn in_gic(run: &mut Running<'_>, frame: Frame, ipa: u64, esr: u64) -> Next {
+    let access = match decoded(ipa, esr) {
         Decoded::Access(access) => access,
         Decoded::SkipMaintenance => {
             regs::skip_instruction();
-            return Some(Next::Resume);
+            return Next::Resume;
         }
-        Decoded::ExternalAbort => return Some(external_abort(run, abort, syndrome.esr)),
+        Decoded::ExternalAbort => return external_abort(run, &esr::abort(esr), esr),
     };
     run.vcpu.counts.count(VmCounter::MmioInEl2);
-    let is_read = matches!(access, MmioAccess::Read { .. });
-    let shows_lists = frame.shows_lists();
-    if shows_lists || !is_read {
-        // What the list registers say now belongs to the answer, or changes with it.
+    if matches!(access, MmioAccess::Write { .. }) {
+        return gic_write(run, frame, access);
+    }
+    if frame.shows_lists() {
+        // What the list registers say now belongs to the answer.
         run.save_interrupts();
     }
     let (vgic, index, size) = (&run.vm.vgic, run.index(), access.size());
+    let value = match frame {
+        Frame::Distributor(at) => vgic.dist_read(index, at, size),
+        Frame::Redistributor(of, at) => vgic.redist_read(of, at, size),
+    };
     let regs = &mut run.state.context.regs;
-    let kicks = match access {
-        MmioAccess::Write { rt, .. } => {
-            let value = access.stored(regs.get(rt));
-            match frame {
-                Frame::Distributor(at) => vgic.dist_write(index, at, size, value),
-                Frame::Redistributor(of, at) => vgic.redist_write(of, at, size, value),
-            }
-        }
-        MmioAccess::Read { rt, .. } => {
-            let value = match frame {
-                Frame::Distributor(at) => vgic.dist_read(index, at, size),
-                Frame::Redistributor(of, at) => vgic.redist_read(of, at, size),
-            };
-            regs.set(rt, access.loaded(value));
-            Kicks::NONE
-        }
+    regs.set(access.rt(), access.loaded(value));
+    regs::skip_instruction();
+    // The loop around this looks at the list registers.
+    Next::Resume
+}
+
+#[inline(never)]
+fn gic_write(run: &mut Running<'_>, frame: Frame, access: MmioAccess) -> Next {
+    // What the list registers say now changes with it.
+    run.save_interrupts();
+    let (vgic, index, size) = (&run.vm.vgic, run.index(), access.size());
+    let value = access.stored(run.state.context.regs.get(access.rt()));
+    let kicks = match frame {
+        Frame::Distributor(at) => vgic.dist_write(index, at, size, value),
+        Frame::Redistributor(of, at) => vgic.redist_write(of, at, size, value),
     };
     regs::skip_instruction();
     let _: Next = kick(run, kicks);
-    Some(if run.lists_are_loaded() {
-        Next::Resume
-    } else {
-        Next::Refresh
-    })
+    Next::Refresh
 }
 
 /// A frame of the virtual GIC, and the offset in it.

@@ -380,11 +380,6 @@ impl Running<'_> {
         exits::flush(self)
     }
 
-    /// Whether the list registers are in the core.
-    pub(crate) fn lists_are_loaded(&self) -> bool {
-        self.state.lists_loaded
-    }
-
     /// Fills the core's list registers.
     fn load_interrupts(&mut self) {
         let index = self.index();

@@ -207,6 +207,7 @@ pub(crate) fn esr() -> u64 {
 }
 
 /// Steps the interrupted code over the instruction that trapped.
+#[inline]
 pub(crate) fn skip_instruction() {
     if SPSR_EL2.get() & esr::AARCH32 == 0 {
         ELR_EL2.set(ELR_EL2.get().wrapping_add(4));

@@ -156,6 +156,22 @@ pub enum Outcome {
     Undefined,
 }
 
+/// The general register, 0 to 31, that an access with this syndrome writes into ICC_SGI1R_EL1, if it does:
+/// [`Outcome::Sgi`] without a look at all others.
+#[must_use]
+#[inline]
+pub const fn sgi_written(iss: u32) -> Option<u8> {
+    /// op0 3, op1 0, CRn 12, CRm 11, op2 5, and a write.
+    const SGI1R: u32 = 3 << 20 | 5 << 17 | 12 << 10 | 11 << 1;
+    /// All of the encoding but Rt.
+    const LOOKED_AT: u32 = 0x3f_ffff & !(31 << 5);
+    if iss & LOOKED_AT == SGI1R {
+        Some((iss >> 5).to_le_bytes()[0] & 31)
+    } else {
+        None
+    }
+}
+
 /// Decides about an access. `ids` is what the guest's identification registers read as.
 #[must_use]
 pub fn decide(trapped: Trapped, ids: &GuestIds) -> Outcome {
