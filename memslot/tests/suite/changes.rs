@@ -8,7 +8,7 @@ use memslot::error::{Error, ErrorKind};
 use memslot::fault::Access;
 use memslot::policy::ArmPolicy;
 use memslot::slot::{LockGranule, Memslot, SlotFlags, SlotId, SlotLock};
-use memslot::testing::{CacheModel, FakeFrames, ModelTable};
+use memslot::testing::{CacheModel, FakeFrames, ModelTable, View};
 use memslot::vm::{GuestMemory, VmKind};
 use stage2::Perms;
 use std::sync::Arc;
@@ -57,6 +57,20 @@ fn deleting_removes_the_leaves() {
     assert_eq!(vm.leaves().len(), 0);
     assert_eq!(vm.mem.slot(A), None);
     assert_eq!(vm.mem.delete_slot(A), Err(Error::NoSuchSlot(A)));
+}
+
+/// The guest's own types were honoured there: what it wrote past the caches and what is cached must be one before the
+/// frame is somebody else's, on a CPU that forces write-back elsewhere, too.
+#[test]
+fn deleting_a_flagged_slot_removes_its_leaves_and_cleans_its_memory() {
+    let vm = vm_with(FWB, FLAG);
+    vm.touch(A_BASE, Access::Write);
+    let at = vm.memory(A_BASE);
+    vm.caches.write(at, View::Cacheable, 7);
+    assert_eq!(vm.caches.read(at, View::Uncached), 0);
+    vm.mem.delete_slot(A).unwrap();
+    assert_eq!(vm.leaves().len(), 0);
+    assert_eq!(vm.caches.read(at, View::Uncached), 7);
 }
 
 /// A number may be used again between a caller's look at it and the removal.

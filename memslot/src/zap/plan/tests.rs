@@ -207,10 +207,9 @@ fn t1_a_default_other_than_wb_zaps_all() {
 
 #[test]
 fn t1_disabled_mtrrs_of_a_guest_that_has_them_zap_all() {
-    assert_eq!(
-        toggle(ON, &vcpu(&[(Msr::DefaultType, 0x6)]), false),
-        [GfnRange::ALL]
-    );
+    let v = vcpu(&[(Msr::DefaultType, 0x6)]);
+    assert_eq!(toggle(ON, &v, true), [GfnRange::ALL]);
+    assert_eq!(toggle(ON, &v, false), [GfnRange::ALL]);
 }
 
 #[test]
