@@ -6,7 +6,7 @@ use crate::files;
 use crate::process::{self, Run, Transcript};
 use crate::runner::Context;
 use crate::verdict;
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -30,6 +30,11 @@ const SHELL: &str = "/bin/sh";
 pub fn elf() -> PathBuf {
     files::build("ravelin-x86.elf")
 }
+
+/// CPUs of a machine of `make run-x86`: as many as the hypervisor uses.
+const MOST_CPUS: u32 = 8;
+/// Where Bochs's own messages go, beside the disk image.
+const ERRORS: &str = "bochs-errors.txt";
 
 /// RAM in MiB for a machine with a Linux guest of 128 MiB: its memory is aligned to its size, beside the payload.
 pub const LINUX_MEMORY: u32 = 512;
@@ -137,6 +142,10 @@ impl Machine {
 /// # Errors
 /// Something is not built, or Bochs cannot be started.
 pub fn interactive(model: &str, cpus: u32, folder: &Path) -> Result<ExitCode> {
+    ensure!(
+        (1..=MOST_CPUS).contains(&cpus),
+        "SMP={cpus} is out of range: 1 to {MOST_CPUS}"
+    );
     let mut machine = Machine::new(model, cpus, "run=linux");
     machine.memory = LINUX_MEMORY;
     let files = Linux::prepare("")?;
@@ -149,11 +158,15 @@ pub fn interactive(model: &str, cpus: u32, folder: &Path) -> Result<ExitCode> {
         machine.line = format!("mode=socket-client, dev={}", listener.local_addr()?);
         converse(&machine.prepare(folder, &files.files())?, &listener)?
     };
-    Ok(if status.success() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    if status.success() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    // What stopped Bochs itself: a wrong model, a file. If the hypervisor did, it has said so on the console.
+    let errors = std::fs::read_to_string(folder.join(ERRORS)).unwrap_or_default();
+    for line in errors.lines().filter(|line| line.contains(">>PANIC<<")) {
+        eprintln!("make run-x86: Bochs: {line}");
+    }
+    Ok(ExitCode::FAILURE)
 }
 
 /// Runs Bochs, which connects its serial line to us, and passes what comes and goes on byte by byte. What Bochs itself
@@ -211,7 +224,7 @@ fn arguments(configuration: &Path, script: &Path) -> Vec<String> {
     let mut bochs: Vec<_> = ["bochs", "-q", "-f"].map(String::from).into();
     bochs.extend([file(configuration), "-rc".into(), file(script)]);
     let bochs = process::quote(&bochs);
-    let errors = process::quote(&[file(&script.with_file_name("bochs-errors.txt"))]);
+    let errors = process::quote(&[file(&script.with_file_name(ERRORS))]);
     let command = format!("SDL_VIDEODRIVER=dummy exec {bochs} 2>{errors}");
     vec!["-c".into(), command]
 }
