@@ -9,7 +9,7 @@ use crate::machine::{Board, Entry, Gic, Machine, Software};
 use crate::payload::Payloads;
 use crate::runner::{Context, Scenario};
 use crate::{files, verdict};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -42,6 +42,9 @@ pub(super) const fn payload(run: &'static str, vcpus: u32, checks: u32) -> Paylo
         checks,
     }
 }
+
+/// Lines that `run=talk` prints.
+const LINES: u32 = 150;
 
 /// Under the hypervisor, on every machine.
 const EVERYWHERE: [Payload; 14] = [
@@ -201,6 +204,30 @@ fn together(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
         let vms = vms.map(|payload| (payload, LOCKED));
         let transcript = boot(&machine, &payloads, context, &vms)?.run(context, "console")?;
         verdict::guests_close(&transcript, &checks)
+    })
+    .for_cpus(cpus)
+}
+
+/// Three VMs that print as fast as they can: each one's lines come whole, in order, and all of them.
+pub(super) fn talking(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
+    let (machine, payloads) = (machine.clone(), Arc::clone(payloads));
+    let cpus = machine.cpus;
+    Scenario::new(name(&machine, "guests-talking"), move |context| {
+        let vms = [(payload("talk", 1, 2), LOCKED); 3];
+        let transcript = boot(&machine, &payloads, context, &vms)?.run(context, "console")?;
+        verdict::guests_close(&transcript, &[2; 3])?;
+        let text = "the quick brown fox jumps over the lazy dog";
+        for vm in 1..=3 {
+            let label = format!("[vm{vm}] line ");
+            let got = transcript.lines.iter();
+            let got = got.filter_map(|line| line.strip_prefix(&label));
+            let want = (0..LINES).map(|number| format!("{number:03} {text}"));
+            ensure!(
+                got.eq(want),
+                "VM {vm}: its lines are not all there, whole and in order"
+            );
+        }
+        Ok(())
     })
     .for_cpus(cpus)
 }

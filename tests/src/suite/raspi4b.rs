@@ -33,5 +33,6 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
         left_out(Damage::NoEnableMethod, "no enable-method"),
     ];
     all.extend(guests::all(&machine(), payloads));
+    all.push(guests::talking(&machine(), payloads));
     all
 }

@@ -54,6 +54,8 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     for gic in [Gic::V2, Gic::V3] {
         all.extend(guests::bare(&a76(gic, 4)));
     }
+    all.push(guests::talking(&a76(Gic::V3, 4), payloads));
+    all.push(guests::talking(&Machine::virt("max", Gic::V2, 2), payloads));
     all.extend(bad_inputs(payloads));
     all.push(left_out::too_big(&a76(Gic::V3, 2)));
     all.push(left_out::without_kernel(&a76(Gic::V3, 2)));

@@ -24,3 +24,16 @@ pub fn run(_: &Arguments, report: &mut Report) {
     let version = psci::call(psci::VERSION, 0, 0, 0);
     report.check("PSCI is 1.0 or later", version >= 0x1_0000);
 }
+
+/// Lines of [`talk`].
+const LINES: u32 = 150;
+
+/// Prints as fast as it can: every line must arrive, whole and in order, whoever else prints meanwhile.
+pub fn talk(_: &Arguments, report: &mut Report) {
+    for number in 0..LINES {
+        console::line(format_args!(
+            "line {number:03} the quick brown fox jumps over the lazy dog"
+        ));
+    }
+    report.check("all lines are printed", true);
+}

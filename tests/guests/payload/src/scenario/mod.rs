@@ -39,6 +39,7 @@ pub const ALL: &[(&str, Run)] = &[
     ("protected", protected::run),
     ("smp", interrupts::several_cpus),
     ("spin", power::spin),
+    ("talk", hello::talk),
     ("sysreg", sysreg::run),
     ("timer", timer::run),
 ];
