@@ -5,6 +5,9 @@
 #![allow(clippy::cast_possible_truncation, reason = "a few pages, two guests")]
 
 mod model;
+mod plain;
+mod plain_steps;
+mod plain_world;
 mod world;
 
 use std::collections::{HashSet, VecDeque};
@@ -13,7 +16,7 @@ use model::{GUESTS, Model, Step};
 use world::{Ground, World};
 
 /// Whether there is time.
-fn soak() -> bool {
+pub(crate) fn soak() -> bool {
     std::env::var_os("RAVELIN_SOAK").is_some()
 }
 
@@ -111,10 +114,10 @@ fn in_a_small_world_every_step_from_every_state_keeps_the_promises() {
 }
 
 /// A linear congruential generator (Knuth's MMIX constants).
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, limit: usize) -> usize {
+    pub(crate) fn below(&mut self, limit: usize) -> usize {
         self.0 = self
             .0
             .wrapping_mul(6_364_136_223_846_793_005)

@@ -516,7 +516,7 @@ fn done(yes: bool, count: usize) -> Said {
     if yes { Said::Done(count) } else { Said::No }
 }
 
-fn format() -> ArmStage2 {
+pub(crate) fn format() -> ArmStage2 {
     ArmStage2::new(&ArmConfig {
         granule: Granule::K4,
         input_bits: 39,
