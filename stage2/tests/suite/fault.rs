@@ -305,3 +305,22 @@ fn a_deferred_fault_beside_a_mapped_page_leaves_the_caches_alone() {
         2
     );
 }
+
+#[test]
+fn an_odd_address_relaxes_the_page_that_it_is_in() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    let read = LeafAttrs::normal(Perms::READ);
+    for page in [6, 7] {
+        let one = stage2::MapRequest {
+            attrs: read,
+            ..request(page * PAGE, PAGE, GIB + page * PAGE)
+        };
+        space.map(&one).unwrap();
+    }
+    let relaxed = space.relax_perms(Ipa::new(7 * PAGE + 0x123), Perms::WRITE);
+    assert_eq!(relaxed, Ok(FaultOutcome::Relaxed));
+    assert!(leaf_at(&machine, 7 * PAGE).write);
+    assert!(!leaf_at(&machine, 6 * PAGE).write);
+    assert_clean(&machine);
+}
