@@ -12,7 +12,7 @@ use crate::platform::Platform;
 use crate::request::{Blocks, CmoMode, MapOutcome, MapRequest};
 use crate::reserve::Reserve;
 use crate::short;
-use crate::space::{Position, Stage2};
+use crate::space::Stage2;
 use crate::table::Table;
 
 /// What it takes to turn an entry into a leaf.
@@ -43,7 +43,12 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// needed; any other says what is wrong with the request.
     #[inline]
     pub fn map(&mut self, request: &MapRequest) -> Result<MapOutcome, MapError> {
-        if request.size == short::PAGE_SIZE && self.map_page(request) {
+        let simple = if request.size == short::PAGE_SIZE {
+            self.map_page(request)
+        } else {
+            self.map_block(request)
+        };
+        if simple {
             return Ok(MapOutcome::Mapped);
         }
         self.map_anywhere(request)
@@ -54,38 +59,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let range = IpaRange::new(request.ipa, request.size)?;
         self.check_aligned(request.ipa.get() | request.size | request.pa.get())?;
         self.check_input(&range)?;
-        let here = self.descend(request.ipa.get());
-        if here.is_empty() && self.is_one_leaf(request, here.level) {
-            let last = request.pa.get() | (request.size - self.geometry().page_size());
-            return self.fill_slot(request, &here, Pa::new(last));
-        }
         self.map_range(request, range)
-    }
-
-    /// Whether the request is one leaf of the level.
-    fn is_one_leaf(&self, request: &MapRequest, level: Level) -> bool {
-        let size = self.geometry().slot_size(level);
-        let aligned = (request.ipa.get() | request.pa.get()) & (size - 1) == 0;
-        let levels = self.leaf_levels.limited(request.blocks);
-        request.size == size && aligned && levels.has(level)
-    }
-
-    /// Makes the one leaf of a request, aligned for it, in an entry that is empty. `last` is the
-    /// last page of its output.
-    #[inline(always)]
-    fn fill_slot(
-        &self,
-        request: &MapRequest,
-        here: &Position<'_, P>,
-        last: Pa,
-    ) -> Result<MapOutcome, MapError> {
-        let pa = request.pa.get();
-        let (attrs, owed) = self.encode_leaves(&request.attrs, last, request.cmo)?;
-        self.clean_before_make(PaRange::from_bounds(pa, pa + request.size), owed);
-        let leaf = self.format.leaf_word(attrs, request.pa, here.level);
-        self.make(here.table.entry(here.index), leaf);
-        self.platform.publish();
-        Ok(MapOutcome::Mapped)
     }
 
     fn map_range(&mut self, request: &MapRequest, range: IpaRange) -> Result<MapOutcome, MapError> {

@@ -1,8 +1,8 @@
-//! The short way: one page into an empty entry of a table that exists.
+//! The short way: one leaf into an empty entry of a table that exists.
 //!
-//! Nearly every fault, and every map call for a single page, is that, so it has as few steps as
-//! it can: one test that tells such a request, a walk whose shifts the compiler knows, the
-//! encoding, the maintenance, the store. Whatever else it meets, a request that makes no sense
+//! Nearly every fault, and every map call for a single page or block, is that, so it has as few
+//! steps as it can: one test that tells such a request, a walk whose shifts the compiler knows,
+//! the encoding, the maintenance, the store. Whatever else it meets, a request that makes no sense
 //! included, it leaves to the long way with nothing changed; what is wrong is said there.
 
 use crate::addr::{Pa, PaRange};
@@ -90,6 +90,54 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         };
         self.clean_if_now(request.cmo, (pa, PAGE_SIZE), owed);
         self.make(here.table.entry(here.index), leaf);
+        self.platform.publish();
+        true
+    }
+
+    /// Maps a block, of the size of one and aligned to it. Says whether it was that simple;
+    /// nothing has changed if not.
+    pub(crate) fn map_block(&mut self, request: &MapRequest) -> bool {
+        let size_at = |level| 1 << self.geometry().common_shift(level);
+        if request.size == size_at(Level::L1) {
+            self.map_block_of(request, Level::L1)
+        } else if request.size == size_at(Level::L2) {
+            self.map_block_of(request, Level::L2)
+        } else {
+            false
+        }
+    }
+
+    #[inline(always)]
+    fn map_block_of(&mut self, request: &MapRequest, level: Level) -> bool {
+        let (ipa, pa) = (request.ipa.get(), request.pa.get());
+        let shift = self.geometry().common_shift(level);
+        let size = 1 << shift;
+        let within = size - 1;
+        let Short {
+            refuse,
+            no_ipa,
+            no_pa,
+            ..
+        } = self.short;
+        let odd = ipa & (no_ipa | within) | pa & (no_pa | within);
+        let levels = self.leaf_levels.limited(request.blocks);
+        if refuse | odd | self.exports.reserved_bits() != 0 || !levels.has(level) {
+            return false;
+        }
+        let Some(table) = self.table_of_blocks(ipa, level) else {
+            return false;
+        };
+        let here = Position::at(table, ipa, level, shift);
+        if !here.is_empty() {
+            return false;
+        }
+        let Ok((word, owed)) = self.format.encode_owing(&request.attrs) else {
+            return false;
+        };
+        self.note_owed(owed.data);
+        self.clean_if_now(request.cmo, (pa, size), owed);
+        let leaf = self.format.leaf_word(word, request.pa, level);
+        self.make(table.entry(here.index), leaf);
         self.platform.publish();
         true
     }

@@ -2,8 +2,8 @@
 
 use stage2::testing::{Arch, FakeMachine};
 use stage2::{
-    Annotation, ArmConfig, ArmFeatures, ArmStage2, Entry, FaultOutcome, FaultRequest, Granule, Ipa,
-    Level, MapError, Pa, Stage2,
+    Annotation, ArmConfig, ArmFeatures, ArmStage2, Blocks, Entry, FaultOutcome, FaultRequest,
+    Granule, Ipa, Level, MapError, Pa, Stage2,
 };
 
 use crate::kit::*;
@@ -39,6 +39,19 @@ fn a_fault_does_not_go_into_the_table_that_another_gigabyte_has_now() {
     page_and_neighbour(&mut space, 2 * GIB);
     let fault = page_fault(5 * PAGE, 0x30_0000).on_missing();
     assert_eq!(space.fault(&fault), Err(MapError::NoMemory { needed: 2 }));
+    assert_eq!(mapped(&machine).len(), 2);
+    assert_clean(&machine);
+}
+
+#[test]
+fn a_block_does_not_go_into_the_table_that_another_gigabyte_has_now() {
+    let machine = machine(3);
+    let mut space = space(&machine);
+    page_and_neighbour(&mut space, 0);
+    space.unmap(range(0, GIB)).unwrap();
+    page_and_neighbour(&mut space, 2 * GIB);
+    let block = space.map(&request(4 * BLOCK, BLOCK, GIB));
+    assert_eq!(block, Err(MapError::NoMemory { needed: 1 }));
     assert_eq!(mapped(&machine).len(), 2);
     assert_clean(&machine);
 }
@@ -143,5 +156,29 @@ fn a_fault_on_what_is_there_after_all_is_answered_as_without_the_hint() {
     let conflict = answer(0, 0x40_0000);
     assert!(matches!(conflict, Ok(FaultOutcome::Conflict(_))));
     assert_eq!(machine.leaves(), before);
+    assert_clean(&machine);
+}
+
+#[test]
+fn a_block_keeps_to_its_limit_and_its_alignment() {
+    let machine = machine(16);
+    let mut space = space(&machine);
+    map(&mut space, 0, PAGE, 0x10_0000);
+    let pages = request(BLOCK, BLOCK, GIB).with_blocks(Blocks::Never);
+    space.map(&pages).unwrap();
+    assert_eq!(space.lookup(Ipa::new(BLOCK)).unwrap().level, Level::PAGE);
+    map(&mut space, 4 * BLOCK, BLOCK, 3 * GIB + PAGE);
+    assert_eq!(
+        space.lookup(Ipa::new(4 * BLOCK)).unwrap().level,
+        Level::PAGE
+    );
+    map(&mut space, 6 * BLOCK, BLOCK, 2 * GIB);
+    assert_eq!(space.lookup(Ipa::new(6 * BLOCK)).unwrap().level, Level::L2);
+    let limited = request(GIB, GIB, 4 * GIB).with_blocks(Blocks::UpTo(Level::L2));
+    space.map(&limited).unwrap();
+    assert_eq!(space.lookup(Ipa::new(GIB)).unwrap().level, Level::L2);
+    map(&mut space, 2 * GIB + BLOCK, BLOCK, 8 * BLOCK);
+    let found = space.lookup(Ipa::new(2 * GIB + BLOCK)).unwrap();
+    assert_eq!(found.level, Level::L2);
     assert_clean(&machine);
 }
