@@ -67,12 +67,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         let leaves = self.leaves(&request.attrs, (range, out), request.blocks, request.cmo)?;
         let span = Span::of(&range);
         let (table, level) = self.common_table(span);
-        let needed = if level.is_page() {
-            0
-        } else {
-            self.count_map(&leaves, &table, level, span)
-        };
-        let reserve = self.reserve(needed)?;
+        let reserve = self.reserve(self.count_map(&leaves, &table, level, span))?;
         let mut progress = Progress {
             reserve,
             flush: Flush::NOTHING,
@@ -154,8 +149,11 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         (table, level)
     }
 
-    /// Tables that `map_table` will take.
+    /// Tables that `map_table` will take: none in a table of pages, each of which is a leaf.
     fn count_map(&self, leaves: &Leaves, table: &Table<'_, P>, level: Level, span: Span) -> usize {
+        if level.is_page() {
+            return 0;
+        }
         let size = self.geometry().slot_size(level);
         let mut count = 0;
         let mut rest = Some(span);
