@@ -2,8 +2,8 @@
 
 use stage2::testing::{Event, FakeMachine};
 use stage2::{
-    Annotation, IpaRange, LeafAttrs, Level, MapError, MapRequest, Pa, PaRange, Perms, RangeOps,
-    TlbCaps,
+    Annotation, FaultOutcome, FaultRequest, Ipa, IpaRange, LeafAttrs, Level, MapError, MapRequest,
+    Pa, PaRange, Perms, RangeOps, TlbCaps,
 };
 
 use crate::kit::*;
@@ -137,5 +137,26 @@ fn a_note_over_itself_needs_no_memory() {
         space.annotate(range(PAGE, PAGE), other),
         Err(MapError::NoMemory { needed: 1 })
     );
+    assert_clean(&machine);
+}
+
+#[test]
+fn a_fault_inside_a_block_relaxes_and_invalidates_the_whole_block() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    let read = MapRequest {
+        attrs: LeafAttrs::normal(Perms::READ),
+        ..request(BLOCK, BLOCK, GIB)
+    };
+    space.map(&read).unwrap();
+    let _ = machine.take_events();
+    let at = Ipa::new(BLOCK + 5 * PAGE);
+    let fault = FaultRequest::new(at, range(BLOCK, BLOCK), Pa::new(GIB), normal());
+    assert_eq!(space.fault(&fault), Ok(FaultOutcome::Relaxed));
+    let events = machine.take_events();
+    let frames = PaRange::new(Pa::new(GIB), BLOCK).unwrap();
+    let block = Event::TlbRange(range(BLOCK, BLOCK), Some(Level::L2));
+    assert!(events.contains(&block));
+    assert!(events.contains(&Event::Fetch(frames)));
     assert_clean(&machine);
 }

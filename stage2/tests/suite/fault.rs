@@ -324,3 +324,19 @@ fn an_odd_address_relaxes_the_page_that_it_is_in() {
     assert!(!leaf_at(&machine, 6 * PAGE).write);
     assert_clean(&machine);
 }
+
+/// What is odd on two sides in the same way is as odd as on one.
+#[test]
+fn a_window_that_is_no_whole_pages_is_refused_where_no_table_is() {
+    let machine = machine(8);
+    let space = space(&machine);
+    for pa in [GIB, GIB + 8] {
+        let request = FaultRequest::new(Ipa::new(16), range(8, PAGE), Pa::new(pa), normal());
+        let refused = space.fault(&request);
+        assert!(matches!(refused, Err(MapError::Unaligned(_))));
+    }
+    let odd_end = FaultRequest::new(Ipa::new(0), range(0, PAGE + 8), Pa::new(8), normal());
+    let refused = space.fault(&odd_end);
+    assert!(matches!(refused, Err(MapError::Unaligned(_))));
+    assert_clean(&machine);
+}
