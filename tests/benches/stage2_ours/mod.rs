@@ -10,7 +10,7 @@ use stage2::{
 };
 
 use crate::stage2_memory::{Counted, Counts, Machine, arm, take_from_part};
-use crate::{GIB, PAGE, PAGES, shuffled, time};
+use crate::{EMPTY_TABLES, GIB, PAGE, PAGES, shuffled, time};
 
 type Space<P> = Stage2<ArmStage2, P>;
 type Shared = Space<&'static Machine>;
@@ -66,6 +66,17 @@ impl Work for MapPages {
     fn run<P: Platform<Context = ()>>(space: &mut Space<P>) {
         map(space, Blocks::Never);
     }
+}
+
+/// The largest block into an empty table, of which there are as many as a clock needs.
+pub fn largest() -> Duration {
+    let machine = Machine::fresh();
+    let mut spaces: Vec<_> = (0..EMPTY_TABLES).map(|_| empty(machine)).collect();
+    time(|| {
+        for space in &mut spaces {
+            MapLargest::run(space);
+        }
+    })
 }
 
 pub struct MapBlocks;
@@ -202,7 +213,8 @@ impl Work for Lookup {
 fn fault_page<P: Platform<Context = ()>>(space: &Space<P>, at: u64) {
     let attrs = LeafAttrs::normal(Perms::RWX);
     let request = FaultRequest::new(Ipa::new(at), gigabyte(), Pa::new(4 * GIB), attrs)
-        .with_blocks(Blocks::Never);
+        .with_blocks(Blocks::Never)
+        .on_missing();
     space.fault(black_box(&request)).expect("memory suffices");
 }
 

@@ -12,7 +12,7 @@ use page_table_entry::x86_64::X64PTE;
 use page_table_multiarch::{MappingFlags, PageSize, PageTable64, PagingHandler, PagingMetaData};
 
 use crate::stage2_memory::Machine;
-use crate::{BLOCK, GIB, PAGE, PAGES, shuffled, time};
+use crate::{BLOCK, EMPTY_TABLES, GIB, PAGE, PAGES, shuffled, time};
 
 struct Arena(&'static Machine);
 
@@ -45,7 +45,11 @@ pub struct AarchPaging;
 
 impl AarchPaging {
     fn empty() -> Mapping<Arena, Stage2> {
-        Mapping::new(Arena(Machine::fresh()), 1, Stage2)
+        Self::on(Machine::fresh())
+    }
+
+    fn on(machine: &'static Machine) -> Mapping<Arena, Stage2> {
+        Mapping::new(Arena(machine), 1, Stage2)
     }
 
     fn fill(map: &mut Mapping<Arena, Stage2>, start: u64, size: u64, unit: u64) {
@@ -75,6 +79,12 @@ impl AarchPaging {
                 Self::fill(&mut map, 0, GIB, unit);
             }
         })
+    }
+
+    pub fn largest() -> Duration {
+        let machine = Machine::fresh();
+        let mut maps: Vec<_> = (0..EMPTY_TABLES).map(|_| Self::on(machine)).collect();
+        time(|| maps.iter_mut().for_each(|map| Self::fill(map, 0, GIB, GIB)))
     }
 
     pub fn map_single() -> Duration {
@@ -192,7 +202,11 @@ pub struct Multiarch;
 
 impl Multiarch {
     fn empty() -> Peer {
-        CURRENT.with(|current| current.set(Some(Machine::fresh())));
+        Self::on(Machine::fresh())
+    }
+
+    fn on(machine: &'static Machine) -> Peer {
+        CURRENT.with(|current| current.set(Some(machine)));
         Peer::try_new().expect("memory suffices")
     }
 
@@ -223,6 +237,16 @@ impl Multiarch {
             } else {
                 Self::fill(&mut table, 0, GIB, unit != PAGE);
             }
+        })
+    }
+
+    pub fn largest() -> Duration {
+        let machine = Machine::fresh();
+        let mut tables: Vec<_> = (0..EMPTY_TABLES).map(|_| Self::on(machine)).collect();
+        time(|| {
+            tables
+                .iter_mut()
+                .for_each(|table| Self::fill(table, 0, GIB, true))
         })
     }
 
