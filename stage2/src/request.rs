@@ -24,6 +24,30 @@ pub enum CmoMode {
     Deferred,
 }
 
+/// What every request can be told besides.
+macro_rules! options {
+    ($request:ident) => {
+        impl $request {
+            /// The same with another limit on blocks.
+            #[must_use]
+            pub const fn with_blocks(mut self, blocks: Blocks) -> Self {
+                self.blocks = blocks;
+                self
+            }
+
+            /// The same with cache maintenance left to a later flush.
+            #[must_use]
+            pub const fn deferred(mut self) -> Self {
+                self.cmo = CmoMode::Deferred;
+                self
+            }
+        }
+    };
+}
+
+options!(MapRequest);
+options!(FaultRequest);
+
 /// One map.
 #[derive(Clone, Copy, Debug)]
 pub struct MapRequest {
@@ -53,20 +77,6 @@ impl MapRequest {
             blocks: Blocks::Largest,
             cmo: CmoMode::Now,
         }
-    }
-
-    /// The same with another limit on blocks.
-    #[must_use]
-    pub const fn with_blocks(mut self, blocks: Blocks) -> Self {
-        self.blocks = blocks;
-        self
-    }
-
-    /// The same with cache maintenance left to a later flush.
-    #[must_use]
-    pub const fn deferred(mut self) -> Self {
-        self.cmo = CmoMode::Deferred;
-        self
     }
 }
 
@@ -123,20 +133,6 @@ impl FaultRequest {
             cmo: CmoMode::Now,
             met: Met::Anything,
         }
-    }
-
-    /// The same with another limit on blocks.
-    #[must_use]
-    pub const fn with_blocks(mut self, blocks: Blocks) -> Self {
-        self.blocks = blocks;
-        self
-    }
-
-    /// The same with cache maintenance left to a later flush.
-    #[must_use]
-    pub const fn deferred(mut self) -> Self {
-        self.cmo = CmoMode::Deferred;
-        self
     }
 
     /// The same for a fault that the hardware reports as a translation that is missing.
