@@ -9,8 +9,8 @@ use std::ptr::NonNull;
 use stage2::testing::FakeMachine;
 use stage2::{
     Annotation, AtomicEntry, Blocks, CacheMaintenance, DetachedTable, Entry, EntryRef,
-    FaultOutcome, FaultRequest, ForceWriteBack, Ipa, IpaRange, Level, Pa, PaRange, Stage2,
-    TableFormat, TableMemory, TlbInvalidate,
+    FaultOutcome, FaultRequest, ForceWriteBack, Ipa, IpaRange, LeafAttrs, Level, Pa, PaRange,
+    Perms, Stage2, TableFormat, TableMemory, TlbInvalidate,
 };
 
 use crate::kit::*;
@@ -111,4 +111,29 @@ fn a_fault_that_loses_gives_its_tables_back_and_looks_again() {
 #[test]
 fn a_fault_that_loses_on_the_short_way_looks_again() {
     lose(&machine(8), &[0], PAGE);
+}
+
+/// A leaf is broken by a zap between the look at it and the swap of its permissions.
+#[test]
+fn permissions_of_a_leaf_that_is_being_zapped_are_tried_again() {
+    const BROKEN_BY_THE_FIRST_CLAIM: u64 = 1 << 60 | 1 << 4;
+    let machine = machine(8);
+    let contended = Contended {
+        machine: &machine,
+        rival: Cell::new(None),
+    };
+    let space = Stage2::new(arm(ForceWriteBack::Off), contended, 5).unwrap();
+    machine.attach(space.root());
+    let read = FaultRequest {
+        attrs: LeafAttrs::normal(Perms::READ),
+        ..page(0)
+    };
+    space.fault(&read).unwrap();
+    space
+        .platform()
+        .rival
+        .set(Some(BROKEN_BY_THE_FIRST_CLAIM | GIB));
+    let relaxed = space.relax_perms(Ipa::new(0), Perms::WRITE);
+    assert_eq!(relaxed, Ok(FaultOutcome::Retry));
+    assert_eq!(mapped(&machine), []);
 }
