@@ -216,9 +216,6 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// [`descend`](Self::descend) that finds pages only, and only in tables of the common shape.
     #[inline(always)]
     pub(crate) fn page_entry(&self, at: u64) -> Option<Position<'_, P>> {
-        if !self.geometry().is_common() {
-            return None;
-        }
         Some(self.page_of(self.page_table(at)?, at))
     }
 
@@ -261,9 +258,13 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         self.step(table, at, Level::L2)
     }
 
-    /// The table of blocks around `at`, which is remembered for the walks to come.
+    /// The table of blocks around `at`, which is remembered for the walks to come; nothing in
+    /// tables of another shape, of which therefore none is ever remembered.
     #[inline]
     fn block_table(&self, at: u64, gigabyte: u64) -> Option<Table<'_, P>> {
+        if !self.geometry().is_common() {
+            return None;
+        }
         let table = self.gigabyte_table(at)?;
         let table = self.step(table, at, Level::L1)?;
         self.short.walk_cache.keep(gigabyte, table.pa());

@@ -31,8 +31,8 @@ impl<M> Copy for Table<'_, M> {}
 impl<'a, M: TableMemory> Table<'a, M> {
     /// The table at `pa`: an address that `memory` handed out for at least `entries` entries, a
     /// power of two, and that was not given back. The core keeps this by taking addresses only
-    /// from the allocator, from its root, from table words it wrote, and from what exclusive maps
-    /// remember until a table is unlinked (`short.rs`), and by freeing a table only under
+    /// from the allocator, from its root, from table words it wrote, and from what walks and
+    /// exclusive maps remember until a table is unlinked (`short.rs`), and by freeing a table only under
     /// exclusive access after unlinking it.
     #[inline]
     pub(crate) fn at(memory: &'a M, pa: Pa, entries: usize) -> Self {
