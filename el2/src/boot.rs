@@ -3,8 +3,9 @@
 //! 1. [`boot_primary`], where the boot loader put the image, MMU off: read the device tree, choose
 //!    EL2's memory (the highest free range), copy the image there, enter the copy.
 //! 2. `boot_primary` again, in the copy, with what was read: build EL2's map, turn the MMU on, move to the real stack.
-//! 3. [`main`]: log, pools, page states, the other cores, the host's stage 2, the shim, the host's
-//!    device tree; then down to EL1. It never returns.
+//! 3. [`boot_main`]: log, pools, page states, the other cores, the host's stage 2, the shim, the host's
+//!    device tree.
+//! 4. `after_boot`: what only 1 to 3 need becomes the host's memory; then down to EL1.
 //!
 //! Whatever is wrong ends in one line `ravelin: fatal: ...` on the console.
 
@@ -46,7 +47,7 @@ const SHIM_ALIGN: u64 = 2 << 20;
 
 /// What the two entries pass on.
 #[derive(Debug)]
-struct Boot {
+pub(crate) struct Boot {
     tree: Tree<'static>,
     board: Board<'static>,
     tree_range: AddrRange,
@@ -82,7 +83,7 @@ extern "C" fn boot_primary(argument: u64, entered: u64, size: u64, current_el: u
     let mut boot: Boot = mem::take_over(argument);
     console::set(boot.board.console);
     let cpu = own_map(&mut boot, &image);
-    cpu::continue_with(cpu, main, &mut boot)
+    cpu::continue_boot(cpu, &mut boot)
 }
 
 type Parsed = (Tree<'static>, Board<'static>, AddrRange);
@@ -170,7 +171,7 @@ fn place(mut boot: Boot, image: &Image) -> ! {
     let file = range_or_die(image.start, image.file_end - image.start);
     mem::place_image(file, there);
     let argument = mem::hand_over(boot, there);
-    let entry = there.start() + (image.placed - image.start);
+    let entry = there.start() + (mem::placed_entry() - image.start);
     mem::enter_copy(entry, argument, entered, there.size())
 }
 
@@ -208,7 +209,11 @@ fn map_all(map: &mut Map, boot: &Boot, image: &Image) -> Result<(), aarch64_pagi
             map.map(part, mmu::DATA)?;
         }
     }
-    map.map(range(image.start, image.text_end), mmu::TEXT)?;
+    map.map(range(image.start, image.boot_text_end), mmu::TEXT)?;
+    let boot_constants = range(image.boot_text_end, image.boot_rodata_end);
+    map.map(boot_constants, mmu::CONSTANTS)?;
+    map.map(range(image.boot_rodata_end, image.boot_end), mmu::DATA)?;
+    map.map(range(image.boot_end, image.text_end), mmu::TEXT)?;
     map.map(range(image.text_end, image.rodata_end), mmu::CONSTANTS)?;
     map.map(range(image.rodata_end, image.end), mmu::DATA)?;
     for index in 0..boot.board.cpus.len() {
@@ -246,8 +251,12 @@ fn cpu_data(boot: &Boot, index: usize) -> &'static CpuData {
     CpuData::create(&cpu_block(boot, index), (index as u64, mpidr))
 }
 
-/// Everything that needs the MMU.
-fn main(cpu: &'static CpuData, boot: &mut Boot) -> ! {
+/// Everything that needs the MMU. entry.S comes here, on this core's own stack.
+#[unsafe(no_mangle)]
+extern "C" fn boot_main(boot: &mut Boot) -> ! {
+    let Some(cpu) = cpu::this_cpu() else {
+        fatal(format_args!("the boot core has no data"));
+    };
     console::start_log(boot.board.chosen.log_level);
     announce(boot);
     let cpus: Vec<&'static CpuData, MAX_CPUS> = (0..boot.board.cpus.len())
@@ -271,7 +280,7 @@ fn main(cpu: &'static CpuData, boot: &mut Boot) -> ! {
     cpu::send_event();
     let order = load_host(boot, hypervisor);
     report(boot, hypervisor);
-    smp::run_host(hypervisor, cpu, order)
+    cpu::end_boot(cpu, order)
 }
 
 #[inline(never)] // Its frame would stay on the small stack for as long as its caller's.
@@ -533,7 +542,7 @@ fn load_host(boot: &Boot, hypervisor: &Hypervisor) -> StartOrder {
     let alive = hypervisor.cpus.iter().filter(|cpu| cpu.power.is_alive());
     let cpus: Vec<u64, MAX_CPUS> = alive.map(|cpu| cpu.mpidr).collect();
     let host = HostTree {
-        el2: boot.el2,
+        el2: resident(boot),
         cpus: &cpus,
         iommu: iommu_of(boot)
             .filter(|iommu| hypervisor.own_devices.contains(&iommu.registers))
@@ -556,14 +565,22 @@ fn load_host(boot: &Boot, hypervisor: &Hypervisor) -> StartOrder {
     }
 }
 
+/// What of EL2's memory stays EL2's.
+fn resident(boot: &Boot) -> AddrRange {
+    let start = Image::here().boot_end;
+    range_or_die(start, boot.el2.end() - start)
+}
+
 fn report(boot: &Boot, hypervisor: &Hypervisor) {
+    let (image, el2) = (Image::here(), resident(boot));
     say!(
         Info,
-        "memory: {} KiB resident at {:#x}..{:#x}, image {} KiB, {} table pages in use",
-        boot.el2.size() >> 10,
-        boot.el2.start(),
-        boot.el2.end(),
-        (Image::here().end - Image::here().start) >> 10,
+        "memory: {} KiB resident at {:#x}..{:#x}, image {} KiB and {} KiB for boot alone, {} table pages in use",
+        el2.size() >> 10,
+        el2.start(),
+        el2.end(),
+        (image.end - image.boot_end) >> 10,
+        (image.boot_end - image.start) >> 10,
         hypervisor.host.tables_in_use()
     );
     debug_assert_eq!(hypervisor.counters.get(Counter::Hypercalls), 0);

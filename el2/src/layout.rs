@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! base                                                                        base + size
-//! │ image (text, rodata, relro, data, bss) │ CPU 0 │ CPU 1 │ .. │ page states │ frame pool │
-//!                                             │
-//!        ┌────────────────────────────────────┘
+//! │ boot │ text, constants, data, bss (image) │ CPU 0 │ CPU 1 │ .. │ page states │ frame pool │
+//!                                                │
+//!        ┌───────────────────────────────────────┘
 //!        │ guard │ stack 16 KiB │ guard │ emergency stack 8 KiB │ CPU data 4 KiB │
 //! ```
 //!
+//! `boot` is the first part of the image, what only boot needs: the host's memory once boot is over.
 //! Guards are pages that are never mapped: an overflow of a stack faults on the first byte below.
 
 use board::{AddrRange, PAGE_SIZE};

@@ -14,6 +14,8 @@
 extern crate alloc;
 
 #[cfg(target_os = "none")]
+mod after_boot;
+#[cfg(target_os = "none")]
 mod arch;
 #[cfg(target_os = "none")]
 mod boot;

@@ -22,7 +22,7 @@ pub(crate) struct Pages;
 
 impl Contents for Pages {
     fn wipe(&self, pages: AddrRange) {
-        mem::wipe_donated(pages);
+        mem::wipe(pages);
     }
 
     fn settle(&self, pages: AddrRange) {

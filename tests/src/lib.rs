@@ -11,6 +11,7 @@
 pub mod bench_boot;
 pub mod bench_disk;
 pub mod bench_target;
+pub mod boot_only;
 pub mod device_tree;
 pub mod emulate;
 pub mod files;

@@ -12,6 +12,7 @@ use spin::Once;
 use super::controls::HostControls;
 use super::mmu::Settings;
 use super::{instructions, mem, regs};
+use crate::boot::Boot;
 
 /// SPSR_EL2 for a core that starts at EL1: EL1h, D, A, I and F masked.
 const EL1H_MASKED: u64 = 0b00101 | 0xf << 6;
@@ -133,7 +134,8 @@ pub(crate) fn running() -> Option<&'static CpuData> {
 unsafe extern "C" {
     static forgetful_vectors: u8;
     fn enter_el1(stack_top: u64, context: u64) -> !;
-    fn switch_stack(top: u64, to: extern "C" fn(*mut ()) -> !, argument: *mut ()) -> !;
+    fn switch_stack(top: u64, boot: *mut ()) -> !;
+    fn leave_boot(stack_top: u64, entry: u64, context: u64) -> !;
 }
 
 /// Leaves EL2's stack empty and enters the host on this core.
@@ -145,27 +147,18 @@ pub(crate) fn enter_host(cpu: &CpuData, order: StartOrder) -> ! {
     unsafe { enter_el1(cpu.stack_top, order.context) }
 }
 
-/// Continues on this core's own stack in `to`, with `argument` from the stack that is left.
-pub(crate) fn continue_with<T>(
-    cpu: &'static CpuData,
-    to: fn(&'static CpuData, &mut T) -> !,
-    argument: &mut T,
-) -> ! {
-    struct Continuation<'a, T> {
-        cpu: &'static CpuData,
-        to: fn(&'static CpuData, &mut T) -> !,
-        argument: &'a mut T,
-    }
-    extern "C" fn run<T>(continuation: *mut ()) -> ! {
-        // SAFETY: `continue_with` passes a pointer to exactly this; its stack frame is never left.
-        let continuation = unsafe { &mut *continuation.cast::<Continuation<'_, T>>() };
-        (continuation.to)(continuation.cpu, continuation.argument)
-    }
-    let mut continuation = Continuation { cpu, to, argument };
-    let pointer = (&raw mut continuation).cast();
-    // SAFETY: this core's own stack is mapped and empty; the frame with the continuation is on the
-    // boot stack, which nobody uses again.
-    unsafe { switch_stack(cpu.stack_top, run::<T>, pointer) }
+/// Continues on this core's own stack in `boot_main`, with its argument on the stack that is left.
+pub(crate) fn continue_boot(cpu: &CpuData, boot: &mut Boot) -> ! {
+    let argument = core::ptr::from_mut(boot).cast();
+    // SAFETY: this core's own stack is mapped and empty; the frame with the argument is on the boot
+    // stack, which nobody uses again. entry.S passes the argument to `boot_main`, which takes it.
+    unsafe { switch_stack(cpu.stack_top, argument) }
+}
+
+/// Leaves boot for good, for `boot_is_over`, on this core's stack, which is empty then.
+pub(crate) fn end_boot(cpu: &CpuData, order: StartOrder) -> ! {
+    // SAFETY: nothing on the stack is needed again, and `boot_is_over` takes the two numbers.
+    unsafe { leave_boot(cpu.stack_top, order.entry, order.context) }
 }
 
 /// What the entry code of secondary cores reads with their MMU off. The layout is entry.S's.

@@ -3,11 +3,13 @@
 //
 // Until enable_mmu the MMU and the data cache are off. The code is position independent:
 // it is linked at 0 and applies its own relocations.
+//
+// What stands in .boot.* runs once and is the host's memory later (docs/boot.md); .text stays.
 
 .equ SCTLR_EL2_OFF, 0x30c50830          // RES1 bits of Armv8.0; MMU, caches, alignment checks off
 .equ HCR_EL2_BOOT, 1 << 31              // RW: EL1 is AArch64; E2H and TGE clear: nVHE
 
-.section .text.head, "ax"
+.section .boot.head, "ax"
 .global _start
 _start:
     image_header primary
@@ -29,8 +31,8 @@ placed:
     b.ne    1f
     bl      init_el2_core
 1:  relocate_and_clear
-    adrp    x1, boot_stack_top
-    add     x1, x1, :lo12:boot_stack_top
+    adrp    x1, __boot_stack_top
+    add     x1, x1, :lo12:__boot_stack_top
     mov     sp, x1
     mov     x29, xzr
     mov     x30, xzr
@@ -41,6 +43,25 @@ placed:
     bl      boot_primary                // does not return
     brk     #1
 
+// In: x0 = new stack top, x1 = argument of boot_main, which does not return.
+.global switch_stack
+switch_stack:
+    mov     sp, x0
+    mov     x0, x1
+    mov     x29, xzr
+    mov     x30, xzr
+    b       boot_main
+
+// In: x0 = entry, x1 to x3 = what `placed` takes in x0 to x2.
+.global jump_placed
+jump_placed:
+    mov     x4, x0
+    mov     x0, x1
+    mov     x1, x2
+    mov     x2, x3
+    br      x4
+
+.section .text.entry, "ax"
 // Puts this core's EL2 into a known state: MMU off, no traps, our vectors. Clobbers x9.
 init_el2_core:
     ldr     x9, =SCTLR_EL2_OFF
@@ -106,23 +127,16 @@ enable_mmu:
     isb
     ret
 
-// In: x0 = new stack top, x1 = function that does not return, x2 = its argument.
-.global switch_stack
-switch_stack:
+// Ends boot, on an empty stack: nothing of boot's is needed any more, not even a return address.
+// In: x0 = this CPU's stack top, x1 and x2 = the host's entry and its x0.
+.global leave_boot
+leave_boot:
     mov     sp, x0
-    mov     x0, x2
-    mov     x29, xzr
-    mov     x30, xzr
-    br      x1
-
-// In: x0 = entry, x1 to x3 = what `placed` takes in x0 to x2.
-.global jump_placed
-jump_placed:
-    mov     x4, x0
     mov     x0, x1
     mov     x1, x2
-    mov     x2, x3
-    br      x4
+    mov     x29, xzr
+    mov     x30, xzr
+    b       boot_is_over                // does not return
 
 // Enters EL1. In: x0 = this CPU's stack top, x1 = the host's x0. ELR_EL2 and SPSR_EL2 are set.
 // No register of EL2's leaks to the host.
@@ -138,10 +152,9 @@ enter_el1:
     dsb     nsh                         // no speculation past the exception return
     isb
 
-.section .bss.boot_stack, "aw", @nobits
+// Boot's stack is el2.ld's. A fault before this core has its data is reported on this one.
+.section .bss.early_emergency, "aw", @nobits
 .balign 4096
-    .space  32768
-boot_stack_top:
     .space  8192
 .global early_emergency_top
 early_emergency_top:

@@ -82,6 +82,7 @@ pub(crate) fn backtrace(mut frame: u64, mut visit: impl FnMut(u64)) {
     let known = |address: u64| {
         address.is_multiple_of(8)
             && (this_cpu().is_some_and(|cpu| cpu.on_a_stack(address))
+                || (image.boot_rodata_end..image.boot_end).contains(&address)
                 || (image.rodata_end..image.end).contains(&address))
     };
     for _ in 0..32 {
@@ -89,7 +90,8 @@ pub(crate) fn backtrace(mut frame: u64, mut visit: impl FnMut(u64)) {
             return;
         }
         let pointer = core::ptr::with_exposed_provenance::<[u64; 2]>(frame as usize);
-        // SAFETY: aligned and on a mapped stack, or in the image's data with the boot stack.
+        // SAFETY: aligned and on a mapped stack, the boot stack, or in the image's data; where boot is
+        // over its stack is memory of the host, which may hold any number.
         let [next, pc] = unsafe { pointer.read_volatile() };
         if pc != 0 {
             visit(pc);

@@ -72,12 +72,13 @@ unsafe impl GlobalAlloc for El2Heap {
     }
 }
 
-/// A word of memory from EL2's pool that a device reads and writes, too: an SMMU's tables and queues.
+/// A word of memory from EL2's pool that others read and write, too: an SMMU its tables and queues,
+/// the cores' walks EL2's own map.
 pub(crate) fn shared_word(address: u64) -> &'static AtomicU64 {
     debug_assert!(address.is_multiple_of(8));
     let word = core::ptr::with_exposed_provenance_mut(address as usize);
-    // SAFETY: the SMMU's driver only names words of what the pool has handed out to it for good;
-    // mapped at its own address, and everybody accesses it in one piece.
+    // SAFETY: the SMMU's driver only names words of what the pool has handed out to it for good, EL2's
+    // map those of its tables; mapped at its own address, and everybody accesses it in one piece.
     unsafe { AtomicU64::from_ptr(word) }
 }
 

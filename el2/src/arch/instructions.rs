@@ -34,6 +34,7 @@ instructions! {
     tsb_csync = "hint #18";
     /// Masks debug exceptions, SErrors and interrupts.
     mask_exceptions = "msr daifset, #0xf";
+    tlbi_alle2is = "tlbi alle2is";
     tlbi_alle1 = "tlbi alle1";
     tlbi_vmalle1 = "tlbi vmalle1";
     tlbi_vmalle1is = "tlbi vmalle1is";

@@ -9,6 +9,9 @@ use super::instructions;
 
 unsafe extern "C" {
     static __image_start: u8;
+    static __boot_text_end: u8;
+    static __boot_rodata_end: u8;
+    static __boot_end: u8;
     static __text_end: u8;
     static __rodata_end: u8;
     static __file_end: u8;
@@ -20,16 +23,29 @@ unsafe extern "C" {
     fn jump_placed(entry: u64, argument: u64, ticks: u64, size: u64) -> !;
 }
 
+/// The address of a symbol, relative to the program counter: the compiler would read it from a table
+/// (the GOT), and what stays of the image must not hold addresses of what goes after boot.
 macro_rules! symbol {
-    ($name:ident) => {
-        (&raw const $name).addr() as u64
-    };
+    ($name:ident) => {{
+        let address: u64;
+        // SAFETY: computes an address.
+        unsafe {
+            core::arch::asm!("adrp {0}, {1}", "add {0}, {0}, :lo12:{1}", out(reg) address,
+                sym $name, options(pure, nomem, nostack, preserves_flags));
+        }
+        address
+    }};
 }
 
 /// Addresses of the image's parts, where it runs now.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Image {
     pub(crate) start: u64,
+    /// Ends of boot's own parts: instructions, constants, and all of it with its stack, where the
+    /// instructions that stay begin.
+    pub(crate) boot_text_end: u64,
+    pub(crate) boot_rodata_end: u64,
+    pub(crate) boot_end: u64,
     pub(crate) text_end: u64,
     pub(crate) rodata_end: u64,
     /// End of what is in the file; the rest is zero.
@@ -37,29 +53,36 @@ pub(crate) struct Image {
     pub(crate) end: u64,
     /// Where secondary cores enter.
     pub(crate) secondary_entry: u64,
-    /// Where a placed image is entered.
-    pub(crate) placed: u64,
 }
 
 impl Image {
     pub(crate) fn here() -> Self {
         Self {
             start: symbol!(__image_start),
+            boot_text_end: symbol!(__boot_text_end),
+            boot_rodata_end: symbol!(__boot_rodata_end),
+            boot_end: symbol!(__boot_end),
             text_end: symbol!(__text_end),
             rodata_end: symbol!(__rodata_end),
             file_end: symbol!(__file_end),
             end: symbol!(__image_end),
             secondary_entry: symbol!(secondary_entry),
-            placed: symbol!(placed),
         }
     }
 }
 
+/// Where a placed image is entered.
+pub(crate) fn placed_entry() -> u64 {
+    symbol!(placed)
+}
+
 /// The host shim that is linked into the image.
 pub(crate) fn shim() -> &'static [u8] {
-    let (start, end) = (&raw const __shim_start, &raw const __shim_end);
-    // SAFETY: the linker script puts the shim's read-only bytes between the two symbols.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
+    let (start, end) = (symbol!(__shim_start), symbol!(__shim_end));
+    let pointer = core::ptr::with_exposed_provenance(start as usize);
+    // SAFETY: the linker script puts the shim's read-only bytes between the two symbols. Only boot
+    // reads them, while they are there.
+    unsafe { slice::from_raw_parts(pointer, (end - start) as usize) }
 }
 
 /// The first eight bytes at `address`, which firmware says is a device tree. 0 gives zeros.
@@ -218,12 +241,12 @@ pub(crate) fn donated_bytes(range: AddrRange) -> &'static [u8] {
     unsafe { slice::from_raw_parts(pointer, range.size() as usize) }
 }
 
-/// Fills memory that was donated, and that nothing refers to any more, with zeros, to the point of
-/// coherency: whoever gets it may map it non-cacheable.
-pub(crate) fn wipe_donated(range: AddrRange) {
+/// Fills memory that nothing refers to any more with zeros, to the point of coherency: whoever gets it
+/// may map it non-cacheable. Memory that was donated, or that only boot needed.
+pub(crate) fn wipe(range: AddrRange) {
     let pointer = core::ptr::with_exposed_provenance_mut::<u64>(range.start() as usize);
-    // SAFETY: page-aligned RAM that was donated; no reference of EL2 goes there, and the VM that had
-    // it can't reach it (any more).
+    // SAFETY: page-aligned RAM of EL2's, mapped read-write; no reference of EL2 goes there, as boot is
+    // over, or as the VM that had it can't reach it (any more).
     unsafe { pointer.write_bytes(0, range.size() as usize / 8) };
     clean_invalidate_to_poc(range);
 }

@@ -6,13 +6,15 @@
 
 use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use aarch64_paging::MapError;
 use aarch64_paging::descriptor::{El23Attributes, PhysicalAddress};
 use aarch64_paging::paging::{Constraints, El2, MemoryRegion, PageTable, RootTable, Translation};
 use board::{AddrRange, PAGE_SIZE};
 
-use super::mem;
+use super::frames::shared_word;
+use super::{instructions, mem, regs};
 
 /// MAIR_EL2: 0 = Device-nGnRE, 1 = Normal write-back (Arm ARM D24.2.116).
 const MAIR: u64 = 0xff04;
@@ -147,4 +149,48 @@ pub(crate) fn enable_first(settings: &Settings) {
     // SAFETY: the map holds the image with its permissions, the boot stack in it, RAM and the
     // console; the code is identity mapped.
     unsafe { enable_mmu(settings.ttbr0, settings.tcr, settings.mair, settings.sctlr) };
+}
+
+/// Makes a part of EL2's map data: it was mapped page by page, with other permissions, and no core
+/// uses it any more. Says whether all of it was mapped so; where not, nothing has changed.
+///
+/// Break-before-make over all of it at once (Arm ARM D8.16.1): between the two halves no core has a
+/// translation of it. A change of permissions alone would not need that; it costs one invalidation.
+pub(crate) fn make_data(range: AddrRange) -> bool {
+    let pages = || (range.start()..range.end()).step_by(PAGE_SIZE as usize);
+    if !pages().all(|page| leaf(page).is_some()) {
+        return false;
+    }
+    store_leaves(pages(), |_| 0);
+    instructions::tlbi_alle2is();
+    instructions::dsb_ish();
+    instructions::isb();
+    let page = DATA.union(El23Attributes::TABLE_OR_PAGE).bits() as u64;
+    store_leaves(pages(), |address| address | page);
+    instructions::isb();
+    true
+}
+
+fn store_leaves(pages: impl Iterator<Item = u64>, value: impl Fn(u64) -> u64) {
+    for page in pages {
+        if let Some(entry) = leaf(page) {
+            entry.store(value(page), Ordering::Relaxed);
+        }
+    }
+    instructions::dsb_ishst();
+}
+
+/// The entry of the last level for an address of EL2's map; `None` if a block maps it, or nothing
+/// has a table for it.
+fn leaf(address: u64) -> Option<&'static AtomicU64> {
+    const ADDRESS: u64 = 0x0000_ffff_ffff_f000;
+    let mut table = regs::mrs!("ttbr0_el2") & ADDRESS;
+    for shift in [39, 30, 21] {
+        let entry = shared_word(table + 8 * (address >> shift & 0x1ff)).load(Ordering::Relaxed);
+        if entry & 3 != 3 {
+            return None;
+        }
+        table = entry & ADDRESS;
+    }
+    Some(shared_word(table + 8 * (address >> 12 & 0x1ff)))
 }

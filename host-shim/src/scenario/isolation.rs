@@ -2,9 +2,10 @@
 //! host and nothing else.
 
 use abi::Counter;
-use board::AddrRange;
+use board::{AddrRange, PAGE_SIZE};
 
 use crate::arch::fault::{self, Fault};
+use crate::arch::mem;
 use crate::call;
 use crate::machine::Machine;
 use crate::report::Report;
@@ -60,6 +61,10 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
     report.check(
         "el2_neighbours_belong_to_the_host",
         neighbours(machine, el2),
+    );
+    report.check(
+        "what_only_boot_needed_is_the_hosts_and_zero",
+        given_away(machine, el2),
     );
     report.check(
         "el2_answers_after_the_attacks",
@@ -133,4 +138,30 @@ fn neighbours(machine: &Machine, el2: AddrRange) -> Result<(), &'static str> {
         }
     }
     Ok(())
+}
+
+/// Below what EL2 keeps was what it needed to boot, this host's own image among it: that is ordinary
+/// memory now, and nothing is left of it.
+fn given_away(machine: &Machine, el2: AddrRange) -> Result<(), &'static str> {
+    let image = mem::image().ok_or("the host does not know its own size")?;
+    let size = image.size().next_multiple_of(PAGE_SIZE);
+    let start = el2.start().checked_sub(size);
+    let range = start.and_then(|start| AddrRange::with_size(start, size));
+    let range = range.ok_or("EL2's memory begins too low for that")?;
+    let ram = machine.board.memory.find(range.start());
+    if ram.is_none_or(|ram| ram.end() < range.end()) {
+        return Err("there is no RAM below EL2's memory");
+    }
+    if machine.board.reserved.overlapping(range).is_some() {
+        return Err("it is still reserved");
+    }
+    for page in (range.start()..range.end()).step_by(PAGE_SIZE as usize) {
+        if fault::expect(|| fault::load(page)).is_some() {
+            return Err("a page of it is not accessible");
+        }
+    }
+    match mem::bytes(range).iter().all(|&byte| byte == 0) {
+        true => Ok(()),
+        false => Err("something is left in it"),
+    }
 }

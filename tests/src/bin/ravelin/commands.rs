@@ -2,7 +2,7 @@
 
 use super::{Command, Damage, Suite};
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, Subcommand};
 use ravelin_tests::payload::{self, Payloads};
 use ravelin_tests::runner::{self, Options};
 use ravelin_tests::symbolise::Symboliser;
@@ -10,7 +10,7 @@ use ravelin_tests::x86::bochs;
 use ravelin_tests::x86::disk::{self, File};
 use ravelin_tests::x86::kernel;
 use ravelin_tests::{
-    bench_boot, bench_disk, bench_target, device_tree, files, fit, image, interactive,
+    bench_boot, bench_disk, bench_target, boot_only, device_tree, files, fit, image, interactive,
     kernel_image, map_svg, sdcard, suite, tcb, two_machines,
 };
 use std::io::{BufRead, Write};
@@ -37,6 +37,23 @@ pub(super) struct DtbSettings {
     /// Then damage it
     #[arg(long, value_enum)]
     damage: Option<Damage>,
+}
+
+/// What to do about code that only boot needs.
+#[derive(Subcommand)]
+pub(super) enum BootOnly {
+    /// Write the linker script's lists of what only boot needs
+    Divide {
+        /// EL2's object file, after link-time optimisation
+        object: PathBuf,
+        /// Folder for boot.text.ld and boot.tables.ld
+        out: PathBuf,
+    },
+    /// Fail if what stays in the finished image refers to what only boot needs
+    Check {
+        /// EL2's ELF file
+        elf: PathBuf,
+    },
 }
 
 /// Which scenarios, and how.
@@ -110,6 +127,8 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
         Command::Tcb { check: true } => tcb::check()?,
         Command::Tcb { check: false } => tcb::write()?,
         Command::TwoMachines => two_machines::write()?,
+        Command::BootOnly(BootOnly::Divide { object, out }) => boot_only::divide(&object, &out)?,
+        Command::BootOnly(BootOnly::Check { elf }) => boot_only::check(&elf)?,
         Command::Sdcard { board } => {
             println!("{}: see README.txt there", sdcard::write(board)?.display())
         }

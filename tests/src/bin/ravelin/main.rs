@@ -108,6 +108,9 @@ enum Command {
     },
     /// Count what both machines share on the paths that docs/two-machines.md lists, and write its figures
     TwoMachines,
+    /// Divide EL2's code into what stays and what only boot needs, and check the division
+    #[command(subcommand)]
+    BootOnly(commands::BootOnly),
     /// Write the folder that goes onto a Raspberry Pi's SD card
     Sdcard {
         /// Which board
