@@ -6,7 +6,7 @@ use super::source::{SourceFile, crate_files};
 use crate::files;
 use anyhow::{Context, Result, anyhow, ensure};
 use cargo_metadata::{MetadataCommand, Package, TargetKind};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -22,8 +22,8 @@ pub(crate) struct Summary {
     pub(crate) path: PathBuf,
     /// Lines that hold code.
     pub(crate) code_lines: usize,
-    /// Whether it has functions.
-    pub(crate) has_functions: bool,
+    /// The lines of each of its functions.
+    pub(crate) functions: Vec<BTreeSet<usize>>,
     /// Each `unsafe`.
     pub(crate) uses: Vec<Use>,
 }
@@ -33,7 +33,7 @@ impl Summary {
         Self {
             path: file.path.clone(),
             code_lines: file.code_lines(),
-            has_functions: file.has_functions(),
+            functions: file.functions(),
             uses: uses(file),
         }
     }

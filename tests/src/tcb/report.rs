@@ -6,7 +6,7 @@ use super::inventory::Kind;
 use super::packages::{Crate, Summary};
 use crate::files;
 use anyhow::{Result, ensure};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -22,10 +22,13 @@ const LISTED: usize = 25;
 pub(super) struct Figures {
     rust: usize,
     linked: usize,
+    /// Of these, lines of functions that are gone after boot.
+    boot: usize,
     assembly: usize,
     others: usize,
     blocks: usize,
     text: u64,
+    boot_text: u64,
     rodata: u64,
 }
 
@@ -42,6 +45,9 @@ impl Figures {
             linked: linked_files(crates, sizes)
                 .map(|file| file.code_lines)
                 .sum(),
+            boot: linked_files(crates, sizes)
+                .map(|file| boot_lines(file, sizes))
+                .sum(),
             assembly: crates.iter().map(Crate::assembly_lines).sum(),
             others: lines(false).sum(),
             blocks: found
@@ -49,12 +55,14 @@ impl Figures {
                 .filter(|(_, one)| one.kind == Kind::Block)
                 .count(),
             text: sizes.text,
+            boot_text: sizes.boot_text,
             rodata: sizes.rodata,
         }
     }
 
+    /// Lines of ours that stay, Rust and assembly.
     fn ours(&self) -> usize {
-        self.linked + self.assembly
+        self.linked - self.boot + self.assembly
     }
 
     /// The README's row.
@@ -62,15 +70,18 @@ impl Figures {
         let (lines, blocks, text) = TARGETS;
         format!(
             "{ROW} | {} lines of Rust and {} of assembly (target {}; Jailhouse 9,100, Bao 12,400, Xen 50,000), \
-             {} `unsafe` blocks (target {}), {} KiB of instructions (target {}; Bao 82, Xen 983); see \
+             {} `unsafe` blocks (target {}), {} KiB of instructions (target {}; Bao 82, Xen 983); {} more lines and \
+             {} KiB leave EL2 before the host runs; see \
              [where they are](docs/tcb.md) and [every `unsafe`](docs/unsafe.md) | `make tcb` |",
-            group(self.linked),
+            group(self.linked - self.boot),
             group(self.assembly),
             group(lines),
             self.blocks,
             blocks,
             kib(self.text),
             kib(text),
+            group(self.boot),
+            kib(self.boot_text),
         )
     }
 
@@ -80,14 +91,18 @@ impl Figures {
         format!(
             "| | Ravelin | target | | Jailhouse | Bao | Xen |\n| --- | --- | --- | --- | --- | --- | --- |\n\
              | code lines, ours | {} | {} | {} | 9,100 | 12,400 | 50,000 |\n\
+             | of functions that only boot needs, gone before the host runs | {} | | | | | |\n\
              | those that are compiled, too, but nothing in the image calls | {} | | | | | |\n\
-             | `unsafe` blocks, ours | {} | {} | {} | all | all | all |\n\
+             | `unsafe` blocks, ours, boot's included | {} | {} | {} | all | all | all |\n\
              | instructions, KiB | {} | {} | {} | | 82 | 983 |\n\
+             | instructions that only boot needs, KiB | {} | | | | | |\n\
+             | both, KiB | {} | | | | | |\n\
              | constants, KiB | {} | | | | | |\n\
              | code lines, others' crates | {} | | | | | |\n",
             group(self.ours()),
             group(lines),
             met(self.ours() <= lines),
+            group(self.boot),
             group(self.rust - self.linked),
             self.blocks,
             blocks,
@@ -95,6 +110,8 @@ impl Figures {
             kib(self.text),
             kib(text),
             met(self.text <= text),
+            kib(self.boot_text),
+            kib(self.text + self.boot_text),
             kib(self.rodata),
             group(self.others),
         )
@@ -107,7 +124,22 @@ fn linked_files<'a>(crates: &'a [Crate], sizes: &'a Sizes) -> impl Iterator<Item
         .iter()
         .filter(|one| one.ours)
         .flat_map(|one| &one.files);
-    files.filter(|file| !file.has_functions || code_of(file, sizes).is_some())
+    files.filter(|file| file.functions.is_empty() || code_of(file, sizes).is_some())
+}
+
+/// Lines of the file's functions that have left instructions in the image, none of which stays after boot.
+fn boot_lines(file: &Summary, sizes: &Sizes) -> usize {
+    let Some(code) = code_of(file, sizes) else {
+        return 0;
+    };
+    let has = |part: &BTreeSet<u32>, lines: &BTreeSet<usize>| {
+        let mut lines = lines.iter().filter_map(|&line| u32::try_from(line).ok());
+        lines.any(|line| part.contains(&line))
+    };
+    let only_boot =
+        |lines: &&BTreeSet<usize>| has(&code.lines, lines) && !has(&code.resident, lines);
+    let functions = file.functions.iter().filter(only_boot);
+    functions.map(BTreeSet::len).sum()
 }
 
 /// What the file has left in the image.
@@ -126,11 +158,15 @@ pub(super) fn page(figures: &Figures, crates: &[Crate], sizes: &Sizes) -> String
          comment; tests, documentation and blank lines do not count, nor does what the image's features and \
          conditions leave out, nor, in the first row, modules of whose functions nothing is left in the image (the \
          crates are shared with the x86 sibling). Inline assembly counts as Rust. Peers' lines are of their arm64 builds. Instructions \
-         are `.text` without padding at its end; constants are `.rodata` and `.data.rel.ro`.\n\n\
+         are `.text`, and for boot `.boot.text`, without padding at their end; constants are `.rodata` and \
+         `.data.rel.ro`.\n\nWhat only boot needs is no longer at EL2 when the host runs its first instruction: the \
+         frames are zeros and the host's ([boot](boot.md)), and `make build` checks that nothing which stays \
+         refers to it. A line counts as boot's if its function has left instructions in the image, and none of \
+         them stays.\n\n\
          ## By crate\n\nLines with code is how many source lines have left an instruction; bytes are the instructions. An inlined \
          function counts where it is written, but what was inlined from the Rust library counts for who called it, so \
          that the library's own row is what it has as functions.\n\n{}\n\
-         ## By module\n\nOur {LISTED} largest by bytes.\n\n{}",
+         ## By module\n\nOur {LISTED} largest by bytes that stay; lines without boot's.\n\n{}",
         figures.table(),
         crate_table(crates, &origins),
         module_table(crates, sizes),
@@ -138,27 +174,29 @@ pub(super) fn page(figures: &Figures, crates: &[Crate], sizes: &Sizes) -> String
 }
 
 fn crate_table(crates: &[Crate], origins: &BTreeMap<String, Code>) -> String {
-    let mut text = "| crate | version | Rust lines | assembly lines | `unsafe` blocks | lines with code | bytes |\n\
-                    | --- | --- | --- | --- | --- | --- | --- |\n"
+    let mut text = "| crate | version | Rust lines | assembly lines | `unsafe` blocks | lines with code | bytes | \
+                    of these only for boot |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n"
         .to_owned();
     for one in crates {
         let code = origins.get(&one.name).cloned().unwrap_or_default();
         let version = if one.ours { "" } else { &one.version };
         let _ = writeln!(
             text,
-            "| {} | {version} | {} | {} | {} | {} | {} |",
+            "| {} | {version} | {} | {} | {} | {} | {} | {} |",
             one.name,
             group(one.rust_lines()),
             group(one.assembly_lines()),
             one.unsafe_blocks(),
             group(code.lines.len()),
             group(code.bytes),
+            group(code.boot_bytes),
         );
     }
     for (name, code) in origins {
         if !crates.iter().any(|one| one.name == *name) {
             let lines = group(code.lines.len());
-            let _ = writeln!(text, "| {name} | | | | | {lines} | {} |", group(code.bytes));
+            let (bytes, boot) = (group(code.bytes), group(code.boot_bytes));
+            let _ = writeln!(text, "| {name} | | | | | {lines} | {bytes} | {boot} |");
         }
     }
     text
@@ -172,12 +210,13 @@ fn origins(crates: &[Crate], sizes: &Sizes) -> BTreeMap<String, Code> {
     for (file, code) in &sizes.by_file {
         let sum = all.entry(origin(crates, file)).or_default();
         sum.bytes += code.bytes;
+        sum.boot_bytes += code.boot_bytes;
         named += code.bytes;
         sum.lines.extend(code.lines.iter().map(|line| first + line));
         first += code.lines.last().unwrap_or(&0) + 1;
     }
     let unnamed = all.entry("assembly, padding".into()).or_default();
-    unnamed.bytes += sizes.text.saturating_sub(named);
+    unnamed.bytes += (sizes.text + sizes.boot_text).saturating_sub(named);
     all
 }
 
@@ -211,8 +250,9 @@ fn module_table(crates: &[Crate], sizes: &Sizes) -> String {
         .filter(|one| one.ours)
         .flat_map(|one| &one.files)
         .map(|file| {
-            let bytes = code_of(file, sizes).map_or(0, |code| code.bytes);
-            (bytes, file.code_lines, from_root(&file.path))
+            let stays = code_of(file, sizes).map_or(0, |code| code.bytes - code.boot_bytes);
+            let lines = file.code_lines - boot_lines(file, sizes);
+            (stays, lines, from_root(&file.path))
         })
         .collect();
     rows.sort_by(|a, b| b.cmp(a));

@@ -47,18 +47,25 @@ impl SourceFile {
         code_lines(self.syntax.to_token_stream())
     }
 
-    /// Whether it has functions, which leave instructions in the image unless nothing there calls them.
-    pub(crate) fn has_functions(&self) -> bool {
-        struct Finder(bool);
-        impl<'ast> Visit<'ast> for Finder {
-            fn visit_item_fn(&mut self, _: &'ast syn::ItemFn) {
-                self.0 = true;
-            }
-            fn visit_impl_item_fn(&mut self, _: &'ast syn::ImplItemFn) {
-                self.0 = true;
+    /// The lines of each of its functions that hold code; a function within another is part of that.
+    pub(crate) fn functions(&self) -> Vec<BTreeSet<usize>> {
+        struct Finder(Vec<BTreeSet<usize>>);
+        impl Finder {
+            fn add(&mut self, function: &impl ToTokens) {
+                let mut lines = BTreeSet::new();
+                collect_lines(function.to_token_stream(), &mut lines);
+                self.0.push(lines);
             }
         }
-        let mut finder = Finder(false);
+        impl<'ast> Visit<'ast> for Finder {
+            fn visit_item_fn(&mut self, node: &'ast syn::ItemFn) {
+                self.add(node);
+            }
+            fn visit_impl_item_fn(&mut self, node: &'ast syn::ImplItemFn) {
+                self.add(node);
+            }
+        }
+        let mut finder = Finder(Vec::new());
         finder.visit_file(&self.syntax);
         finder.0
     }
@@ -292,6 +299,18 @@ mod tests {
         assert_eq!(count("impl A {\n #[cfg(test)]\n fn t() {}\n}\n"), 2);
         assert_eq!(count("fn f() {\n #[cfg(test)]\n g();\n}\n"), 2);
         assert_eq!(count("#![cfg(test)]\nfn f() {}\n"), 1);
+    }
+
+    #[test]
+    fn functions_are_found_with_their_lines() {
+        let text =
+            "struct S;\nfn f() {\n    // why\n    fn g() {}\n}\nimpl S {\n    fn h() {}\n}\n";
+        let conditions = Conditions::new(["target_os=\"none\""]);
+        let file = SourceFile::parse(Path::new("x.rs"), text.into(), &conditions).unwrap();
+        assert_eq!(
+            file.functions(),
+            [BTreeSet::from([2, 4, 5]), BTreeSet::from([7])]
+        );
     }
 
     #[test]
