@@ -79,18 +79,6 @@ impl<P: Port> Smmu<P> {
         Ok(uses(&taken, vmid))
     }
 
-    /// How many streams a VM has.
-    pub fn uses(&self, vmid: u16) -> Uses {
-        uses(&self.taken.lock(), vmid)
-    }
-
-    /// Some stream of a VM.
-    pub fn stream_of(&self, vmid: u16) -> Option<u32> {
-        let taken = self.taken.lock();
-        let of_vm = taken.iter().find(|t| t.owner == Owner::Vm(vmid));
-        of_vm.map(|t| t.stream)
-    }
-
     /// Whose a stream is.
     pub fn owner(&self, stream: u32) -> Owner {
         let taken = self.taken.lock();

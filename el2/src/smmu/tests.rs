@@ -361,8 +361,7 @@ fn a_stream_goes_from_the_host_to_a_vm_and_back_through_nobody() {
     assert_eq!(smmu.attach(0x110, &vm(4)), Err(AttachError::NotOwned));
     assert_eq!(smmu.give(0x110), Err(AttachError::NotOwned));
     assert_eq!(smmu.detach(0x110, 4), Err(AttachError::NotOwned));
-    assert_eq!(smmu.uses(3), Uses(1));
-    assert_eq!(smmu.stream_of(3), Some(0x110));
+    assert_eq!(smmu.owner(0x110), Owner::Vm(3));
     assert_eq!(smmu.detach(0x110, 3), Ok(Uses(0)));
     assert_eq!(fake.goes_through(0x110), None);
     smmu.give(0x110).unwrap();
