@@ -10,8 +10,8 @@ use el2::psci::StartOrder;
 
 use crate::arch::cpu;
 use crate::arch::mem::{self, Image};
-use crate::arch::mmu;
-use crate::console::fatal;
+use crate::arch::{mmu, regs};
+use crate::console::{fatal, say};
 use crate::hypervisor::{self, Hypervisor};
 use crate::smp;
 
@@ -26,6 +26,12 @@ extern "C" fn boot_is_over(entry: u64, context: u64) -> ! {
     if !boot.is_some_and(|boot| hand_over(hypervisor, boot)) {
         fatal(format_args!("what only boot needs can't be the host's"));
     }
+    say!(
+        Info,
+        "boot: {} ticks from entry to host, at {} Hz",
+        regs::ticks().saturating_sub(hypervisor.machine.entered),
+        regs::ticks_per_second()
+    );
     smp::run_host(hypervisor, cpu, StartOrder { entry, context })
 }
 

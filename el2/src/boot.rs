@@ -584,14 +584,8 @@ fn report(boot: &Boot, hypervisor: &Hypervisor) {
         hypervisor.host.tables_in_use()
     );
     debug_assert_eq!(hypervisor.counters.get(Counter::Hypercalls), 0);
-    let ticks = regs::ticks().saturating_sub(hypervisor.machine.entered);
     match hypervisor.gic {
         PhysicalGic::None(why) => say!(Warn, "no guests on this machine: {why}"),
         _ => say!(Debug, "guests: GICv{}", hypervisor.gic.version()),
     }
-    say!(
-        Info,
-        "boot: {ticks} ticks from entry to host, at {} Hz",
-        regs::ticks_per_second()
-    );
 }
