@@ -20,7 +20,7 @@ pub(super) fn markdown(measurements: &[Measurement]) -> String {
          * Protected VM: the same payload, sealed; the target is at most 15 % more than the row without protection.\n\
          * Donation: by 512 pages, over 256 MiB, less what wiping and cleaning the same memory costs the host; measured: by 64 pages\n\
          with SHA-256.\n\
-         * A Cortex-A76 overwrites its branch history at each entry of EL2, from a guest or from the host: 80 instructions, which\n\
+         * A Cortex-A76 overwrites its branch history at each entry of EL2, from a guest or from the host: 77 instructions, which\n\
          are in its column. A core with FEAT_CSV2_3 (max) need not.\n\
          * Lock: the host's call. 1 GiB by one block where the host's memory begins at a boundary of 1 GiB, else by 512 of 2 MiB.\n\
          * SMMU's share: what is added where an SMMU walks the same tables, on the same machine with a device attached to the VM and\n\
