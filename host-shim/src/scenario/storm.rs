@@ -319,7 +319,8 @@ fn any_call(storm: &Storm, random: &mut Random) {
     let ipa = RAM + random.below(RAM_PAGES) * PAGE_SIZE;
     let page = ram + random.below(RAM_PAGES) * PAGE_SIZE;
     let pages = 1 + random.below(4);
-    match random.below(12) {
+    let (slot, number) = (random.below(2), random.below(RAM_PAGES));
+    match random.below(16) {
         0 => counted(storm, Call::VmDestroy, [handle, 0, 0, 0, 0, 0]),
         1 | 2 => counted(storm, Call::VmReclaim, [handle, 0, 0, 0, 0, 0]),
         3 => counted(storm, Call::MemoryReclaim, [page, 0, 0, 0, 0, 0]),
@@ -346,6 +347,21 @@ fn any_call(storm: &Storm, random: &mut Random) {
             [handle, random.below(2), 0, 0, 0, 0],
         ),
         10 => counted(storm, Call::VmReset, [handle, 0, 0, 0, 0, 0]),
+        11 => counted(storm, Call::SlotMove, [handle, slot, ipa, 0, 0, 0]),
+        12 => counted(
+            storm,
+            Call::SlotFlags,
+            [handle, random.below(2), 0, 0, 0, 0],
+        ),
+        13 => {
+            let call = [Call::SlotUnshare, Call::SlotShare][random.below(2) as usize];
+            counted(storm, call, [handle, slot, number, pages, 0, 0])
+        }
+        14 => {
+            let call = [Call::SlotYoung, Call::SlotRelax][random.below(2) as usize];
+            let last = if call == Call::SlotYoung { 1 } else { 0 };
+            counted(storm, call, [handle, slot, number, pages, last, 0])
+        }
         _ => counted(storm, Call::VmMapping, [handle, ipa, 0, 0, 0, 0]),
     };
 }
