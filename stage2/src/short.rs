@@ -121,7 +121,8 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         } = self.short;
         let odd = ipa & (no_ipa | within) | pa & (no_pa | within);
         let levels = self.leaf_levels.limited(request.blocks);
-        if refuse | odd | self.exports.reserved_bits() != 0 || !levels.has(level) {
+        let reserved = self.exports.reserved_bits() != 0;
+        if refuse != 0 || odd != 0 || reserved || !levels.has(level) {
             return false;
         }
         let Some(table) = self.table_of_blocks(ipa, level) else {

@@ -182,3 +182,20 @@ fn a_block_keeps_to_its_limit_and_its_alignment() {
     assert_eq!(found.level, Level::L2);
     assert_clean(&machine);
 }
+
+/// By less than a page, on one side or on both in the same way.
+#[test]
+fn a_block_that_is_odd_is_refused_where_its_table_exists() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    page_and_neighbour(&mut space, 0);
+    let before = machine.leaves();
+    for (ipa, pa) in [(8, 0), (0, 8), (8, 8)] {
+        let block = request(BLOCK + ipa, BLOCK, GIB + pa);
+        assert!(matches!(space.map(&block), Err(MapError::Unaligned(_))));
+        let gigabyte = request(GIB + ipa, GIB, GIB + pa);
+        assert!(matches!(space.map(&gigabyte), Err(MapError::Unaligned(_))));
+    }
+    assert_eq!(machine.leaves(), before);
+    assert_clean(&machine);
+}
