@@ -243,6 +243,7 @@ impl Irq {
     /// Comes back from a list register in which it is now `pending` and `active`.
     pub(super) const fn release(&mut self, pending: bool, active: bool, version: GicVersion) {
         self.holder = NOBODY;
+        let was_active = self.has(ACTIVE);
         self.put(ACTIVE, active);
         if self.has(EDGE) {
             if pending {
@@ -251,8 +252,9 @@ impl Irq {
                     self.sources |= 1 << (self.active_source & 7);
                 }
             }
-        } else if !pending {
-            // A level-triggered one that the guest has taken: its own request is served.
+        } else if !pending && !was_active {
+            // A level-triggered one that the guest has taken: its own request is served. One that went
+            // in as active was not offered as pending: its request waits for the end.
             self.put(LATCH, false);
         }
     }
@@ -262,7 +264,7 @@ impl Irq {
         if self.has(EDGE) {
             self.has(SGI) && self.sources != 0
         } else {
-            self.has(LINE)
+            self.has(LINE) || (self.has(LATCH) && self.has(ACTIVE))
         }
     }
 }

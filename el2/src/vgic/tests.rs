@@ -119,6 +119,37 @@ fn a_level_interrupt_comes_again_until_its_line_is_low() {
     }
 }
 
+/// Arm IHI 0048B 4.3.7, GICD_ISPENDR: an active interrupt becomes active and pending, whatever its
+/// trigger; acknowledging serves what was pending before.
+#[test]
+fn what_a_guest_asks_for_while_a_level_interrupt_is_active_comes_behind_its_end() {
+    for version in [V2, V3] {
+        let vgic = enabled(version, 1);
+        let mut cpu = Cpu::new(0, version, 4);
+        let _: Kicks = vgic.set_spi(33, true).unwrap();
+        assert_eq!(cpu.acknowledge(&vgic), Some(33));
+        let _: Kicks = vgic.set_spi(33, false).unwrap();
+        let _: Kicks = vgic.dist_write(0, 0x204, 4, 1 << 1);
+        for _ in 0..2 {
+            cpu.pass(&vgic);
+            assert_eq!(vgic.dist_read(0, 0x204, 4), 1 << 1);
+        }
+        vgic.load(0, &mut cpu.interface);
+        let tells = if version == V3 { 41 } else { 19 };
+        assert_eq!(
+            cpu.interface.lists[0] >> tells & 1,
+            1,
+            "EL2 hears of the end"
+        );
+        let _: Kicks = vgic.save(0, &mut cpu.interface);
+        cpu.end(&vgic, 33);
+        assert_eq!(cpu.acknowledge(&vgic), Some(33));
+        cpu.end(&vgic, 33);
+        assert_eq!(cpu.acknowledge(&vgic), None);
+        assert_eq!(vgic.dist_read(0, 0x204, 4), 0);
+    }
+}
+
 #[test]
 fn a_line_that_is_high_until_the_end_is_delivered_once_and_told_once() {
     for version in [V2, V3] {
