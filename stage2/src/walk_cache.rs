@@ -10,6 +10,7 @@
 //! places: what is remembered is linked.
 
 use crate::addr::Pa;
+use crate::bits::join;
 use crate::sync::{AtomicEntry, Ordering};
 
 /// Tables by the number of the gigabyte (the entry one level above blocks) that they are for.
@@ -55,7 +56,7 @@ impl WalkCache {
         let place = Self::place(number);
         let word = &self.0[place];
         if number <= NUMBER && word.load(Ordering::Relaxed) == Self::empty(place) {
-            word.store(table.get() | number, Ordering::Release);
+            word.store(join([table.get(), number]), Ordering::Release);
         }
     }
 
