@@ -159,12 +159,12 @@ fn execute(vmm: &Vmm, command: Command) {
 }
 
 fn change(guest: &Guest, from: State, to: State) {
-    if !guest.change(from, to) {
-        line(format_args!(
-            "VM {} is {}",
-            guest.number,
-            guest.state().name()
-        ));
+    let number = guest.number;
+    if guest.change(from, to) {
+        line(format_args!("VM {number} is {} now", to.name()));
+    } else {
+        let state = guest.state().name();
+        line(format_args!("VM {number} is {state}, and stays so"));
     }
 }
 

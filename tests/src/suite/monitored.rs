@@ -164,7 +164,15 @@ fn commands(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
         };
         ensure!(paused == still, "a paused VM runs: {exits:?}");
         ensure!(still < later, "a resumed VM does not run: {exits:?}");
-        for line in ["VM 1  paused", "VM 1  running", "host: VM 1: stopped"] {
+        for line in [
+            "VM 1 is paused now",
+            "VM 1  paused",
+            "VM 1 is paused, and stays so",
+            "VM 1 is running now",
+            "VM 1  running",
+            "VM 1 is running, and stays so",
+            "host: VM 1: stopped",
+        ] {
             verdict::line_with(&transcript, line)?;
         }
         // From the first page of RAM on, by blocks.
@@ -179,7 +187,7 @@ fn commands(machine: &Machine, payloads: &Arc<Payloads>) -> Scenario {
 const COMMANDS: [(&str, &str); 14] = [
     ("spinning", "vm pause 1"),
     ("vm pause 1", "vm list"),
-    ("paused", "vm stat 1"),
+    ("VM 1  paused", "vm stat 1"),
     ("table pages", "vm stat 1"),
     ("table pages", "vm pause 1"),
     ("VM 1 is paused", "vm stat 1"),
