@@ -96,6 +96,7 @@ calls! {
     SlotDelete = 0xc600_0121,
     /// `x1`: handle, `x2`: slot number, `x3`: its new IPA. [`crate::ErrorCode::Again`]: call again, the
     /// work is done in steps; the slot is nowhere before, and no vCPU enters.
+    /// [`crate::ErrorCode::Exists`] for another slot's place, and while pages of it are taken back.
     SlotMove = 0xc600_0122,
     /// `x1`: handle, `x2`: a [`crate::SlotWord`]: the new flags of an existing slot.
     /// [`crate::ErrorCode::Again`]: call again, or with the old flags, the work is done in steps; the

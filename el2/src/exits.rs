@@ -125,11 +125,15 @@ fn interrupt(run: &mut Running<'_>) -> Next {
     if timer || maintenance || run.physical_timer_fired() {
         return Next::Refresh;
     }
-    // A kick that the host waits for stays pending for it.
+    // Withdrawn before it is looked whom it was for: whoever sends one says so first. A kick that the
+    // host waits for is pending again, for it.
+    let taken = run.hypervisor.gic.take_kick(run.cpu);
     let host_kick = &run.cpu.host_kick;
     let for_host = host_kick.load(Ordering::Acquire) && host_kick.swap(false, Ordering::AcqRel);
-    if !for_host && run.hypervisor.gic.take_kick(run.cpu) {
-        return Next::Refresh;
+    match (taken, for_host) {
+        (true, false) => return Next::Refresh,
+        (true, true) => run.hypervisor.gic.kick(run.cpu),
+        (false, _) => {}
     }
     run.leave(Exit::Interrupted)
 }
@@ -165,7 +169,10 @@ fn sleep(run: &mut Running<'_>) -> Next {
     }
     if run.wait_here {
         // The host has nothing else for this core: whatever ends the wait is looked at as if it had
-        // interrupted the guest, which may wake for nothing.
+        // interrupted the guest, which may wake for nothing. A timer whose line has fallen since must be
+        // able to wake it.
+        let in_flight = run.state.gic.timer_in_flight;
+        run.hypervisor.gic.set_timer_active(run.cpu, in_flight);
         cpu::wait_as_guest();
         return interrupt(run);
     }

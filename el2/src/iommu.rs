@@ -241,11 +241,13 @@ pub(crate) fn attach(vm: &Vm, function: u64, dma: Dma) -> Result<u64, Refusal> {
 pub(crate) fn detach(vm: &Vm, function: u64) -> Result<u64, Refusal> {
     let (smmu, stream) = find(function)?;
     let mut attached = vm.devices.0.lock();
-    attached.remove(vm, smmu, stream)?;
+    let dma = attached.remove(vm, smmu, stream)?;
+    attached.forget(vm, dma);
     Ok(0)
 }
 
-/// The same for all of a VM.
+/// The same for all of a VM that ends. What it has counts no more: memory types don't change, and what its
+/// devices wrote past the caches is cleaned with the rest of its memory, by steps.
 pub(crate) fn detach_all(vm: &Vm) {
     let Some(machine) = MACHINE.get() else {
         return;
@@ -289,15 +291,14 @@ impl Attached {
 
     /// In the order of spec/memory-types.md 3.3: the device is off the tables and its accesses have
     /// drained; the importer leaves the list, told of everything once more; the root is private.
-    fn remove(&mut self, vm: &Vm, smmu: &Smmu<Registers>, stream: u32) -> Result<(), AttachError> {
+    fn remove(&mut self, vm: &Vm, smmu: &Smmu<Registers>, stream: u32) -> Result<Dma, AttachError> {
         let vmid = vm.walk().vmid;
         let at = self.devices.iter().position(|(s, _)| *s == stream);
         let at = at.ok_or(AttachError::NotOwned)?;
         let _: Uses = smmu.detach(stream, vmid)?;
         let (_, dma) = self.devices.swap_remove(at);
         self.unexport_if_unused(vm, vmid);
-        self.forget(vm, dma);
-        Ok(())
+        Ok(dma)
     }
 
     fn unexport_if_unused(&mut self, vm: &Vm, vmid: u16) {

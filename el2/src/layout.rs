@@ -24,7 +24,7 @@ pub const STATE_PER_PAGE: u64 = 4;
 /// Alignment of EL2's memory: a 64 KiB host kernel must be able to leave it out exactly.
 pub const ALIGN: u64 = 0x1_0000;
 /// Table pages for EL2's own map and for the host's stage 2, beyond one per GiB of RAM.
-const POOL_PAGES: u64 = 96;
+const POOL_PAGES: u64 = 128;
 
 /// Offsets from EL2's base, in bytes; each part ends where the next one starts.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

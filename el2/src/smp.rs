@@ -1,5 +1,7 @@
 //! Bringing up the other cores, and parking those that are off.
 
+use core::sync::atomic::Ordering;
+
 use board::{Board, Cpu, PsciConduit, StartMethod};
 use el2::features::Features;
 use el2::psci::StartOrder;
@@ -168,5 +170,7 @@ pub(crate) fn run_host(
 ) -> ! {
     host_regs::configure(&hypervisor.features, hypervisor.host.registers());
     cpu.forget_history();
+    // Firmware disables private interrupts when it turns a core on: the first guest's run prepares them.
+    cpu.gic_frame.store(0, Ordering::Relaxed);
     cpu::enter_host(cpu, order)
 }

@@ -143,6 +143,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         }
         if to.is_none() {
             mmu.drop_bitmap(id);
+            mmu.unshared.retain(|(of, _)| *of != id);
         }
         if let Some(next) = next {
             mmu.commit(&mut slots, next);
@@ -177,10 +178,13 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         })?;
         self.check_range(range)?;
         let to = Memslot { range, ..from };
-        match slots.set.overlapping_but(range, id) {
-            Some(other) => Err(Error::Overlap(other.id)),
-            None => Ok((from, Some(to))),
+        if let Some(other) = slots.set.overlapping_but(range, id) {
+            return Err(Error::Overlap(other.id));
         }
+        if self.mmu.read().has_unshared(id) {
+            return Err(Error::SomeUnshared(id));
+        }
+        Ok((from, Some(to)))
     }
 
     /// Changes a slot's flags; only dirty logging can change.
@@ -259,7 +263,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
 
     /// Logging on: no leaf stays writable. On demand the leaves go, so that blocks become pages;
     /// notes stay. A read-locked slot has pages already and keeps them. What is faulted in from the
-    /// first step on is logged.
+    /// first step on is logged; what leaves allow that are still to go is not.
     fn log_part(
         &self,
         slots: &mut SlotTable,
@@ -336,18 +340,24 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     ///
     /// # Errors
     /// [`Error::Locked`] if any page of it is locked: the memory is not the host's to take.
+    /// [`Error::SomeUnshared`] for a slot of which the host has taken single pages back: they would be
+    /// the guest's again.
     pub fn host_unmap(&self, range: GfnRange) -> Result<(), Error> {
         self.check_range(range)?;
         let slots = self.slots.read();
         slots.unchanged()?;
-        let mut touched = slots
-            .set
-            .iter()
-            .filter(|s| s.range.intersection(range).is_some());
-        if let Some(slot) = touched.find(|s| s.lock.is_some()) {
+        let touched = || {
+            let all = slots.set.iter();
+            all.filter(|s| s.range.intersection(range).is_some())
+        };
+        if let Some(slot) = touched().find(|s| s.lock.is_some()) {
             return Err(Error::Locked(slot.id));
         }
-        self.remove_pages().unmap(range)
+        let mut mmu = self.remove_pages();
+        if let Some(slot) = touched().find(|s| mmu.has_unshared(s.id)) {
+            return Err(Error::SomeUnshared(slot.id));
+        }
+        mmu.unmap(range)
     }
 
     pub(crate) fn check_range(&self, range: GfnRange) -> Result<(), Error> {

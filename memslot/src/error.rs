@@ -130,6 +130,9 @@ pub enum Error {
     /// The host has taken this page of the slot back already.
     #[error("page {0:#x} of the slot is not shared")]
     Unshared(u64),
+    /// The host has taken pages of the slot back: they would be the guest's again.
+    #[error("pages of slot {0:?} are not shared")]
+    SomeUnshared(SlotId),
     /// The host has not taken this page of the slot back.
     #[error("page {0:#x} of the slot is shared")]
     Shared(u64),
@@ -181,7 +184,9 @@ impl Error {
             | Self::NeedTables(_)
             | Self::PinFailed(_) => K::NoMemory,
             Self::BackingChanged => K::Again,
-            Self::SlotExists(_) | Self::Overlap(_) | Self::Unshared(_) => K::Exists,
+            Self::SlotExists(_) | Self::Overlap(_) | Self::Unshared(_) | Self::SomeUnshared(_) => {
+                K::Exists
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! Invariant: a page that the host has taken back has a note and no leaf, so nothing but
 //! [`GuestMemory::share_pages`], or the end of its slot, brings it back. It survives a reset, and the
-//! beginning of a dirty log.
+//! beginning of a dirty log; a slot with such pages does not move, as that would lose the notes.
 //!
 //! Pages are counted from the slot's start, so that a slot that moves meanwhile confuses nobody. A
 //! locked slot refuses: its leaves are there and young for whoever can't wait for a fault. So does a
@@ -17,12 +17,33 @@ use crate::frames::FrameSource;
 use crate::policy::MemTypePolicy;
 use crate::slot::{Memslot, SlotId, SlotKind};
 use crate::table::{GuestTable, bytes};
-use crate::vm::{GuestMemory, SlotTable, VmKind, slot_bytes};
+use crate::vm::{GuestMemory, Mmu, SlotTable, VmKind, slot_bytes};
 
 /// Most pages of one call: what is cleaned, or looked at, in one go.
 pub const MAX_PAGES: u64 = 512;
 /// Note of a page that the host has taken back. A protected VM's have others.
 const UNSHARED: u64 = 3;
+
+impl<T> Mmu<T> {
+    /// Whether the host has taken pages of this slot back.
+    pub(crate) fn has_unshared(&self, id: SlotId) -> bool {
+        self.unshared.iter().any(|(of, _)| *of == id)
+    }
+
+    fn count_unshared(&mut self, id: SlotId, count: u64) {
+        match self.unshared.iter_mut().find(|(of, _)| *of == id) {
+            Some((_, pages)) => *pages += count,
+            None => self.unshared.push((id, count)),
+        }
+    }
+
+    fn count_shared(&mut self, id: SlotId, count: u64) {
+        if let Some((_, pages)) = self.unshared.iter_mut().find(|(of, _)| *of == id) {
+            *pages -= count;
+        }
+        self.unshared.retain(|(_, pages)| *pages != 0);
+    }
+}
 
 impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// Takes pages back from the guest: when this returns no leaf, TLB entry or importer refers to
@@ -43,7 +64,11 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if let Some((at, _)) = mmu.table.first_note(range) {
             return Err(Error::Unshared(index(&slot, at.frame())));
         }
-        Ok(mmu.table.annotate(range, note)?)
+        let more = mmu.unshared.try_reserve(1);
+        more.map_err(|_| Error::OutOfMemory)?;
+        mmu.table.annotate(range, note)?;
+        mmu.count_unshared(id, count);
+        Ok(())
     }
 
     /// Lends them again: they are faulted in with what the host has put there meanwhile.
@@ -62,7 +87,9 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
                 return Err(Error::Shared(at - slot.range.start().get()));
             }
         }
-        mmu.unmap(pages)
+        mmu.unmap(pages)?;
+        mmu.count_shared(id, count);
+        Ok(())
     }
 
     /// How many pages lie in leaves that were used since they were last made old. A leaf may be a

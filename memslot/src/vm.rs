@@ -68,6 +68,8 @@ pub(crate) struct Mmu<T> {
     pub(crate) generation: u64,
     /// Bitmaps of logged slots; here because a bit and a leaf change together.
     pub(crate) dirty: Vec<(SlotId, DirtyBitmap)>,
+    /// How many pages the host has taken back, of slots of which it has any: their notes are in the table.
+    pub(crate) unshared: Vec<(SlotId, u64)>,
 }
 
 /// What belongs to a locked slot.
@@ -163,6 +165,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             importers: 0,
             generation: 0,
             dirty: Vec::new(),
+            unshared: Vec::new(),
         };
         Self {
             config,

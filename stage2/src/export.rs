@@ -189,14 +189,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         if needed != 0 {
             return Err(ExportError::NeededBits(needed));
         }
-        let mut clash = None;
-        let whole = IpaRange::from_bounds(0, self.geometry().input_end());
-        self.visit_leaves(&whole, &mut |found| {
-            if found.raw & reserved_bits != 0 && clash.is_none() {
-                clash = Some(found.slot);
-            }
-        });
-        if let Some(slot) = clash {
+        if let Some(slot) = self.leaf_with(reserved_bits) {
             return Err(ExportError::InUse(slot));
         }
         self.exports
@@ -206,6 +199,20 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         Ok(ExportedRoot {
             meta: self.root_meta(reserved_bits),
         })
+    }
+
+    /// The first leaf with one of `bits`. An importer that reserves nothing asks for no walk.
+    fn leaf_with(&self, bits: u64) -> Option<u64> {
+        let mut clash = None;
+        let whole = IpaRange::from_bounds(0, self.geometry().input_end());
+        if bits != 0 {
+            self.visit_leaves(&whole, &mut |found| {
+                if found.raw & bits != 0 && clash.is_none() {
+                    clash = Some(found.slot);
+                }
+            });
+        }
+        clash
     }
 
     fn root_meta(&self, reserved_bits: u64) -> RootMeta {

@@ -265,7 +265,7 @@ impl PhysicalGic {
         }
     }
 
-    /// Makes this core take the private interrupts that EL2 needs, once.
+    /// Makes this core take the private interrupts that EL2 needs, once after it has been turned on.
     pub(crate) fn prepare_cpu(&self, cpu: &CpuData) {
         use core::sync::atomic::Ordering;
         if cpu.gic_frame.load(Ordering::Relaxed) != 0 {
@@ -280,6 +280,10 @@ impl PhysicalGic {
             frame.write(GICD_IGROUPR, groups | OURS);
         }
         frame.write(GICD_ISENABLER, OURS);
+        // Unknown after a reset (Arm IHI 0069, ICH_LR<n>_EL2), or an earlier owner's.
+        let mut all = self.new_interface();
+        all.used = all.count;
+        self.leave(&mut all);
         // GICv2: the bit of this core's interface, which need not be its affinity (on Cortex-A76 that
         // is in Aff1). Zero on a machine with one core.
         let target = frame.read(GICD_ITARGETSR).to_le_bytes()[0].max(1);

@@ -252,6 +252,9 @@ impl Vgic {
             Kind::Priority => irq.set_priority(byte),
             Kind::Targets if number < PRIVATE => {}
             Kind::Targets => irq.set_route(byte & implemented),
+            // Private ones have a fixed trigger (Arm IHI 0069, GICR_ICFGR1: the implementation's
+            // choice); what is asserted of the timer's is what keeps the physical one quiet.
+            Kind::Config if number < PRIVATE => {}
             Kind::Config => irq.set_edge(value & 2 != 0),
             Kind::Sgi(true) => bits_of(byte & implemented).for_each(|from| irq.add_source(from)),
             Kind::Sgi(false) => irq.clear_sources(byte),

@@ -119,6 +119,27 @@ fn a_level_interrupt_comes_again_until_its_line_is_low() {
     }
 }
 
+#[test]
+fn a_private_interrupts_trigger_is_fixed_and_the_timer_stays_in_flight() {
+    for version in [V2, V3] {
+        let vgic = enabled(version, 1);
+        let mut cpu = Cpu::new(0, version, 4);
+        let all_edges = 0xffff_ffff;
+        let _: Kicks = match version {
+            V3 => vgic.redist_write(0, 0x1_0c04, 4, all_edges),
+            V2 => vgic.dist_write(0, 0xc04, 4, all_edges),
+        };
+        assert!(vgic.set_timer(0, true), "the physical one must not fire");
+        assert_eq!(cpu.acknowledge(&vgic), Some(27));
+        assert!(vgic.set_timer(0, false), "active");
+        cpu.end(&vgic, 27);
+        assert!(!vgic.set_timer(0, false));
+        // Shared ones have the trigger that the guest chooses.
+        let _: Kicks = vgic.dist_write(0, 0xc08, 4, 2);
+        assert_eq!(vgic.dist_read(0, 0xc08, 4) & 3, 2);
+    }
+}
+
 /// Arm IHI 0048B 4.3.7, GICD_ISPENDR: an active interrupt becomes active and pending, whatever its
 /// trigger; acknowledging serves what was pending before.
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::kit::{self, A, FWB, LOG, NONE, PLAIN, R, RO, RW, gfn, slot};
 use crate::machine::{Real, arm};
+use memslot::addr::GfnRange;
 use memslot::error::{Error, ErrorKind};
 use memslot::fault::{Access, FaultKind, FaultOutcome};
 use memslot::lock::LockRequest;
@@ -176,6 +177,33 @@ fn neither_a_reset_nor_a_log_brings_a_page_back() {
     assert_eq!(touch(&vm, 7, Access::Read), missing);
     assert_eq!(touch(&vm, 8, Access::Write), FaultOutcome::Resolved);
     assert_eq!(vm.mem.take_dirty_word(A, 0), Ok(1 << 8));
+}
+
+#[test]
+fn a_slot_with_pages_taken_back_does_not_move() {
+    let vm = vm();
+    vm.mem.unshare_pages(A, 7, 2).unwrap();
+    vm.mem.share_pages(A, 8, 1).unwrap();
+    let refused = vm.mem.move_slot(A, gfn(BASE + PAGES));
+    assert_eq!(refused, Err(Error::SomeUnshared(A)));
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Exists);
+    let missing = FaultOutcome::NoFrame(gfn(BASE + 7));
+    assert_eq!(touch(&vm, 7, Access::Read), missing, "nothing has changed");
+    vm.mem.share_pages(A, 7, 1).unwrap();
+    vm.mem.move_slot(A, gfn(BASE + PAGES)).unwrap();
+    assert_eq!(touch(&vm, PAGES + 7, Access::Read), FaultOutcome::Resolved);
+}
+
+#[test]
+fn unmapping_for_the_host_does_not_give_back_what_it_has_taken() {
+    let vm = vm();
+    vm.mem.unshare_pages(A, 7, 1).unwrap();
+    let range = GfnRange::from_base(gfn(BASE), PAGES).unwrap();
+    let refused = vm.mem.host_unmap(range);
+    assert_eq!(refused, Err(Error::SomeUnshared(A)));
+    let missing = FaultOutcome::NoFrame(gfn(BASE + 7));
+    assert_eq!(touch(&vm, 7, Access::Read), missing);
+    assert_eq!(touch(&vm, 8, Access::Read), FaultOutcome::Resolved);
 }
 
 #[test]

@@ -272,6 +272,10 @@ impl Plain {
     fn leave(&mut self, how: Half) -> Result<Said, Said> {
         self.slot()?;
         if self.half.is_none() {
+            let moves = matches!(how, Half::MovedTo(_));
+            if moves && self.pages.iter().any(|page| page.unshared) {
+                return Err(Said::No(ErrorCode::Exists));
+            }
             self.half = Some(how);
             self.vacate(false);
             return Err(AGAIN);
