@@ -195,6 +195,7 @@ mod tests {
     use super::*;
     use crate::addr::gfn;
     use crate::slot::{SlotFlags, SlotKind};
+    #[cfg(not(miri))]
     use proptest::prelude::*;
     use std::vec::Vec;
 

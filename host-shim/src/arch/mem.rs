@@ -10,12 +10,19 @@ use super::fault::{self, NotOurs};
 unsafe extern "C" {
     static __image_start: u8;
     static __image_end: u8;
+    static __file_end: u8;
 }
 
 /// Where the shim is.
 pub(crate) fn image() -> Option<AddrRange> {
     let start = (&raw const __image_start).addr() as u64;
     AddrRange::new(start, (&raw const __image_end).addr() as u64)
+}
+
+/// Bytes of the shim's file: of its image less what is zero at first.
+pub(crate) fn file_size() -> u64 {
+    let start = (&raw const __image_start).addr();
+    ((&raw const __file_end).addr() - start) as u64
 }
 
 /// The first eight bytes at `address`, where EL2 says a device tree is.

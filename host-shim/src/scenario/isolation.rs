@@ -140,11 +140,10 @@ fn neighbours(machine: &Machine, el2: AddrRange) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Below what EL2 keeps was what it needed to boot, this host's own image among it: that is ordinary
+/// Below what EL2 keeps was what it needed to boot, this host's own file among it: that is ordinary
 /// memory now, and nothing is left of it.
 fn given_away(machine: &Machine, el2: AddrRange) -> Result<(), &'static str> {
-    let image = mem::image().ok_or("the host does not know its own size")?;
-    let size = image.size().next_multiple_of(PAGE_SIZE);
+    let size = mem::file_size().next_multiple_of(PAGE_SIZE);
     let start = el2.start().checked_sub(size);
     let range = start.and_then(|start| AddrRange::with_size(start, size));
     let range = range.ok_or("EL2's memory begins too low for that")?;

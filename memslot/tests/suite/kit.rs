@@ -95,6 +95,7 @@ pub(crate) fn vm_with<P: MemTypePolicy>(policy: P, flags: SlotFlags) -> Vm<P> {
 }
 
 /// A VM of this kind with an unflagged slot A.
+#[cfg(not(miri))]
 pub(crate) fn vm_of_kind(kind: VmKind) -> Vm<ArmPolicy> {
     let caches = Arc::new(CacheModel::new());
     let table = ModelTable::new(Arc::clone(&caches));
