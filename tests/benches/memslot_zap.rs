@@ -98,7 +98,7 @@ fn add(total: &AtomicU64, n: u64) {
 /// Nanoseconds that this thread has run on a CPU: waiting without one does not count.
 fn thread_time() -> u64 {
     let time = clock_gettime(ClockId::ThreadCPUTime);
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
 }
 
 fn ipa_range(range: GfnRange) -> IpaRange {
