@@ -83,8 +83,11 @@ guest_enter:
     .balign 128
 .endm
 
+.section .text.vectors, "ax"
     guest_vector_table guest_vectors, 0
     guest_vector_table forgetful_guest_vectors, 1
+
+.section .text.guest, "ax"
 
 // Address translations for a guest: in x0 the address, out x0 PAR_EL1. Where a walk reads memory
 // that answers with an error, AT takes an exception, which comes back behind it.

@@ -73,6 +73,9 @@
     vector_table vectors, 0
     vector_table forgetful_vectors, 1
 
+// The tables of this file and guest.S are together, at el2.ld's first address: no gap for their alignment.
+.section .text.lower, "ax"
+
 lower_common:
     save_x2_to_x30
     mov     x29, xzr                    // a backtrace ends here
