@@ -44,7 +44,7 @@ pub(crate) struct Graph {
 /// The outcome: names of sections, sorted.
 #[derive(Debug, Default, Eq, PartialEq)]
 pub(crate) struct Parts {
-    /// Code that only boot reaches, with the jump tables that belong to it.
+    /// Code that only boot reaches, with the jump tables and formatters' tables that belong to it.
     pub(crate) boot: BTreeSet<String>,
     /// Functions that only boot reaches, but whose address it takes: who has it, and when, nobody can say.
     pub(crate) held: BTreeSet<String>,
@@ -107,18 +107,39 @@ impl Graph {
         Ok(())
     }
 
+    /// Constants that are nothing but a formatter's table of methods (`dyn Debug`, `dyn Write`), which only
+    /// instructions name: as with [`formats`], who borrows one has given it back when the message is out.
+    fn formatters(&self) -> BTreeSet<usize> {
+        let is_table = |node: &Node| {
+            let mut methods = node.references.iter().map(|(to, _)| self.nodes.get(to));
+            !node.is_code
+                && !node.references.is_empty()
+                && methods.all(|to| to.is_some_and(|to| to.is_code && is_of_formatter(&to.name)))
+        };
+        let tables = self.nodes.iter().filter(|(_, node)| is_table(node));
+        let mut tables: BTreeSet<usize> = tables.map(|(index, _)| *index).collect();
+        for node in self.nodes.values().filter(|node| !node.is_code) {
+            for (to, _) in &node.references {
+                tables.remove(to);
+            }
+        }
+        tables
+    }
+
     /// Divides the code.
     pub(crate) fn divide(&self) -> Parts {
         let stays = self.assembly(false);
         let boot = self.reach(self.assembly(true));
-        let held = self.addresses_taken(&boot);
+        let formatters = self.formatters();
+        let held = self.addresses_taken(&boot, &formatters);
         let without_held = self.reach(stays.clone());
         let resident = self.reach(stays.into_iter().chain(held.iter().copied()));
         let name = |index: &usize| self.nodes.get(index).map(|node| node.name.clone());
         let goes = |index: &&usize| {
             let node = self.nodes.get(index);
             !resident.contains(index)
-                && node.is_some_and(|node| node.is_code || node.is_jump_table())
+                && (formatters.contains(index)
+                    || node.is_some_and(|node| node.is_code || node.is_jump_table()))
         };
         Parts {
             boot: boot.iter().filter(goes).filter_map(name).collect(),
@@ -135,11 +156,16 @@ impl Graph {
 
     /// Functions whose address these take, other than their own. Boot's assembly is not held so: where what
     /// stays took its address, the check of the finished image would say so. Nor are formatting functions
-    /// that instructions of boot name: see [`formats`].
-    fn addresses_taken(&self, by: &BTreeSet<usize>) -> BTreeSet<usize> {
+    /// that instructions of boot name (see [`formats`]), or a table of `formatters`.
+    fn addresses_taken(
+        &self,
+        by: &BTreeSet<usize>,
+        formatters: &BTreeSet<usize>,
+    ) -> BTreeSet<usize> {
         let mut taken = BTreeSet::new();
         for (from, node) in by
             .iter()
+            .filter(|index| !formatters.contains(index))
             .filter_map(|index| self.nodes.get_key_value(index))
         {
             for (to, how) in &node.references {
@@ -174,13 +200,28 @@ impl Graph {
 /// Boot's instructions put its address into the arguments of a message, which end with the statement: the
 /// language has no way to keep them (`core::fmt::Arguments` borrows temporaries).
 pub(crate) fn formats(name: &str) -> bool {
+    let plain = plain(name);
+    plain.contains(" as core::fmt::") && plain.contains(">::fmt")
+}
+
+/// Whether a function may stand in the table of methods of `dyn Debug`, `dyn Display` or `dyn Write`.
+fn is_of_formatter(name: &str) -> bool {
+    let plain = plain(name);
+    let methods = [
+        " as core::fmt::",
+        "core::fmt::Write::",
+        "core::ptr::drop_in_place<",
+    ];
+    methods.iter().any(|method| plain.contains(method))
+}
+
+fn plain(name: &str) -> String {
     let mangled = ["_ZN", "_R"]
         .iter()
         .filter_map(|start| name.find(start))
         .min();
     let mangled = mangled.and_then(|at| name.get(at..)).unwrap_or(name);
-    let plain = addr2line::demangle_auto(mangled.into(), None);
-    plain.contains(" as core::fmt::") && plain.contains(">::fmt")
+    addr2line::demangle_auto(mangled.into(), None).into_owned()
 }
 
 /// Whether a section is code (`true`) or data (`false`) of the image; `None` if it is neither.
@@ -318,18 +359,46 @@ mod tests {
     }
 
     #[test]
-    fn formatting_goes_if_instructions_of_boot_name_it_but_not_if_a_constant_does() {
+    fn formatting_goes_if_instructions_of_boot_name_it() {
         let by_code = graph(&[
             (2, node(".text._ZN4boot", &[(4, Address)])),
             (4, node(FORMAT, &[])),
         ]);
         assert!(by_code.boot.contains(FORMAT));
-        let by_table = graph(&[
+    }
+
+    #[test]
+    fn formatters_table_goes_if_only_instructions_of_boot_name_it() {
+        let table = || (5, node(".rodata.vtable", &[(4, Address)]));
+        let boot = |to| (2, node(".text._ZN4boot", &[(to, Address)]));
+        let by_code = graph(&[boot(5), (4, node(FORMAT, &[])), table()]);
+        assert!(by_code.boot.contains(FORMAT) && by_code.boot.contains(".rodata.vtable"));
+        let by_constant = (6, node(".rodata.kept", &[(5, Address)]));
+        let kept = graph(&[boot(6), (4, node(FORMAT, &[])), table(), by_constant]);
+        assert!(!kept.boot.contains(FORMAT) && !kept.boot.contains(".rodata.vtable"));
+        assert_eq!(kept.held, names(&[FORMAT]));
+    }
+
+    #[test]
+    fn table_with_another_method_than_a_formatters_stays() {
+        let parts = graph(&[
             (2, node(".text._ZN4boot", &[(5, Address)])),
+            (4, node(FORMAT, &[])),
+            (5, node(".rodata.vtable", &[(4, Address), (6, Address)])),
+            (6, node(HELD, &[])),
+        ]);
+        assert_eq!(parts.held, names(&[FORMAT, HELD]));
+    }
+
+    #[test]
+    fn formatters_table_that_what_stays_names_stays() {
+        let parts = graph(&[
+            (2, node(".text._ZN4boot", &[(5, Address)])),
+            (3, node(".text._ZN4trap", &[(5, Address)])),
             (4, node(FORMAT, &[])),
             (5, node(".rodata.vtable", &[(4, Address)])),
         ]);
-        assert!(!by_table.boot.contains(FORMAT));
+        assert!(!parts.boot.contains(FORMAT) && !parts.boot.contains(".rodata.vtable"));
     }
 
     #[test]
