@@ -48,6 +48,18 @@ pub enum Access {
     Fetch,
 }
 
+impl Access {
+    /// What a message calls it: for a derived `Debug` EL2 would have to keep its machinery.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Fetch => "fetch",
+        }
+    }
+}
+
 /// Kind of an abort, from the fault status code.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum FaultKind {
@@ -61,6 +73,20 @@ pub enum FaultKind {
     Permission,
     /// Anything else: external aborts, alignment, atomics on a type that has none, TLB conflicts.
     Other(u8),
+}
+
+impl FaultKind {
+    /// What a message calls it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::AddressSize => "address size",
+            Self::Translation => "translation",
+            Self::AccessFlag => "access flag",
+            Self::Permission => "permission",
+            Self::Other(_) => "external or alignment",
+        }
+    }
 }
 
 /// An abort from a lower exception level that was taken at EL2.

@@ -228,10 +228,10 @@ fn fault(hypervisor: &Hypervisor, regs: &mut Regs, abort: &Abort, syndrome: &Syn
     let (at, _) = regs::return_state();
     say!(
         Debug,
-        "host: {:?} refused at VA {:#x} IPA {ipa:#x} ({:?}), PC {at:#x}",
-        abort.access,
+        "host: {} refused at VA {:#x} IPA {ipa:#x} ({}), PC {at:#x}",
+        abort.access.name(),
         syndrome.far,
-        abort.kind,
+        abort.kind.name(),
     );
     let features = &hypervisor.features;
     let from = regs::interrupted(features.pan, features.mte);
