@@ -32,7 +32,7 @@ use memslot::slot::{Memslot, SlotFlags, SlotId, SlotKind};
 use memslot::steps::Progress;
 use memslot::toggle::Flush;
 use memslot::vm::{GuestMemory, VmConfig as MemoryConfig, VmKind};
-use spin::{Once, RwLock};
+use spin::{Once, RwLock, RwLockReadGuard};
 use stage2::{
     ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, Stage2, WideAddresses,
 };
@@ -153,12 +153,17 @@ impl VmTable {
         handle: u64,
         use_vm: impl FnOnce(&Vm) -> Result<R, Refusal>,
     ) -> Result<R, Refusal> {
-        let (_, entry) = self.entry(handle)?;
-        let entry = entry.try_read().ok_or(ErrorCode::Busy)?;
-        match &*entry {
+        match &*self.held(handle)?.1 {
             Entry::Live { vm, .. } => use_vm(vm),
             _ => Err(ErrorCode::NotFound.into()),
         }
+    }
+
+    /// An entry that nobody changes meanwhile, and its index.
+    #[inline(never)]
+    fn held(&self, handle: u64) -> Result<(u8, RwLockReadGuard<'_, Entry>), ErrorCode> {
+        let (index, entry) = self.entry(handle)?;
+        Ok((index, entry.try_read().ok_or(ErrorCode::Busy)?))
     }
 
     /// Reserves a handle.
@@ -219,8 +224,7 @@ impl VmTable {
         handle: u64,
         memory: AddrRange,
     ) -> Result<u64, Refusal> {
-        let (_, entry) = self.entry(handle)?;
-        let entry = entry.try_read().ok_or(ErrorCode::Busy)?;
+        let (_, entry) = self.held(handle)?;
         let Entry::Live { vm, donated } = &*entry else {
             return Err(ErrorCode::NotFound.into());
         };
@@ -241,8 +245,7 @@ impl VmTable {
         pages: u64,
         kind: DonationKind,
     ) -> Result<u64, Refusal> {
-        let (index, entry) = self.entry(handle)?;
-        let entry = entry.try_read().ok_or(ErrorCode::Busy)?;
+        let (index, entry) = self.held(handle)?;
         let Entry::Live { vm, donated } = &*entry else {
             return Err(ErrorCode::NotFound.into());
         };

@@ -95,7 +95,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         let Ok(run) = self.frames.resolve(&slot, gfn, fault.access) else {
             return Ok(FaultOutcome::NoFrame(gfn));
         };
-        let mmu = self.mmu.read();
+        let mmu = self.mmu.read_inline();
         // Whoever takes a page away does it in a section that excludes this one: either that is
         // seen here, or the leaf is seen there.
         let moved = self.removals() != removals || !self.frames.is_current(&slot, &run);
@@ -107,7 +107,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
 
     /// The slot that holds `gfn` and the generation of the slots; or what a guest meets without one.
     fn look_up(&self, gfn: Gfn) -> Result<(Memslot, u64), FaultOutcome> {
-        let slots = self.slots.read();
+        let slots = self.slots.read_inline();
         match slots.set.find(gfn) {
             Some(slot) => Ok((*slot, slots.set.generation())),
             None if slots.is_moving(gfn) => Err(FaultOutcome::Retry),

@@ -82,8 +82,15 @@ mod imp {
         }
 
         /// Waits until no writer holds the lock or waits for it.
-        #[inline]
+        #[inline(never)]
         pub fn read(&self) -> RwLockReadGuard<'_, T> {
+            self.read_inline()
+        }
+
+        /// [`Self::read`] without a call, for a vCPU's fault: everywhere else it would be more code than it
+        /// is worth.
+        #[inline]
+        pub fn read_inline(&self) -> RwLockReadGuard<'_, T> {
             self.try_read().unwrap_or_else(|| self.wait_to_read())
         }
 
@@ -169,6 +176,11 @@ mod imp {
             self.0
                 .read()
                 .expect("loom's locks are poisoned only by a failed model")
+        }
+
+        /// The same.
+        pub fn read_inline(&self) -> RwLockReadGuard<'_, T> {
+            self.read()
         }
 
         /// Waits until nobody holds the lock.
