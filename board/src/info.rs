@@ -151,6 +151,8 @@ pub struct Board<'a> {
     pub console: Option<Console>,
     /// PSCI firmware.
     pub psci: Option<PsciConduit>,
+    /// A core that this firmware turned off can be turned on again.
+    pub psci_gives_back: bool,
     /// Interrupt controller.
     pub gic: Option<Gic>,
     /// Registers of the interrupt controller that make it read and write memory: its ITSs; and those of
@@ -207,6 +209,7 @@ impl<'a> Board<'a> {
             cpus_left_out: 0,
             console: None,
             psci: None,
+            psci_gives_back: !is_any(&root, KEEPS_CORES),
             gic: None,
             gic_tables: Vec::new(),
             gic_tables_left_out: 0,
@@ -353,6 +356,10 @@ impl Board<'_> {
 
 /// Binding of an interrupt translation service (arm,gic-v3.yaml).
 pub(crate) const ITS: &str = "arm,gic-v3-its";
+
+/// Machines whose PSCI firmware never gives a core back: a Raspberry Pi 5 (and Compute Module 5) ends its
+/// CPU_OFF with a reset by RMR_EL3 that does not come; CPU_ON says that it does (raspberrypi/linux 7291).
+const KEEPS_CORES: &[&str] = &["brcm,bcm2712"];
 
 /// Bindings of the power management block (brcm,bcm2835-pm.yaml).
 const BCM_PM: &[&str] = &[

@@ -319,6 +319,30 @@ fn pi_memory_and_reservations_are_read() {
     assert_eq!(board.psci, None);
 }
 
+#[test]
+fn firmware_that_keeps_cores_is_known_by_the_machine() {
+    assert!(read(&virt(2)).psci_gives_back && read(&pi()).psci_gives_back);
+    let mut fdt = FdtWriter::new().unwrap();
+    let root = fdt.begin_node("").unwrap();
+    fdt.property_u32("#address-cells", 2).unwrap();
+    fdt.property_u32("#size-cells", 2).unwrap();
+    let names = ["raspberrypi,5-model-b".into(), "brcm,bcm2712".into()];
+    fdt.property_string_list("compatible", names.into())
+        .unwrap();
+    memory(&mut fdt, &[0, 0x4000_0000]);
+    let cpus = fdt.begin_node("cpus").unwrap();
+    fdt.property_u32("#address-cells", 1).unwrap();
+    fdt.property_u32("#size-cells", 0).unwrap();
+    let cpu = fdt.begin_node("cpu@0").unwrap();
+    fdt.property_string("device_type", "cpu").unwrap();
+    fdt.property_u32("reg", 0).unwrap();
+    fdt.end_node(cpu).unwrap();
+    fdt.end_node(cpus).unwrap();
+    fdt.end_node(root).unwrap();
+    let blob = fdt.finish().unwrap();
+    assert!(!read(&blob).psci_gives_back);
+}
+
 /// Drivers and devices find their memory by `compatible` or a phandle; what has neither is the
 /// firmware's own.
 #[test]

@@ -362,6 +362,7 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
     };
     let machine = Machine {
         psci: boot.board.psci,
+        psci_gives_back: boot.board.psci_gives_back,
         power: boot.board.power,
         entered: boot.entered,
     };

@@ -21,6 +21,8 @@ use crate::vm::VmTable;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Machine {
     pub(crate) psci: Option<PsciConduit>,
+    /// A core that firmware turned off can be turned on again.
+    pub(crate) psci_gives_back: bool,
     pub(crate) power: Option<Power>,
     /// When EL2 was entered, in ticks.
     pub(crate) entered: u64,
@@ -74,6 +76,11 @@ impl Hypervisor {
     /// Whether there is EL3 firmware that answers SMCs.
     pub(crate) fn has_firmware(&self) -> bool {
         self.machine.psci == Some(PsciConduit::Smc)
+    }
+
+    /// Whether a core that is off is firmware's; else it waits in EL2.
+    pub(crate) fn parks_in_firmware(&self) -> bool {
+        self.has_firmware() && self.machine.psci_gives_back
     }
 
     /// What the host is told that EL2 can do.

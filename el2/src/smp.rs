@@ -124,8 +124,8 @@ pub(crate) fn park() -> ! {
     wait_for_order(cpu)
 }
 
-/// An off core: with firmware it is really off, and comes back through entry.S; without, it waits
-/// here. Waiting costs power on a board, and on an emulator, where WFE does not wait, it slows
+/// An off core: with firmware that gives it back it is really off, and comes back through entry.S;
+/// else it waits here. Waiting costs power on a board, and on an emulator, where WFE does not wait, it slows
 /// down every TLB invalidation that the other cores broadcast.
 fn wait_for_order(cpu: &'static CpuData) -> ! {
     loop {
@@ -133,7 +133,7 @@ fn wait_for_order(cpu: &'static CpuData) -> ! {
             if let Some(order) = cpu.power.take_order() {
                 run_host(hypervisor, cpu, order);
             }
-            if hypervisor.has_firmware() {
+            if hypervisor.parks_in_firmware() {
                 let answer = firmware::call(PSCI_CPU_OFF, [0; 7]);
                 say!(Debug, "firmware's CPU_OFF came back: {:#x}", answer[0]);
             }
@@ -148,7 +148,7 @@ fn wait_for_order(cpu: &'static CpuData) -> ! {
 /// until the core has taken its order, at most a second.
 pub(crate) fn wake(hypervisor: &Hypervisor, cpu: &CpuData) {
     cpu::send_event();
-    if !hypervisor.has_firmware() {
+    if !hypervisor.parks_in_firmware() {
         return;
     }
     let entry = Image::here().secondary_entry;
