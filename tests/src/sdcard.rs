@@ -23,8 +23,11 @@ const LOAD_ADDRESS: u64 = 0x20_0000;
 /// # Errors
 /// The image has not been built, has no arm64 header or one that the firmware could not use.
 pub fn write(card: Card) -> Result<PathBuf> {
-    let image = files::read(&emulate::ravelin_image(), "run `make build`")?;
-    check(&image)?;
+    let mut image = files::read(&emulate::ravelin_image(), "run `make build`")?;
+    let size = check(&image)?;
+    // Firmware that puts something behind the kernel may count the file's bytes; the image clears what is
+    // behind those before it reads anything.
+    image.resize(size, 0);
     let (name, notes, extra) = match card {
         Card::Rpi4 => ("rpi4", RPI4_NOTES, RPI4_CONFIG),
         Card::Rpi5 => ("rpi5", RPI5_NOTES, RPI5_CONFIG),
@@ -40,7 +43,8 @@ pub fn write(card: Card) -> Result<PathBuf> {
 }
 
 /// The header's fields (little endian): text offset at 8, size in memory at 16, flags at 24, magic at 56.
-fn check(image: &[u8]) -> Result<()> {
+/// Gives the size.
+fn check(image: &[u8]) -> Result<usize> {
     ensure!(
         crate::kernel_image::is_arm64_image(image),
         "the image has no arm64 header: rebuild it"
@@ -66,7 +70,7 @@ fn check(image: &[u8]) -> Result<()> {
         field(24) & 8 != 0,
         "the image is not position independent (flag bit 3)"
     );
-    Ok(())
+    Ok(usize::try_from(field(16))?)
 }
 
 fn config(extra: &str) -> String {
@@ -76,7 +80,7 @@ fn config(extra: &str) -> String {
          kernel=ravelin.img\n\
          # Older firmware loads to 0x80000, newer to 0x200000: say it.\n\
          kernel_address={LOAD_ADDRESS:#x}\n\
-         # A FIT with payloads, if you copy one: any name, loaded behind the image.\n\
+         # A FIT with payloads, if you copy one: any name; the firmware finds room for it.\n\
          #initramfs payload.fit followkernel\n\
          enable_uart=1\n\
          uart_2ndstage=1\n\
@@ -112,8 +116,8 @@ Ravelin on a Raspberry Pi 4 B
 const RPI5_NOTES: &str = "\
 Ravelin on a Raspberry Pi 5
 
-1. Take an SD card whose boot partition (FAT32) has the Raspberry Pi firmware's bcm2712-rpi-5-b.dtb and overlays/.
-   Any Raspberry Pi OS card has them; the boot loader itself is in the board's EEPROM.
+1. Take an SD card whose boot partition (FAT32) has the Raspberry Pi firmware's bcm2712*-rpi-5-b.dtb (which
+   one depends on the stepping) and overlays/. Any Raspberry Pi OS card has them; the boot loader itself is in the board's EEPROM.
 2. Copy ravelin.img and config.txt from this folder onto it (config.txt replaces the one there).
 3. Serial line, 3.3 V: the three-pin debug connector between the two HDMI sockets (a JST-SH cable such as the
    Debug Probe's). 115200 baud, 8 data bits, no parity, 1 stop bit, no flow control.
@@ -148,7 +152,7 @@ mod tests {
 
     #[test]
     fn header_is_checked_field_by_field() {
-        check(&image(0, 64, 0b1010)).unwrap();
+        assert_eq!(check(&image(0, 0x1000, 0b1010)).unwrap(), 0x1000);
         assert!(check(&image(0x80000, 64, 0b1010)).is_err());
         assert!(check(&image(0, 63, 0b1010)).is_err());
         assert!(check(&image(0, 64, 0b1011)).is_err());
