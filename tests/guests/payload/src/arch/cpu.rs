@@ -1,6 +1,6 @@
 //! This CPU and the others: identity, time, PSCI, and tasks for secondaries.
 
-use super::{instruction, mmu, mrs};
+use super::{instruction, mem, mmu, mrs};
 use core::arch::asm;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -104,7 +104,11 @@ static BUSY: [AtomicBool; MAX] = [const { AtomicBool::new(false) }; MAX];
 
 unsafe extern "C" {
     fn secondary_entry();
+    static stacks: u8;
 }
+
+/// Bytes of a CPU's stack; entry.S has it, too.
+const STACK: u64 = 16384;
 
 /// Address at which a CPU must be started.
 pub fn entry_point() -> u64 {
@@ -115,6 +119,13 @@ pub fn entry_point() -> u64 {
 pub fn start(index: usize, task: fn(usize)) -> i64 {
     TASKS[index].store(task as usize, Ordering::SeqCst);
     BUSY[index].store(true, Ordering::SeqCst);
+    // It stores there with its MMU off, past what the caches hold of its last turn.
+    let stack = (&raw const stacks).addr() as u64 + index as u64 * STACK;
+    let line = 4 << (mrs!("ctr_el0") >> 16 & 0xf);
+    for address in (stack..stack + STACK).step_by(line) {
+        mem::clean_invalidate(address);
+    }
+    instruction!("dsb sy");
     psci::call(psci::CPU_ON, index as u64, entry_point(), index as u64)
 }
 

@@ -97,5 +97,6 @@ enable_mmu:
 
 .section .bss.stacks, "aw", @nobits
 .balign 4096
+.global stacks
 stacks:
     .space  8 * STACK
