@@ -91,6 +91,10 @@ pub(crate) fn enable(memory: &RangeList<MAX_MEMORY>) -> Result<Settings, MapErro
         mair: MAIR,
         sctlr: SCTLR_ON,
     };
+    // The image was written past the caches until now (bss, tables): what they may hold of it is older.
+    if let Some(image) = super::mem::image() {
+        super::mem::clean_invalidate_to_poc(image);
+    }
     // SAFETY: everything that runs or is referred to is identity mapped.
     unsafe { enable_mmu(settings.ttbr0, settings.tcr, settings.mair, settings.sctlr) };
     Ok(settings)
