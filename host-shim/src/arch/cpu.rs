@@ -245,3 +245,24 @@ pub(crate) fn enter(kernel: u64, tree: u64) -> ! {
     // SAFETY: both are clean to the point of coherency; the shim is not needed again.
     unsafe { enter_kernel(kernel, tree) }
 }
+
+/// Puts a value into D8, which this binary uses for nothing.
+pub(crate) fn set_d8(value: u64) {
+    // SAFETY: opens FP for EL1, and no code of this binary uses it.
+    unsafe {
+        core::arch::asm!(".arch_extension fp", "mrs {t}, cpacr_el1", "orr {t}, {t}, #3 << 20",
+            "msr cpacr_el1, {t}", "isb", "fmov d8, {v}", ".arch_extension nofp",
+            t = out(reg) _, v = in(reg) value, options(nostack, preserves_flags));
+    }
+}
+
+/// What is in it.
+pub(crate) fn d8() -> u64 {
+    let value;
+    // SAFETY: `set_d8` has opened FP.
+    unsafe {
+        core::arch::asm!(".arch_extension fp", "fmov {v}, d8", ".arch_extension nofp",
+            v = out(reg) value, options(nostack, preserves_flags));
+    }
+    value
+}

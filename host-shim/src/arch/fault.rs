@@ -213,3 +213,21 @@ pub(crate) fn fetch(address: u64) {
     // SAFETY: the fetch is expected to fault; the handler then returns to x30.
     unsafe { asm!("blr {}", in(reg) address, clobber_abi("C")) };
 }
+
+/// Reads L2CTLR_EL1, which only some of Arm's cores have.
+pub(crate) fn read_l2ctlr() {
+    // SAFETY: expected to fault; reads else.
+    unsafe { asm!("mrs x9, s3_1_c11_c0_2", out("x9") _, options(nostack)) };
+}
+
+/// RAMINDEX of a Cortex-A57 or A72: a doubleword of the L1 data cache, whoever's, to DL1DATA<n>_EL1.
+pub(crate) fn ram_index() {
+    // SAFETY: expected to fault; writes no memory else.
+    unsafe { asm!("sys #0, c15, c4, #0, x9", in("x9") 0x0900_0000u64, options(nostack)) };
+}
+
+/// Reads DL1DATA0_EL1.
+pub(crate) fn read_dl1data() {
+    // SAFETY: expected to fault; reads else.
+    unsafe { asm!("mrs x9, s3_0_c15_c1_0", out("x9") _, options(nostack)) };
+}

@@ -29,6 +29,22 @@ guest_hello:
     b       .
     .balign 8
 guest_hello_end:
+
+// Uses FP, and suspends itself into a state that loses its registers.
+    .balign 8
+guest_suspend:
+    mov     x1, #3 << 20
+    msr     cpacr_el1, x1               // FP for EL1
+    isb
+    fmov    d8, #4.0
+    adr     x2, guest_suspend
+    mov     x1, #1 << 16                // power down
+    mov     x0, #0x0001                 // CPU_SUSPEND
+    movk    x0, #0xc400, lsl #16
+    hvc     #0
+    b       .
+    .balign 8
+guest_suspend_end:
     .arch_extension nofp
 
 // What its device at 0x0900_0000 says, forever: a command (0 off, 1 HVC, 2 load, 3 store), then x0 to
@@ -103,6 +119,8 @@ guest_caches_end:
 unsafe extern "C" {
     static guest_hello: u8;
     static guest_hello_end: u8;
+    static guest_suspend: u8;
+    static guest_suspend_end: u8;
     static guest_caches: u8;
     static guest_caches_end: u8;
     static guest_remote: u8;
@@ -119,6 +137,13 @@ pub(crate) fn remote() -> &'static [u8] {
 /// It turns its caches on, by the table of one level that `x0` names, and powers off.
 pub(crate) fn caches() -> &'static [u8] {
     let (start, end) = (&raw const guest_caches, &raw const guest_caches_end);
+    // SAFETY: the two symbols enclose the code, in read-only data.
+    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
+}
+
+/// It uses FP and suspends itself.
+pub(crate) fn suspend() -> &'static [u8] {
+    let (start, end) = (&raw const guest_suspend, &raw const guest_suspend_end);
     // SAFETY: the two symbols enclose the code, in read-only data.
     unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
 }

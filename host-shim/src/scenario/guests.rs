@@ -3,7 +3,7 @@
 use abi::{Call, ErrorCode, Exit, SlotState, SlotWord, VmConfig, VmCounter};
 use board::{AddrRange, PAGE_SIZE, Placement, highest_free};
 
-use crate::arch::{guest, mem, walks};
+use crate::arch::{cpu, guest, mem, walks};
 use crate::machine::Machine;
 use crate::report::Report;
 use crate::vm::{Refused, Vm, call};
@@ -33,6 +33,7 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
         return;
     };
     report.check("guest_runs_and_powers_off", hello(&memory));
+    report.check("a_guest_that_suspends_leaves_fp_alone", suspended(&memory));
     report.check("guest_memory_is_flushed_once", flushed_once(&memory));
     report.check("donated_memory_comes_back_wiped", wiped(&memory));
     report.check("bad_calls_are_refused", refusals(&memory));
@@ -166,6 +167,30 @@ fn hello(memory: &Memory) -> Result<(), &'static str> {
     let result = converse(vm);
     end(vm)?;
     result
+}
+
+/// A guest that uses FP, and loses its registers by its own wish, loses only its own.
+fn suspended(memory: &Memory) -> Result<(), &'static str> {
+    const MINE: u64 = 0x1234_5678_9abc_def0;
+    let code = guest::suspend();
+    mem::bytes_mut(memory.ram)[..code.len()].copy_from_slice(code);
+    let vm = words(memory.vm())?;
+    cpu::set_d8(MINE);
+    let mut kept = true;
+    let mut exit = Exit::Interrupted;
+    for _ in 0..1000 {
+        exit = words(vm.run(0, 0, false))?;
+        kept &= cpu::d8() == MINE;
+        if exit != Exit::Interrupted {
+            break;
+        }
+    }
+    end(vm)?;
+    expect(
+        matches!(exit, Exit::WaitForInterrupt { .. }),
+        "it does not suspend itself",
+    )?;
+    expect(kept, "the host's FP registers are lost")
 }
 
 /// What was written after the lock is seen, and the lines are flushed at the first run only.

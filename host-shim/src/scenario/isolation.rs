@@ -43,7 +43,19 @@ const ACCESSES: [Access; 6] = [
     ),
 ];
 
+/// Registers that only this core has may look behind stage 2.
+fn own_registers() -> Result<(), &'static str> {
+    for access in [fault::read_l2ctlr, fault::ram_index, fault::read_dl1data] {
+        match fault::expect(access) {
+            Some(Fault { class: 0, .. }) => {}
+            _ => return Err("one answered"),
+        }
+    }
+    Ok(())
+}
+
 pub(super) fn run(machine: &Machine, report: &mut Report) {
+    report.check("the_cores_own_registers_are_out_of_reach", own_registers());
     let Some(el2) = machine.el2 else {
         report.check(
             "el2_memory_is_reserved",

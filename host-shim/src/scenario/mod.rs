@@ -45,7 +45,8 @@ const ALL: [(&str, Scenario); 12] = [
 ];
 
 /// Only when asked for by name: what measures, or takes long.
-const MEASUREMENTS: [(&str, Scenario); 4] = [
+const MEASUREMENTS: [(&str, Scenario); 5] = [
+    ("reset-leak", protection::reset_leak),
     ("importer-cost", importer_cost::run),
     ("lock-cost", lock_cost::run),
     ("switch-cost", switch_cost::run),

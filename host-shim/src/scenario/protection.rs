@@ -30,7 +30,7 @@ const SECRET: u64 = 0x5ec2_e7de_adbe_ef01;
 
 type Check = fn(&Memory) -> Result<(), &'static str>;
 
-const CHECKS: [(&str, Check); 15] = [
+const CHECKS: [(&str, Check); 16] = [
     ("protected_memory_is_out_of_the_hosts_reach", out_of_reach),
     ("donated_memory_can_be_given_to_nobody_else", nobody_else),
     ("nothing_enters_a_sealed_vm", sealed),
@@ -47,6 +47,7 @@ const CHECKS: [(&str, Check); 15] = [
     ("a_page_taken_from_the_guest_is_wiped_and_aborts", taken),
     ("a_dead_guests_memory_comes_back_wiped", dead),
     ("devices_are_only_where_the_guest_expects_them", guarded),
+    ("a_protected_guests_memory_is_no_device", no_device),
     ("a_protected_guest_reaches_nobody_else", beyond),
     ("an_unprotected_guest_has_no_such_calls", plain),
 ];
@@ -110,6 +111,73 @@ fn out_of_reach(memory: &Memory) -> Result<(), &'static str> {
     end(guest.vm)?;
     result?;
     expect(kept == SECRET, "the guest's memory has changed")
+}
+
+/// A read-only slot would show the host what the guest writes, and keep it from being written; and the
+/// measurement does not tell.
+fn no_device(memory: &Memory) -> Result<(), &'static str> {
+    let vm = words(Vm::create(config(true), memory.state))?;
+    let slot = SlotWord {
+        id: 0,
+        device: false,
+        flags: 2,
+    };
+    let created = code(vm.create_slot(slot, RAM, memory.ram));
+    if created.is_some() {
+        end(vm)?;
+        return Ok(());
+    }
+    let code = guest::remote();
+    let ram = mem::bytes_mut(memory.ram);
+    ram.fill(0);
+    ram[..code.len()].copy_from_slice(code);
+    words(vm.create_vcpu(0))?;
+    words(vm.donate_memory(RAM, CODE_PAGES, DonationKind::Contents))?;
+    let rest = memory.ram.size() / PAGE_SIZE - CODE_PAGES;
+    words(vm.donate_memory(RAM + CODE_PAGES * PAGE_SIZE, rest, DonationKind::Zeros))?;
+    words(vm.seal(RAM, 0))?;
+    let same = words(vm.measurement())? == by_hand(memory.ram.size());
+    let mut guest = Remote::new(vm);
+    let stored = guest.store(PAGE, SECRET);
+    crate::console::line(format_args!(
+        "  same measurement: {same}, the guest's store: {stored:?}"
+    ));
+    end(guest.vm)?;
+    Err("a slot that the guest can't write was created")
+}
+
+/// What a protected guest had in its memory when the host resets the machine.
+pub(super) fn reset_leak(machine: &Machine, report: &mut Report) {
+    const NAME: &str = "a_reset_shows_nothing_of_a_guest";
+    const MARK: u64 = 0x7265_7365_7421_2121;
+    let Some(memory) = Memory::find(machine) else {
+        return report.check(NAME, Err("there is no free memory"));
+    };
+    let (page, mark) = (host_address(&memory, PAGE), memory.state.end());
+    // A machine that forgets the secret forgets the mark, too, and is reset without end.
+    let found = fault::try_load(page).unwrap_or(0);
+    if found == SECRET || matches!(fault::try_load(mark), Ok(MARK)) {
+        crate::console::line(format_args!("  after the reset: {found:#x}"));
+        let _ = fault::try_store(mark, 0);
+        return report.check(
+            NAME,
+            expect(found != SECRET, "the host reads the guest's secret"),
+        );
+    }
+    let store = || -> Result<(), &'static str> {
+        remote::protected(&memory)?.store(PAGE, SECRET)?;
+        refused_everywhere(page)
+    };
+    if let Err(why) = store() {
+        return report.check(NAME, Err(why));
+    }
+    let _ = fault::try_store(mark, MARK);
+    if let Some(line) = AddrRange::with_size(mark, 64) {
+        mem::clean_invalidate_to_poc(line);
+    }
+    let answer = call::raw(call::Conduit::Hvc, 0x8400_0009, [0; 3])[0];
+    crate::console::line(format_args!("  SYSTEM_RESET: {answer:#x}"));
+    report.check(NAME, Err("the machine was not reset"));
 }
 
 fn nobody_else(memory: &Memory) -> Result<(), &'static str> {
