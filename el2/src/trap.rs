@@ -47,7 +47,8 @@ pub(crate) fn from_lower(regs: &mut Regs, vector: u64) {
         Cause::WaitFor => regs::skip_instruction(),
         Cause::SystemRegister(_) | Cause::Other(_) => {
             let (at, _) = regs::return_state();
-            say!(Warn, "host: unexpected trap, ESR {esr:#x} at {at:#x}");
+            // Programs at EL0 can do that, too, as often as they like: not on every console.
+            say!(Debug, "host: unexpected trap, ESR {esr:#x} at {at:#x}");
             undefined(hypervisor);
         }
     }

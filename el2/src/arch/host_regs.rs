@@ -1,7 +1,7 @@
 //! The registers of EL2 that decide what the host can do, and those of EL1 it starts with.
 //!
-//! The host keeps all of the machine: nothing is trapped but SMC (HCR_EL2.TSC) and what stage 2
-//! refuses. Registers whose reset value is unknown are all written. Source: Arm ARM D24.2. The host
+//! The host keeps all of the machine: nothing is trapped but SMC (HCR_EL2.TSC), what stage 2 refuses,
+//! and what only this core has (HCR_EL2.TIDCP). Registers whose reset value is unknown are all written. Source: Arm ARM D24.2. The host
 //! does not run on this core meanwhile.
 
 use el2::features::Features;
@@ -13,6 +13,9 @@ use super::regs::{self, mrs, msr};
 const VM: u64 = 1;
 /// HCR_EL2.TSC: SMC from EL1 traps.
 const TSC: u64 = 1 << 19;
+/// HCR_EL2.TIDCP: IMPLEMENTATION DEFINED registers and operations trap. Some look behind every stage 2: by
+/// RAMINDEX a Cortex-A57 or A72 shows EL1 what its caches hold of anybody's memory (100095_0002, 4.3.62 to 4.3.64).
+const TIDCP: u64 = 1 << 20;
 /// HCR_EL2.RW: EL1 is AArch64.
 const RW: u64 = 1 << 31;
 /// HCR_EL2.APK and API: pointer authentication is not trapped.
@@ -52,7 +55,7 @@ pub(crate) fn configure(features: &Features, stage2: Stage2Regs) {
     // The tables behind VTTBR are initialised and published (docs/host-stage2.md).
     msr!("vtcr_el2", stage2.vtcr);
     msr!("vttbr_el2", stage2.vttbr);
-    regs::set_hcr(RW | TSC | VM | POINTER_AUTH | SCXT | tags);
+    regs::set_hcr(RW | TSC | TIDCP | VM | POINTER_AUTH | SCXT | tags);
     isb();
     // Whatever ran here before must not leave entries.
     instructions::tlbi_vmalls12e1();
