@@ -302,6 +302,8 @@ impl VcpuState {
     /// The same for a vCPU that is loaded: CPU_SUSPEND into a state that loses its registers. Its
     /// interrupts and timers stay, they are what wakes it.
     pub(crate) fn restart_when_woken(&mut self, features: &Features, order: StartOrder) {
+        // The host's are kept in the context that goes.
+        self.host.end_loan(&mut self.context);
         let (timer, physical) = (self.context.timer, self.physical_timer);
         self.restart(features, order);
         self.context.timer = timer;

@@ -65,7 +65,7 @@ parts! {
 
 /// CPTR_EL2 of a guest that has not used FP yet: TCPAC (no trap of CPACR_EL1 is needed: clear),
 /// TAM, TTA, TSM, TFP, TZ, RES1 bits (Arm ARM D24.2.33, without VHE).
-const CPTR_GUEST: u64 = 0x22ff | 1 << 8 | 1 << 10 | 1 << 12 | 1 << 20 | 1 << 30;
+pub(crate) const CPTR_GUEST: u64 = 0x22ff | 1 << 8 | 1 << 10 | 1 << 12 | 1 << 20 | 1 << 30;
 /// CPTR_EL2.TFP.
 const CPTR_TFP: u64 = 1 << 10;
 /// CPTR_EL2 of a guest whose FP registers are in the core.

@@ -12,7 +12,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use el2::esr;
 use el2::features::Features;
 
-use super::controls::{CPTR_GUEST_WITH_FP, HostControls, Parts};
+use super::controls::{CPTR_GUEST, CPTR_GUEST_WITH_FP, HostControls, Parts};
 use super::host_regs::Stage2Regs;
 use super::instructions::{self, isb};
 use super::profiling::Profiling;
@@ -455,6 +455,14 @@ impl HostWorld {
         fp_save(&mut guest.host_fp);
         fp_load(&guest.fp);
         self.fp_is_guests = true;
+    }
+
+    /// The vCPU starts over while it is loaded: the FP registers in the core are the host's again, and the
+    /// next use of FP traps.
+    pub(crate) fn end_loan(&mut self, guest: &mut Context) {
+        self.return_fp(guest);
+        msr!("cptr_el2", CPTR_GUEST);
+        isb();
     }
 
     #[inline]
