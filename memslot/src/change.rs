@@ -374,7 +374,9 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     }
 
     fn check_flags(&self, flags: SlotFlags) -> Result<(), Error> {
-        let private = flags & (SlotFlags::DIRTY_LOG | SlotFlags::NONCOHERENT_DMA);
+        // A write to a read-only slot leaves for the host, with what was written.
+        let shown = SlotFlags::DIRTY_LOG | SlotFlags::NONCOHERENT_DMA | SlotFlags::READONLY;
+        let private = flags & shown;
         if self.config.kind == VmKind::Protected && !private.is_empty() {
             return Err(Error::RefusedForProtected(private));
         }

@@ -292,18 +292,18 @@ fn a_deleted_slots_log_is_gone() {
 }
 
 #[test]
-fn a_protected_vm_refuses_logging_and_noncoherent_slots() {
+fn a_protected_vm_refuses_logging_noncoherent_and_read_only_slots() {
     let caches = Arc::new(CacheModel::new());
     let table = ModelTable::new(caches);
     let frames = FakeFrames::new(4, 64);
     let mem = GuestMemory::new(config(VmKind::Protected), FWB, frames, table);
-    for flags in [LOG, FLAG, LOG | FLAG] {
+    for flags in [LOG, FLAG, LOG | FLAG, RO, RO | LOG] {
         let refused = mem.create_slot(slot(A, 0x100, 4, 0, flags));
         assert_eq!(refused, Err(Error::RefusedForProtected(flags)));
     }
-    mem.create_slot(slot(A, 0x100, 4, 0, RO)).unwrap();
+    mem.create_slot(slot(A, 0x100, 4, 0, NONE)).unwrap();
     assert_eq!(
-        mem.set_slot_flags(A, RO | LOG),
+        mem.set_slot_flags(A, LOG),
         Err(Error::RefusedForProtected(LOG))
     );
 }
