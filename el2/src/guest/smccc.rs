@@ -181,6 +181,8 @@ fn mitigation(id: u32, caller: &impl Caller) -> Mitigation {
     match id {
         WORKAROUND_1 if caller.ids().has_csv2() => Mitigation::NotNeeded,
         WORKAROUND_1 => known.workaround_1,
+        // Firmware's call turns it on or off for the core, whoever is on it next: not a guest's to say.
+        WORKAROUND_2 if known.workaround_2 == Mitigation::Firmware => Mitigation::Unknown,
         WORKAROUND_2 => known.workaround_2,
         WORKAROUND_3 => known.workaround_3,
         _ => Mitigation::Unknown,

@@ -133,6 +133,19 @@ fn workarounds_say_what_the_core_needs_and_do_it() {
     assert_eq!(known(0x8000_3fff, 0), one(u64::MAX));
 }
 
+/// SMCCC_ARCH_WORKAROUND_2 has an argument, and what it does stays with the core.
+#[test]
+fn a_guest_does_not_turn_the_cores_mitigation_off() {
+    let switched = Mitigations {
+        workaround_2: Mitigation::Firmware,
+        ..ALL_BY_FIRMWARE
+    };
+    let known = |id, argument| with(0, switched, false, [id, argument, 0, 0]);
+    assert_eq!(known(0x8000_0001, 0x8000_7fff), one(u64::MAX));
+    assert_eq!(known(0x8000_7fff, 0), one(u64::MAX));
+    assert_eq!(known(0x8000_7fff, 1), one(u64::MAX));
+}
+
 #[test]
 fn predictors_are_cleared_between_worlds_where_firmware_can() {
     assert_eq!(Mitigations::default().between_worlds(), None);
