@@ -188,6 +188,12 @@ impl<P: Platform> HostMap<P> {
             .is_ok()
     }
 
+    /// Whether some of a range was hidden: it is nobody's.
+    #[must_use]
+    pub fn hides(&self, range: AddrRange) -> bool {
+        self.hidden.as_slice().iter().any(|h| h.overlaps(range))
+    }
+
     /// Lends the map to an IOMMU: maps all that devices of the host may reach, and tells `importer`
     /// of every change from now on.
     ///

@@ -114,6 +114,9 @@ fn hidden_registers_are_refused_and_their_neighbours_are_not() {
     assert!(leaf(&machine, 0x803_0000).is_none());
     assert_eq!(leaf(&machine, 0x802_f000).unwrap().1, 4096);
     assert_eq!(map.fault(0x803_0000), Answer::Refused);
+    // No guest gets them as a device, either.
+    assert!(map.hides(range(0x803_0000, 0x804_0000)) && map.hides(range(0x802_f000, 0x803_1000)));
+    assert!(!map.hides(range(0x802_f000, 0x803_0000)) && !map.hides(range(0x803_1000, 0x804_0000)));
 }
 
 #[test]

@@ -66,11 +66,12 @@ impl Hypervisor {
         self.cpus.iter().copied().find(|cpu| cpu.mpidr == mpidr)
     }
 
-    /// Whether a range is neither RAM nor registers that EL2 uses.
+    /// Whether a range is neither RAM nor registers that EL2 uses, nor firmware's: that may lie outside of
+    /// what the device tree calls RAM.
     pub(crate) fn is_free_device(&self, range: AddrRange) -> bool {
         let ram = self.ownership.pages().memory().as_slice();
-        let taken = ram.iter().chain(&self.own_devices);
-        taken.into_iter().all(|other| !other.overlaps(range))
+        let mut taken = ram.iter().chain(&self.own_devices);
+        !self.host.map().hides(range) && taken.all(|other| !other.overlaps(range))
     }
 
     /// Whether there is EL3 firmware that answers SMCs.
