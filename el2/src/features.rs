@@ -97,6 +97,8 @@ pub struct Features {
     pub trbe: bool,
     /// FEAT_TRF: TRFCR_EL1, the filter of self-hosted trace.
     pub trace_filter: bool,
+    /// FEAT_BRBE: records of branches.
+    pub brbe: bool,
     /// A PMUv3 is there.
     pub pmu: bool,
     /// FEAT_PMUv3p1: MDCR_EL2.HPMD keeps the host's event counters from counting at EL2.
@@ -152,6 +154,7 @@ impl Features {
             spe: field(id.dfr0, 32) != 0,
             trbe: field(id.dfr0, 44) != 0,
             trace_filter: field(id.dfr0, 40) != 0,
+            brbe: field(id.dfr0, 52) != 0,
             pmu: !matches!(field(id.dfr0, 8), 0 | 0xf),
             pmu_v3p1: matches!(field(id.dfr0, 8), 4..=0xe),
             pmu_v3p5: matches!(field(id.dfr0, 8), 6..=0xe),
@@ -212,7 +215,7 @@ impl Features {
     pub fn mismatch(&self, core: &Self) -> Option<&'static str> {
         differing!(self, core;
             equal: granule_4k, pan, mte, scxtnum, ras, pauth, sve, sme, hcx, fgt, fgt2, tcr2, sctlr2, mpam,
-                amu, lor, ecv, spe, trbe, trace_filter, pmu, fpmr, gic_sysregs;
+                amu, lor, ecv, spe, trbe, trace_filter, brbe, pmu, fpmr, gic_sysregs;
             at_least: pa_bits, vmid16, fwb, xnx, tlbi_range, ttl, idc, dic, pmu_v3p1, pmu_v3p5, dcache_line,
                 icache_line;
             no_more: repeat_tlbi, speculative_at);

@@ -98,6 +98,9 @@ fn traps(features: &Features) {
     if features.trace_filter {
         msr!("s3_4_c1_c2_1", 0); // TRFCR_EL2: no trace of EL2
     }
+    if features.brbe {
+        msr!("s2_4_c9_c0_0", 0); // BRBCR_EL2: no record of EL2's branches
+    }
     isb();
     if features.sve {
         msr!("s3_4_c1_c2_0", 0x1ff); // ZCR_EL2: the longest vectors

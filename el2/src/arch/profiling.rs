@@ -46,6 +46,8 @@ pub(crate) struct Profiling {
     filter: u64,
     /// TRBLIMITR_EL1.
     trace: Option<u64>,
+    /// BRBCR_EL1: the records name no VMID, and would hold a guest's branches, too.
+    branches: u64,
 }
 
 impl Profiling {
@@ -62,6 +64,10 @@ impl Profiling {
         }
         if features.trbe {
             host.trace = stop_trace();
+        }
+        if features.brbe {
+            host.branches = mrs!("s2_1_c9_c0_0");
+            msr!("s2_1_c9_c0_0", 0);
         }
         host
     }
@@ -80,6 +86,9 @@ impl Profiling {
         }
         if features.trace_filter {
             msr!("s3_0_c1_c2_1", self.filter);
+        }
+        if features.brbe {
+            msr!("s2_1_c9_c0_0", self.branches);
         }
     }
 }
