@@ -91,6 +91,57 @@ guest_remote:
     .balign 8
 guest_remote_end:
 
+// Tells its device what it finds in FP and SIMD registers that it has never used, all of it ored; fills
+// them; tells what is not as it was behind that exit; powers off.
+    .arch_extension fp
+    .arch_extension simd
+    .balign 8
+guest_fp:
+    mov     x19, #0x09000000
+    mov     x1, #3 << 20
+    msr     cpacr_el1, x1
+    isb
+    mrs     x0, fpcr
+    mrs     x2, fpsr
+    orr     x0, x0, x2
+    .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
+    fmov    x2, d\n
+    orr     x0, x0, x2
+    fmov    x2, v\n\().d[1]
+    orr     x0, x0, x2
+    .endr
+    mov     x3, #0x5ec2000000000000
+    .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
+    add     x2, x3, #\n
+    fmov    d\n, x2
+    fmov    v\n\().d[1], x2
+    .endr
+    mov     x2, #0x800000               // FPCR.RMode
+    msr     fpcr, x2
+    mov     x2, #1                      // FPSR.IOC
+    msr     fpsr, x2
+    str     x0, [x19]
+    mrs     x0, fpcr
+    eor     x0, x0, #0x800000
+    .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
+    add     x4, x3, #\n
+    fmov    x2, d\n
+    eor     x2, x2, x4
+    orr     x0, x0, x2
+    fmov    x2, v\n\().d[1]
+    eor     x2, x2, x4
+    orr     x0, x0, x2
+    .endr
+    str     x0, [x19, #8]
+    mov     x0, #0x0008                 // SYSTEM_OFF
+    movk    x0, #0x8400, lsl #16
+    hvc     #0
+    b       .
+    .balign 8
+guest_fp_end:
+    .arch_extension nosimd
+    .arch_extension nofp
+
 // Turns its MMU and caches on, by the table that x0 names, and powers off.
     .balign 8
 guest_caches:
@@ -123,6 +174,8 @@ unsafe extern "C" {
     static guest_suspend_end: u8;
     static guest_caches: u8;
     static guest_caches_end: u8;
+    static guest_fp: u8;
+    static guest_fp_end: u8;
     static guest_remote: u8;
     static guest_remote_end: u8;
 }
@@ -130,6 +183,13 @@ unsafe extern "C" {
 /// It does what its device tells it to, until that says off.
 pub(crate) fn remote() -> &'static [u8] {
     let (start, end) = (&raw const guest_remote, &raw const guest_remote_end);
+    // SAFETY: the two symbols enclose the code, in read-only data.
+    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
+}
+
+/// It tells what it finds in its FP registers, and whether they survive.
+pub(crate) fn fp() -> &'static [u8] {
+    let (start, end) = (&raw const guest_fp, &raw const guest_fp_end);
     // SAFETY: the two symbols enclose the code, in read-only data.
     unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
 }

@@ -7,6 +7,7 @@
 pub(crate) mod cpu;
 pub(crate) mod disk;
 pub(crate) mod fault;
+pub(crate) mod fp;
 pub(crate) mod gic;
 pub(crate) mod guest;
 pub(crate) mod heap;

@@ -5,6 +5,7 @@ mod any_call;
 mod cores;
 mod dma;
 mod firmware;
+mod fp;
 mod guests;
 mod importer_cost;
 mod isolation;
