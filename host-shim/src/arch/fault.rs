@@ -33,6 +33,17 @@ global_asm!(
     "attempt store_word, str x1, [x0]",
     "attempt store_byte, strb w1, [x0]",
     ".purgem attempt",
+    // Calls what is at `x0`, which must be refused.
+    ".global call_there",
+    "call_there:",
+    "stp x29, x30, [sp, #-16]!",
+    "mov x2, xzr",
+    "blr x0",
+    ".global call_there_return",
+    "call_there_return:",
+    "mov x1, x2",
+    "ldp x29, x30, [sp], #16",
+    "ret",
     ".popsection",
 );
 
@@ -48,10 +59,12 @@ unsafe extern "C" {
     fn load_byte(address: u64) -> Attempt;
     fn store_word(address: u64, value: u64) -> Attempt;
     fn store_byte(address: u64, value: u64) -> Attempt;
+    fn call_there(address: u64) -> Attempt;
     static load_word_access: u8;
     static load_byte_access: u8;
     static store_word_access: u8;
     static store_byte_access: u8;
+    static call_there_return: u8;
 }
 
 /// The memory is not ours (any more).
@@ -94,6 +107,16 @@ attempt!(
     /// Stores the lowest byte of `value`.
     try_store_byte, store_byte, value
 );
+
+attempt!(
+    /// Executes what is there, which is not expected to be possible.
+    try_fetch, call_there
+);
+
+/// Whether an exception is an attempt's fetch that was refused, which goes on at `x30`.
+fn is_fetch(x30: u64, esr: u64) -> bool {
+    esr >> 26 & 0x3f == 0x21 && x30 == (&raw const call_there_return).addr() as u64
+}
 
 /// Whether an exception is an attempt's access that was refused.
 fn is_attempt(elr: u64, esr: u64) -> bool {
@@ -141,10 +164,15 @@ pub(crate) fn expect(access: impl FnOnce()) -> Option<Fault> {
 extern "C" fn shim_exception(regs: &mut Regs, vector: u64) {
     let esr = mrs!("esr_el1");
     let elr = mrs!("elr_el1");
-    if vector == 4 && is_attempt(elr, esr) {
+    let attempt = match vector {
+        4 if is_attempt(elr, esr) => Some(elr + 4),
+        4 if is_fetch(regs.x[30], esr) => Some(regs.x[30]),
+        _ => None,
+    };
+    if let Some(next) = attempt {
         regs.x[2] = 1;
         // SAFETY: continues behind the access, which tells its caller.
-        unsafe { asm!("msr elr_el1, {}", in(reg) elr + 4, options(nostack, preserves_flags)) };
+        unsafe { asm!("msr elr_el1, {}", in(reg) next, options(nostack, preserves_flags)) };
         return;
     }
     if !EXPECTING.load(Ordering::SeqCst) || vector != 4 {

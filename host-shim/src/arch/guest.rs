@@ -91,6 +91,42 @@ guest_remote:
     .balign 8
 guest_remote_end:
 
+// Does one thing for each word that its device at 0x0900_0000 says, forever: bits 1:0 are 0 to store the
+// word, 1 MEM_SHARE, 2 MEM_UNSHARE, 3 MEM_RELINQUISH; bits 13:8 the page, bits 17:16 the pages. Writes
+// back what the call answered. Steps over an access that is aborted.
+    .balign 2048
+guest_storm:
+    mov     x20, #0x09000000
+    adr     x9, 9f
+    msr     vbar_el1, x9
+    isb
+1:  ldr     x9, [x20]
+    ubfx    x10, x9, #8, #6
+    mov     x1, #0x40000000
+    add     x1, x1, x10, lsl #12
+    ubfx    x2, x9, #16, #2
+    ands    x11, x9, #3
+    b.eq    3f
+    mov     w0, #9                      // MEM_RELINQUISH
+    cmp     x11, #3
+    b.eq    2f
+    add     w0, w11, #2                 // MEM_SHARE, MEM_UNSHARE
+2:  movk    w0, #0xc600, lsl #16
+    mov     x3, xzr
+    hvc     #0
+    str     x0, [x20, #8]
+    b       1b
+3:  str     x9, [x1]
+    b       1b
+    .balign 2048
+9:  .space  0x200
+    mrs     x10, elr_el1
+    add     x10, x10, #4
+    msr     elr_el1, x10
+    eret
+    .balign 8
+guest_storm_end:
+
 // Tells its device what it finds in FP and SIMD registers that it has never used, all of it ored; fills
 // them; tells what is not as it was behind that exit; powers off.
     .arch_extension fp
@@ -178,11 +214,20 @@ unsafe extern "C" {
     static guest_fp_end: u8;
     static guest_remote: u8;
     static guest_remote_end: u8;
+    static guest_storm: u8;
+    static guest_storm_end: u8;
 }
 
 /// It does what its device tells it to, until that says off.
 pub(crate) fn remote() -> &'static [u8] {
     let (start, end) = (&raw const guest_remote, &raw const guest_remote_end);
+    // SAFETY: the two symbols enclose the code, in read-only data.
+    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
+}
+
+/// It does a thing with its memory for each word that its device says.
+pub(crate) fn storm() -> &'static [u8] {
+    let (start, end) = (&raw const guest_storm, &raw const guest_storm_end);
     // SAFETY: the two symbols enclose the code, in read-only data.
     unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
 }

@@ -1,19 +1,20 @@
 //! Every core attacks at once: calls about VMs that others build, run and destroy meanwhile, accesses to
 //! memory that changes hands, guests that share and give away what the host takes.
 //!
-//! Nothing is expected of a single attack but an answer. In the end EL2 must be there, all memory must
-//! come back, and a protected guest must work as if nothing had been.
+//! Of most attacks nothing is expected but an answer. But no access ever reaches EL2's memory, and none finds
+//! what a protected guest keeps to itself. In the end EL2 must be there, all memory must come back, and
+//! a protected guest must work as if nothing had been.
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use abi::{Call, DonationKind, SlotWord, VmConfig};
+use abi::{Call, DonationKind, Exit, SlotWord, VmConfig};
 use board::{AddrRange, Gic, PAGE_SIZE};
 use smccc::Hvc;
 use smccc::psci::{self, AffinityState, LowestAffinityLevel};
 use spin::Once;
 
 use super::guests::{Memory, end, words};
-use super::protection::{MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE, expect};
+use super::protection::expect;
 use super::remote::{self, CODE_PAGES, RAM};
 use crate::arch::{cpu, fault, gic, guest, ticks_per_second};
 use crate::console::line;
@@ -29,6 +30,13 @@ const VMS: u64 = 4;
 /// Pages of one VM's state, and of its RAM.
 const STATE_PAGES: u64 = 32;
 const RAM_PAGES: u64 = 64;
+/// The first of the VMs are always protected; their guests share no page from this one on, and write words there
+/// whose upper half is this.
+const ALWAYS_PROTECTED: u64 = 2;
+const PRIVATE: u64 = 32;
+const SECRET: u64 = 0x5ec2_e7de;
+/// That of words that other guests write.
+const NO_SECRET: u64 = 0x7_0b11;
 /// Seconds that the other cores may take longer than the first.
 const PATIENCE: u64 = 120;
 
@@ -49,6 +57,10 @@ struct Storm {
     accesses: AtomicU64,
     accesses_refused: AtomicU64,
     sealed: AtomicU64,
+    /// Calls of guests about their memory that did something.
+    moved: AtomicU64,
+    /// Accesses that found what they must not, or reached EL2.
+    breaches: AtomicU64,
 }
 
 static STORM: Once<Storm> = Once::new();
@@ -89,6 +101,8 @@ fn storm(machine: &Machine, attacks: u32) -> Result<(), &'static str> {
         accesses: AtomicU64::new(0),
         accesses_refused: AtomicU64::new(0),
         sealed: AtomicU64::new(0),
+        moved: AtomicU64::new(0),
+        breaches: AtomicU64::new(0),
     });
     for (number, mpidr) in others() {
         cpu::start(number, mpidr, machine.settings, secondary)?;
@@ -121,13 +135,14 @@ fn secondary(number: usize) -> ! {
 fn aftermath(storm: &Storm, memory: &Memory) -> Result<(), &'static str> {
     let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     line(format_args!(
-        "  {} cores: {} calls ({} refused), {} accesses ({} refused), {} protected VMs sealed",
+        "  {} cores: {} calls ({} refused), {} accesses ({} refused), {} protected VMs sealed, {} calls of guests",
         storm.cores,
         read(&storm.calls),
         read(&storm.calls_refused),
         read(&storm.accesses),
         read(&storm.accesses_refused),
-        read(&storm.sealed)
+        read(&storm.sealed),
+        read(&storm.moved)
     ));
     for handle in storm.first..storm.first + 0xff {
         let vm = Vm::from_handle(handle);
@@ -145,6 +160,11 @@ fn aftermath(storm: &Storm, memory: &Memory) -> Result<(), &'static str> {
         "no protected VM was ever complete",
     )?;
     expect(read(&storm.accesses_refused) != 0, "no access was refused")?;
+    expect(read(&storm.moved) != 0, "no guest moved a page")?;
+    expect(
+        read(&storm.breaches) == 0,
+        "the host reached EL2, or found a secret",
+    )?;
     let mut guest = remote::protected(memory)?;
     let page = RAM + CODE_PAGES * PAGE_SIZE;
     guest.store(page, 0x600d)?;
@@ -209,7 +229,7 @@ fn build(storm: &Storm, random: &mut Random) {
     let n = random.below(VMS);
     let handle = storm.first + n;
     let (state, ram) = pieces(storm, n);
-    let protected = random.below(4) != 0;
+    let protected = n < ALWAYS_PROTECTED || random.below(4) != 0;
     let config = VmConfig {
         vcpus: 2,
         protected,
@@ -220,7 +240,7 @@ fn build(storm: &Storm, random: &mut Random) {
         device: false,
         flags: 0,
     };
-    for (place, bytes) in (ram..).step_by(8).zip(guest::remote().chunks(8)) {
+    for (place, bytes) in (ram..).step_by(8).zip(guest::storm().chunks(8)) {
         let mut word = [0; 8];
         for (to, from) in word.iter_mut().zip(bytes) {
             *to = *from;
@@ -265,48 +285,63 @@ fn build(storm: &Storm, random: &mut Random) {
 /// Memory that is now the host's, now a guest's, now EL2's.
 fn touch(storm: &Storm, random: &mut Random) {
     let (state, ram) = pieces(storm, random.below(VMS));
-    let page = match random.below(8) {
-        0 => storm.el2 + random.below(256) * PAGE_SIZE,
-        1 | 2 => state + random.below(STATE_PAGES) * PAGE_SIZE,
-        _ => ram + random.below(RAM_PAGES) * PAGE_SIZE,
+    let (is_el2, page) = match random.below(8) {
+        0 => (true, storm.el2 + random.below(256) * PAGE_SIZE),
+        1 | 2 => (false, state + random.below(STATE_PAGES) * PAGE_SIZE),
+        _ => (false, ram + random.below(RAM_PAGES) * PAGE_SIZE),
     };
-    let address = page + random.below(512) * 8;
-    let result = if random.below(2) == 0 {
-        fault::try_load(address)
-    } else {
-        fault::try_store(address, random.below(u64::MAX))
+    // A guest writes the first word of a page.
+    let address = page + random.below(2) * random.below(512) * 8;
+    let result = match random.below(4) {
+        0 | 1 => fault::try_load(address),
+        2 if is_el2 => fault::try_fetch(address),
+        _ => fault::try_store(address, random.below(u64::MAX)).map(|_| 0),
+    };
+    let breach = match result {
+        Ok(found) => is_el2 || found >> 32 == SECRET,
+        Err(_) => false,
     };
     let refused = u64::from(result.is_err());
     storm.accesses.fetch_add(1, Ordering::Relaxed);
     storm.accesses_refused.fetch_add(refused, Ordering::Relaxed);
+    storm.breaches.fetch_add(breach.into(), Ordering::Relaxed);
 }
 
-/// Runs a vCPU; if its guest asks, it is told to do something with its memory.
+/// Runs a vCPU; if its guest asks, it is told to do something with its memory, which it gets if it lacks it.
 fn guest_runs(storm: &Storm, random: &mut Random) {
-    let handle = storm.first + random.below(VMS);
-    let page = RAM + random.below(RAM_PAGES) * PAGE_SIZE;
-    let ids = [MEM_SHARE, MEM_UNSHARE, MEM_RELINQUISH];
-    let commands = [
-        [
-            1,
-            u64::from(ids[random.below(3) as usize]),
-            page,
-            random.below(3),
-            0,
-        ],
-        [2, 0, page, 0, 0],
-        [3, 0, page, page, 0],
-    ];
-    for value in commands[random.below(3) as usize] {
-        for _ in 0..3 {
-            // A guest of rubble may never end its run: the host's timer does.
-            gic::set_timer(gic::now() + 2000);
-            counted(
-                storm,
-                Call::VcpuRun,
-                [handle, random.below(8) / 7, value, 0, 0, 0],
-            );
-            while gic::take(&storm.gic).is_some() {}
+    let n = random.below(VMS);
+    let handle = storm.first + n;
+    let number = CODE_PAGES + random.below(RAM_PAGES - CODE_PAGES);
+    let what = match random.below(4) {
+        // Two pages at most.
+        1 if n < ALWAYS_PROTECTED && number + 1 >= PRIVATE => 0,
+        other => other,
+    };
+    let upper = if n < ALWAYS_PROTECTED && number >= PRIVATE {
+        SECRET
+    } else {
+        NO_SECRET
+    };
+    let command = upper << 32 | random.below(3) << 16 | number << 8 | what;
+    for _ in 0..6 {
+        // A guest of rubble may never end its run: the host's timer does.
+        gic::set_timer(gic::now() + 2000);
+        let answer = call(
+            Call::VcpuRun,
+            [handle, random.below(8) / 7, command, 0, 0, 0],
+        );
+        storm.calls.fetch_add(1, Ordering::Relaxed);
+        let refused = u64::from(answer.is_err());
+        storm.calls_refused.fetch_add(refused, Ordering::Relaxed);
+        while gic::take(&storm.gic).is_some() {}
+        match answer.ok().and_then(Exit::from_registers) {
+            Some(Exit::MmioWrite { value: 0, .. }) => {
+                storm.moved.fetch_add(1, Ordering::Relaxed);
+            }
+            Some(Exit::MemoryMissing { ipa }) => {
+                counted(storm, Call::MemoryDonate, [handle, ipa, 1, 0, 0, 0]);
+            }
+            _ => {}
         }
     }
 }
