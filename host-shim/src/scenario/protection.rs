@@ -181,6 +181,13 @@ pub(super) fn reset_leak(machine: &Machine, report: &mut Report) {
 }
 
 fn nobody_else(memory: &Memory) -> Result<(), &'static str> {
+    let half = memory.state.size() / 2;
+    let part = |start| AddrRange::with_size(start, half).ok_or("no state");
+    let more = part(memory.state.start() + half)?;
+    let memory = &Memory {
+        ram: memory.ram,
+        state: part(memory.state.start())?,
+    };
     let mut guest = remote::protected(memory)?;
     let page = AddrRange::with_size(host_address(memory, PAGE), PAGE_SIZE).ok_or("no page")?;
     let other = words(Vm::reserve())?;
@@ -190,8 +197,15 @@ fn nobody_else(memory: &Memory) -> Result<(), &'static str> {
         code(other.create_reserved(config(false), page)),
         code(guest.vm.donate_memory(PAGE, 1, DonationKind::Zeros)),
     ];
-    words(other.destroy())?;
-    words(other.reclaim())?;
+    let word = SlotWord {
+        id: 0,
+        device: false,
+        flags: 0,
+    };
+    words(other.create_reserved(config(false), more))?;
+    let lent = code(other.create_slot(word, RAM, page));
+    let other_refused = [lent, code(other.top_up(page))];
+    end(other)?;
     guest.store(PAGE, SECRET)?;
     let kept = guest.load(PAGE)?;
     guest.off()?;
@@ -203,6 +217,10 @@ fn nobody_else(memory: &Memory) -> Result<(), &'static str> {
     )?;
     expect(not_permitted(&refused[1]), "a guest's page became a table")?;
     expect(refused[2].is_some(), "a VM was made of a guest's page")?;
+    expect(
+        other_refused.iter().all(not_permitted),
+        "another VM got a guest's page",
+    )?;
     expect(not_permitted(&refused[3]), "a page was donated twice")?;
     expect(kept == SECRET, "the guest's page has changed")
 }
