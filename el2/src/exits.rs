@@ -332,9 +332,15 @@ fn power(run: &mut Running<'_>, action: PowerAction) -> Next {
             run.state.restart_when_woken(&run.vm.features, order);
             sleep(run)
         }
-        PowerAction::SystemOff => run.leave(Exit::SystemOff),
-        PowerAction::SystemReset { warm } => run.leave(Exit::SystemReset { warm }),
+        PowerAction::SystemOff => end(run, Exit::SystemOff),
+        PowerAction::SystemReset { warm } => end(run, Exit::SystemReset { warm }),
     }
+}
+
+/// The guest's own end of the machine: it never goes on behind it.
+fn end(run: &mut Running<'_>, exit: Exit) -> Next {
+    run.vm.power.end();
+    run.leave(exit)
 }
 
 /// A trapped system register or instruction.

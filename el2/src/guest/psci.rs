@@ -5,6 +5,8 @@
 //!
 //! Source: Power State Coordination Interface (Arm DEN 0022 F), section 5.
 
+use core::sync::atomic::{AtomicBool, Ordering};
+
 use abi::MAX_VCPUS;
 
 use crate::psci::{self, PowerSlot, PsciError, Request, StartOrder};
@@ -22,6 +24,8 @@ const SUCCESS: u64 = 0;
 pub struct Power {
     slots: [PowerSlot; MAX_VCPUS as usize],
     vcpus: u8,
+    /// The guest has turned the machine off, or wants a reset: no vCPU goes on.
+    ended: AtomicBool,
 }
 
 /// What a call asks for. Where `x0` is not named, it is the caller's answer: nothing else is.
@@ -67,6 +71,7 @@ impl Power {
         let power = Self {
             slots: core::array::from_fn(|_| PowerSlot::new()),
             vcpus: vcpus.min(MAX_VCPUS),
+            ended: AtomicBool::new(false),
         };
         power.reset();
         power
@@ -74,9 +79,16 @@ impl Power {
 
     /// All vCPUs are off. Only while none runs.
     pub fn reset(&self) {
+        self.ended.store(false, Ordering::Release);
         for slot in self.present() {
             slot.park();
         }
+    }
+
+    /// SYSTEM_OFF and SYSTEM_RESET do not return (DEN 0022 5.10, 5.11): whatever the host does, no vCPU
+    /// is entered again before a reset.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::Release);
     }
 
     /// Orders the start of a vCPU that is off, for a guest's CPU_ON or the host's first start.
@@ -93,7 +105,10 @@ impl Power {
     #[must_use]
     #[inline]
     pub fn turn(&self, index: u8) -> Turn {
-        self.slot(index).map_or(Turn::IsOff, |slot| {
+        let slot = self
+            .slot(index)
+            .filter(|_| !self.ended.load(Ordering::Acquire));
+        slot.map_or(Turn::IsOff, |slot| {
             if slot.affinity_info() == 0 {
                 return Turn::GoesOn;
             }

@@ -40,6 +40,20 @@ mod calls {
     }
 
     #[test]
+    fn no_vcpu_goes_on_behind_the_end_of_the_machine() {
+        let power = Power::new(2);
+        power.order(0, order(ENTRY, 0)).unwrap();
+        assert_eq!(take_order(&power, 0), Some(order(ENTRY, 0)));
+        power.order(1, order(ENTRY, 0)).unwrap();
+        power.end();
+        assert_eq!([0, 1].map(|index| power.turn(index)), [Turn::IsOff; 2]);
+        power.reset();
+        assert_eq!([0, 1].map(|index| power.turn(index)), [Turn::IsOff; 2]);
+        power.order(0, order(ENTRY, 1)).unwrap();
+        assert_eq!(take_order(&power, 0), Some(order(ENTRY, 1)));
+    }
+
+    #[test]
     fn a_vcpu_is_turned_on_runs_and_goes_off() {
         let power = Power::new(2);
         let info = |level| ask(&power, 0xc400_0004, [1, level, 0]);

@@ -156,7 +156,8 @@ pub(super) fn converse(vm: Vm) -> Result<(), &'static str> {
             0
         };
         if exit == Exit::SystemOff {
-            return Ok(());
+            let later = words(vm.run(0, 0, false))?;
+            return expect(later == Exit::VcpuOff, "it went on behind SYSTEM_OFF");
         }
     }
     Err("the guest does not get on")

@@ -104,13 +104,17 @@ impl Remote {
         }
     }
 
-    /// Powers it off.
+    /// Powers it off; whoever runs it once more does not make it go on.
     pub(super) fn off(&mut self) -> Result<(), Stopped> {
         self.start([0; 5]);
         match self.go_on() {
-            Err(Stopped::Exit(Exit::SystemOff)) => Ok(()),
-            Err(other) => Err(other),
-            Ok(_) => Err(Stopped::Broken("the guest goes on")),
+            Err(Stopped::Exit(Exit::SystemOff)) => {}
+            Err(other) => return Err(other),
+            Ok(_) => return Err(Stopped::Broken("the guest goes on")),
+        }
+        match words(self.vm.run(0, 0, false)) {
+            Ok(Exit::VcpuOff) => Ok(()),
+            _ => Err(Stopped::Broken("it went on behind SYSTEM_OFF")),
         }
     }
 
