@@ -72,7 +72,7 @@ calls! {
     VmCounter = 0xc600_0116,
     /// `x1`: handle, `x2`: IPA. Gives the first run of equal leaves that ends behind the IPA: its
     /// IPA, in `x2` its physical address, in `x3` a [`crate::LeafInfo`]. Without one:
-    /// [`crate::ErrorCode::NotFound`].
+    /// [`crate::ErrorCode::NotFound`]. A protected VM refuses it.
     VmMapping = 0xc600_0117,
     /// `x1`: handle of a protected VM to which no memory has been donated yet; `x2` to `x5`: the
     /// measurement that it must have, words in the order of the bytes, little-endian each.

@@ -352,6 +352,10 @@ fn dma(vm: &Vm, kind: u64, register: u64) -> Result<u64, Refusal> {
 
 /// The first run of equal leaves that ends behind an address.
 fn mapping(vm: &Vm, ipa: u64) -> Answer {
+    if vm.config.protected {
+        // Permissions would tell where its guest has fetched from.
+        return Err(ErrorCode::NotPermitted.into());
+    }
     vm.memory.with_table(|table| {
         let end = table.geometry().input_end();
         let size = end.checked_sub(ipa).ok_or(ErrorCode::Invalid)?;

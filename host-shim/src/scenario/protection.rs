@@ -257,6 +257,7 @@ fn sealed(memory: &Memory) -> Result<(), &'static str> {
         code(vm.start_vcpu(0, RAM, 0)),
         code(vm.seal(RAM + 8, 0)),
         code(vm.expect([0; 4])),
+        code(vm.mapping(RAM)),
         code(vm.noncoherent_device(true)),
         code(vm.donate_memory(PAGE, 1, DonationKind::Contents)),
     ];
