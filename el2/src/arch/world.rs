@@ -215,6 +215,7 @@ pub(crate) mod hcr {
     pub(crate) const FB: u64 = 1 << 9;
     pub(crate) const BSU_INNER: u64 = 1 << 10;
     pub(crate) const TWI: u64 = 1 << 13;
+    pub(crate) const TID1: u64 = 1 << 16;
     pub(crate) const TID3: u64 = 1 << 18;
     pub(crate) const TSC: u64 = 1 << 19;
     pub(crate) const TIDCP: u64 = 1 << 20;
@@ -248,6 +249,7 @@ pub(crate) fn guest_hcr(features: &Features) -> u64 {
         | hcr::FB
         | hcr::BSU_INNER
         | hcr::TWI
+        | hcr::TID1
         | hcr::TID3
         | hcr::TSC
         | hcr::TIDCP

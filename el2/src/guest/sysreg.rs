@@ -1,6 +1,6 @@
 //! Trapped system registers and system instructions of a guest (exception class 0x18).
 //!
-//! The traps that lead here: HCR_EL2.{TSW, TIDCP, TACR, TLOR, TID3, TERR, TVM}, CPTR_EL2.{TTA,
+//! The traps that lead here: HCR_EL2.{TSW, TIDCP, TACR, TLOR, TID1, TID3, TERR, TVM}, CPTR_EL2.{TTA,
 //! TAM}, MDCR_EL2.{TPM, TPMCR, TDRA, TDOSA, TDA, TPMS, TTRF, TDCC}, CNTHCTL_EL2.EL1PCEN = 0, GIC
 //! SGI registers under IMO and FMO, and fine-grained traps left at zero.
 //!
@@ -185,6 +185,8 @@ pub fn decide(trapped: Trapped, ids: &GuestIds) -> Outcome {
         (3, 0, 5, 3..=5, _) => error_record(register, direction),
         // ACTLR_EL1: IMPLEMENTATION DEFINED controls stay EL2's; Linux and UEFI read it.
         (3, 0, 1, 0, 1) => zero(direction),
+        // REVIDR_EL1 and AIDR_EL1 tell one of a maker's chips from another; a guest's kernel reads them.
+        (3, 0, 0, 0, 6) | (3, 1, 0, 0, 7) => read_only(direction, 0),
         _ => vm_control(register, direction),
     }
 }

@@ -112,6 +112,15 @@ fn debug_registers_are_there_without_effect() {
 }
 
 #[test]
+fn what_tells_one_chip_from_another_is_zero() {
+    for (op1, op2) in [(0, 6), (1, 7)] {
+        assert_eq!(read(3, op1, 0, 0, op2), Outcome::Read(0));
+        assert_eq!(write(3, op1, 0, 0, op2), Outcome::Undefined);
+    }
+    assert_eq!(read(3, 1, 0, 0, 6), Outcome::Undefined); // SMIDR_EL1
+}
+
+#[test]
 fn os_lock_reads_as_open() {
     assert_eq!(write(2, 0, 1, 0, 4), Outcome::WriteIgnored); // OSLAR
     assert_eq!(read(2, 0, 1, 0, 4), Outcome::Undefined);

@@ -58,7 +58,7 @@ const EVERYWHERE: [Payload; 14] = [
     payload("timer", 4, 23),
     payload("power", 4, 31),
     payload("reset", 1, 2),
-    payload("sysreg", 1, 64),
+    payload("sysreg", 1, 66),
     payload("mmio", 1, 23),
     payload("nowhere", 1, 8),
     payload("flood", 1, 2),

@@ -45,6 +45,8 @@ const HIDDEN: &[Access] = readers![
 /// There, and zero.
 const ZERO: &[Access] = readers![
     "ACTLR_EL1" "actlr_el1",
+    "REVIDR_EL1" "s3_0_c0_c0_6",
+    "AIDR_EL1" "s3_1_c0_c0_7",
     "DBGBCR0_EL1" "s2_0_c0_c0_5",
     "DBGWCR1_EL1" "s2_0_c0_c1_7",
     "MDCCINT_EL1" "s2_0_c0_c2_0",
