@@ -28,8 +28,9 @@ pub enum Owner {
 }
 
 impl Owner {
-    /// Bits 9:0 of a page's word.
-    const fn encode(self) -> u32 {
+    /// Bits 9:0 of a page's word: 0 the host, 1 EL2, 2 the first guest, 0x3ff firmware.
+    #[must_use]
+    pub const fn code(self) -> u32 {
         match self {
             Self::Host => 0,
             Self::Hypervisor => 1,
@@ -108,7 +109,7 @@ impl<'a> PageStates<'a> {
     /// Whether all of `range` is RAM (in one piece) and belongs to `owner`.
     #[must_use]
     pub fn all_owned_by(&self, range: AddrRange, owner: Owner) -> bool {
-        let owned = |word: &AtomicU32| word.load(Ordering::Acquire) & OWNER == owner.encode();
+        let owned = |word: &AtomicU32| word.load(Ordering::Acquire) & OWNER == owner.code();
         self.words_of(range)
             .is_some_and(|words| words.iter().all(owned))
     }
@@ -122,7 +123,7 @@ impl<'a> PageStates<'a> {
     /// Whether all of `range` belongs to `owner` and is shared with the host as `shared` says.
     #[must_use]
     pub fn all_shared(&self, range: AddrRange, owner: Owner, shared: bool) -> bool {
-        let word = owner.encode() | if shared { SHARED } else { 0 };
+        let word = owner.code() | if shared { SHARED } else { 0 };
         let same = |w: &AtomicU32| w.load(Ordering::Acquire) == word;
         self.words_of(range)
             .is_some_and(|words| words.iter().all(same))
@@ -142,7 +143,7 @@ impl<'a> PageStates<'a> {
     #[must_use]
     pub fn first_run(&self, range: AddrRange, owner: Owner) -> Option<AddrRange> {
         let words = self.words_of(range)?;
-        let is = |word: &AtomicU32| word.load(Ordering::Acquire) & OWNER == owner.encode();
+        let is = |word: &AtomicU32| word.load(Ordering::Acquire) & OWNER == owner.code();
         let skip = words.iter().position(is)?;
         let length = words.iter().skip(skip).take_while(|word| is(word)).count();
         let start = range.start() + skip as u64 * PAGE_SIZE;
@@ -158,7 +159,7 @@ impl<'a> PageStates<'a> {
             return false;
         }
         for word in self.words_of(range).into_iter().flatten() {
-            word.store(to.encode(), Ordering::Release);
+            word.store(to.code(), Ordering::Release);
         }
         true
     }
@@ -194,7 +195,7 @@ mod tests {
             Owner::Guest(254),
             Owner::Firmware,
         ] {
-            assert_eq!(Owner::decode(owner.encode()), owner);
+            assert_eq!(Owner::decode(owner.code()), owner);
         }
     }
 

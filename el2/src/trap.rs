@@ -6,6 +6,7 @@
 use abi::{Counter, SMCCC_NOT_SUPPORTED, SMCCC_SUCCESS};
 use el2::esr::{self, Abort, Access, Cause, FaultKind};
 use el2::guest::mmio::{self, Decoded, MmioAccess};
+use el2::page_state::Owner;
 use el2::psci::{self, PsciError, Request, StartOrder};
 use el2::smc::{self, Verdict};
 use el2::{hvc, inject};
@@ -229,10 +230,15 @@ fn fault(hypervisor: &Hypervisor, regs: &mut Regs, abort: &Abort, syndrome: &Syn
     let (at, _) = regs::return_state();
     say!(
         Debug,
-        "host: {} refused at VA {:#x} IPA {ipa:#x} ({}), PC {at:#x}",
+        "host: {} refused at VA {:#x} IPA {ipa:#x} ({}), PC {at:#x}, owner {:#x}",
         abort.access.name(),
         syndrome.far,
         abort.kind.name(),
+        hypervisor
+            .ownership
+            .pages()
+            .owner(ipa)
+            .map_or(0, Owner::code),
     );
     let features = &hypervisor.features;
     let from = regs::interrupted(features.pan, features.mte);
