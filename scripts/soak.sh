@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What takes long: SOAK seconds (600) of fuzzing, shared by all targets, then attacks from every core on the emulator.
-#   scripts/soak.sh [fuzz|attacks] [target...]
+# Before them the reference model, with more pages and steps than `make test` has time for.
+#   scripts/soak.sh [model|fuzz|attacks] [target...]
 # Fuzzing is guided by coverage where there is a C++ compiler for libFuzzer's runtime, else it is blind and says so.
 # What it finds is in target/fuzz: the growing corpus, and inputs that fail as fail-TARGET-*.
 set -euo pipefail
@@ -46,6 +47,11 @@ fuzz() {
     fi
 }
 
+model() {
+    step "reference model"
+    RAVELIN_SOAK=1 "$CARGO" test --quiet --release -p ravelin-tests --test reference_model -- --nocapture
+}
+
 attacks() {
     step "attacks from every core"
     scripts/ravelin.sh test soak
@@ -53,9 +59,10 @@ attacks() {
 
 case "$what" in
 all)
+    model
     fuzz
     attacks
     ;;
-fuzz | attacks) "$what" ;;
-*) die "scripts/soak.sh [fuzz|attacks] [target...]" ;;
+model | fuzz | attacks) "$what" ;;
+*) die "scripts/soak.sh [model|fuzz|attacks] [target...]" ;;
 esac
