@@ -228,7 +228,7 @@ impl Vcpu {
         };
         let controls = cpu.host_controls.call_once(|| HostControls::read(features));
         running.state.host.save(features, controls.parts);
-        let VcpuState { host, context, .. } = &*running.state;
+        let VcpuState { host, context, .. } = &mut *running.state;
         host.load_guest(controls, &vm.world, self.index, context);
         if vm.changes_vcpu(cpu.index, self.index) {
             world::forget_other_vcpu();

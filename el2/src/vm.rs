@@ -452,7 +452,7 @@ impl Vm {
             ids: GuestIds::new(&hypervisor.ids, &model),
             power: Power::new(config.vcpus),
             protection: config.protected.then(Protection::new),
-            world: VmWorld::new(Stage2Regs { vtcr, vttbr }),
+            world: VmWorld::new(Stage2Regs { vtcr, vttbr }, config.protected),
             memory: GuestMemory::new(memory_config, policy, frames, table),
             vgic: vgic.fill_with_vgic(version, config.vcpus),
             last_vcpu: [const { AtomicU8::new(0) }; MAX_CPUS],

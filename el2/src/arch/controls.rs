@@ -61,6 +61,8 @@ parts! {
     speculative_at = 8, of => of.speculative_at;
     /// Statistical profiling, trace buffers or trace filters.
     profiles = 9, of => of.spe || of.trbe || of.trace_filter || of.brbe;
+    /// Event counters.
+    pmu = 10, of => of.pmu;
 }
 
 /// CPTR_EL2 of a guest that has not used FP yet: TCPAC (no trap of CPACR_EL1 is needed: clear),

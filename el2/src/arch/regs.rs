@@ -47,7 +47,7 @@ pub(crate) use {mrs, msr};
 /// What a wrong one breaks is the isolation of EL1's worlds, which no type guards, not EL2's own
 /// memory. Not here, for that reason: what holds EL2's tables, its stack, its vectors, its masks.
 #[rustfmt::skip]
-const FOR_LOWER_LEVELS: [&str; 81] = [
+const FOR_LOWER_LEVELS: [&str; 82] = [
     // Stage 2, traps and identity.
     "vtcr_el2", "vttbr_el2", "cptr_el2", "hstr_el2", "mdcr_el2", "vpidr_el2", "vmpidr_el2",
     // Where an exception to EL2 returns to: not to EL2, see `return_as`.
@@ -63,6 +63,7 @@ const FOR_LOWER_LEVELS: [&str; 81] = [
     "s3_3_c13_c0_7", "s3_0_c13_c0_7",
     // PMSCR_EL1, PMBLIMITR_EL1, TRFCR_EL1, TRBLIMITR_EL1.
     "s3_0_c9_c9_0", "s3_0_c9_c10_0", "s3_0_c1_c2_1", "s3_0_c9_c11_0",
+    "pmcr_el0",
     // BRBCR_EL1, BRBCR_EL2.
     "s2_1_c9_c0_0", "s2_4_c9_c0_0",
     // ZCR_EL2, SMCR_EL2, HCRX_EL2.

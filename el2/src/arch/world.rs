@@ -225,6 +225,7 @@ pub(crate) mod hcr {
     pub(crate) const RW: u64 = 1 << 31;
     pub(crate) const TLOR: u64 = 1 << 35;
     pub(crate) const TERR: u64 = 1 << 36;
+    pub(crate) const TEA: u64 = 1 << 37;
     pub(crate) const POINTER_AUTH: u64 = 1 << 40 | 1 << 41;
     pub(crate) const FWB: u64 = 1 << 46;
     pub(crate) const EN_SCXT: u64 = 1 << 53;
@@ -237,7 +238,11 @@ pub(crate) fn guest_hcr(features: &Features) -> u64 {
     let keys = if features.pauth { hcr::POINTER_AUTH } else { 0 };
     let lor = if features.lor { hcr::TLOR } else { 0 };
     // What the identification registers hide, and what nothing else would trap.
-    let error_records = if features.ras { hcr::TERR } else { 0 };
+    let error_records = if features.ras {
+        hcr::TERR | hcr::TEA
+    } else {
+        0
+    };
     let tags = if features.mte { hcr::TID5 } else { 0 };
     let contexts = if features.scxtnum { hcr::EN_SCXT } else { 0 };
     hcr::VM
@@ -300,14 +305,17 @@ impl Context {
 #[derive(Debug)]
 pub(crate) struct VmWorld {
     pub(crate) stage2: Stage2Regs,
+    /// The VM is protected: the host's event counters stand still while it runs.
+    uncounted: bool,
     /// CNTVOFF_EL2: what the virtual counter is behind the physical one; 0 until it starts.
     time_offset: AtomicU64,
 }
 
 impl VmWorld {
-    pub(crate) const fn new(stage2: Stage2Regs) -> Self {
+    pub(crate) const fn new(stage2: Stage2Regs, is_protected: bool) -> Self {
         Self {
             stage2,
+            uncounted: is_protected,
             time_offset: AtomicU64::new(0),
         }
     }
@@ -336,6 +344,8 @@ pub(crate) struct HostWorld {
     keys: Keys,
     software: SoftwareContext,
     profiling: Profiling,
+    /// PMCR_EL0, where the host's counters stand still and did not before.
+    counting: Option<u64>,
     /// The guest's FP registers are in the core.
     fp_is_guests: bool,
 }
@@ -370,13 +380,16 @@ impl HostWorld {
     /// Loads the guest in the place of the host, whose registers were just read.
     #[inline(never)]
     pub(crate) fn load_guest(
-        &self,
+        &mut self,
         controls: &HostControls,
         vm: &VmWorld,
         index: u8,
         guest: &Context,
     ) {
         let parts = controls.parts;
+        if vm.uncounted && parts.pmu() {
+            self.stop_counters();
+        }
         if parts.speculative_at() {
             stop_walks(self.sctlr, self.tcr);
         }
@@ -429,7 +442,7 @@ impl HostWorld {
 
     /// Loads the host in the place of the guest, whose registers were just saved.
     #[inline(never)]
-    pub(crate) fn load_host(&self, features: &Features, controls: &HostControls) {
+    pub(crate) fn load_host(&mut self, features: &Features, controls: &HostControls) {
         let parts = controls.parts;
         self.el1.write();
         if parts.pauth() {
@@ -447,7 +460,21 @@ impl HostWorld {
         if parts.profiles() {
             self.profiling.resume(features);
         }
+        if let Some(control) = self.counting.take() {
+            msr!("pmcr_el0", control);
+        }
         controls.load_host_vectors();
+    }
+
+    /// A counter has no VMID: what it counts of a protected guest, the host would read (Arm ARM D19.10.8,
+    /// PMCR_EL0.E; its P and C read as zero).
+    fn stop_counters(&mut self) {
+        const E: u64 = 1;
+        let control = mrs!("pmcr_el0");
+        if control & E != 0 {
+            msr!("pmcr_el0", control & !E);
+            self.counting = Some(control);
+        }
     }
 
     /// The guest uses FP for the first time in this run: its registers in, the host's out.

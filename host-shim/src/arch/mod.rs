@@ -4,6 +4,7 @@
 //! that is not RAM as device memory: it has nothing to protect, and its scenarios must be able to
 //! try every access.
 
+pub(crate) mod counters;
 pub(crate) mod cpu;
 pub(crate) mod disk;
 pub(crate) mod fault;

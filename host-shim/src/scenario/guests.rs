@@ -41,6 +41,7 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
     report.check("vms_come_and_go", many(&memory));
     report.check("tables_where_nothing_answers", lost_tables(&memory));
     super::fp::run(&memory, report);
+    super::counters::run(&memory, report);
     super::sharing::run(&memory, report);
     if crate::arch::sets_access_flags() {
         report.check("tables_that_the_core_writes", access_flag(&memory));

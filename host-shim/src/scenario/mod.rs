@@ -3,6 +3,7 @@
 mod abi_calls;
 mod any_call;
 mod cores;
+mod counters;
 mod dma;
 mod firmware;
 mod fp;
