@@ -68,11 +68,13 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
-    /// From `x4`; `None` for unknown bits or a number of vCPUs out of range.
+    /// From `x4`; `None` for unknown bits, a number of vCPUs out of range, or devices in a protected VM,
+    /// which may have none.
     #[must_use]
     pub const fn from_bits(bits: u64) -> Option<Self> {
         let vcpus = bits.to_le_bytes()[0];
-        if bits & !0x3ff != 0 || vcpus == 0 || vcpus > MAX_VCPUS {
+        let both = 3 << 8;
+        if bits & !0x3ff != 0 || bits & both == both || vcpus == 0 || vcpus > MAX_VCPUS {
             return None;
         }
         Some(Self {
@@ -442,7 +444,7 @@ mod tests {
         };
         assert_eq!(VmConfig::from_bits(0x201), Some(config));
         assert_eq!(config.bits(), 0x201);
-        for wrong in [0, 9, 0x100, 0x401, 1 << 63 | 1] {
+        for wrong in [0, 9, 0x100, 0x301, 0x401, 1 << 63 | 1] {
             assert_eq!(VmConfig::from_bits(wrong), None, "{wrong:#x}");
         }
     }
