@@ -4,6 +4,8 @@
 //! with the host. Four bytes a page; zero means "the host's, shared with nobody", so a zeroed array
 //! is the state of a machine on which EL2 has taken nothing.
 
+use core::fmt;
+
 use board::{AddrRange, MAX_MEMORY, PAGE_SIZE, RangeList};
 
 use crate::sync::{AtomicU32, Ordering};
@@ -28,9 +30,8 @@ pub enum Owner {
 }
 
 impl Owner {
-    /// Bits 9:0 of a page's word: 0 the host, 1 EL2, 2 the first guest, 0x3ff firmware.
-    #[must_use]
-    pub const fn code(self) -> u32 {
+    /// Bits 9:0 of a page's word.
+    const fn encode(self) -> u32 {
         match self {
             Self::Host => 0,
             Self::Hypervisor => 1,
@@ -46,6 +47,18 @@ impl Owner {
             0x3ff => Self::Firmware,
             other => Self::Guest((other - 2).to_le_bytes()[0]),
         }
+    }
+}
+
+/// As messages say it.
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Host => "the host's",
+            Self::Hypervisor => "EL2's",
+            Self::Firmware => "firmware's",
+            Self::Guest(index) => return write!(f, "VM {index}'s"),
+        })
     }
 }
 
@@ -109,7 +122,7 @@ impl<'a> PageStates<'a> {
     /// Whether all of `range` is RAM (in one piece) and belongs to `owner`.
     #[must_use]
     pub fn all_owned_by(&self, range: AddrRange, owner: Owner) -> bool {
-        let owned = |word: &AtomicU32| word.load(Ordering::Acquire) & OWNER == owner.code();
+        let owned = |word: &AtomicU32| word.load(Ordering::Acquire) & OWNER == owner.encode();
         self.words_of(range)
             .is_some_and(|words| words.iter().all(owned))
     }
@@ -123,7 +136,7 @@ impl<'a> PageStates<'a> {
     /// Whether all of `range` belongs to `owner` and is shared with the host as `shared` says.
     #[must_use]
     pub fn all_shared(&self, range: AddrRange, owner: Owner, shared: bool) -> bool {
-        let word = owner.code() | if shared { SHARED } else { 0 };
+        let word = owner.encode() | if shared { SHARED } else { 0 };
         let same = |w: &AtomicU32| w.load(Ordering::Acquire) == word;
         self.words_of(range)
             .is_some_and(|words| words.iter().all(same))
@@ -143,7 +156,7 @@ impl<'a> PageStates<'a> {
     #[must_use]
     pub fn first_run(&self, range: AddrRange, owner: Owner) -> Option<AddrRange> {
         let words = self.words_of(range)?;
-        let is = |word: &AtomicU32| word.load(Ordering::Acquire) & OWNER == owner.code();
+        let is = |word: &AtomicU32| word.load(Ordering::Acquire) & OWNER == owner.encode();
         let skip = words.iter().position(is)?;
         let length = words.iter().skip(skip).take_while(|word| is(word)).count();
         let start = range.start() + skip as u64 * PAGE_SIZE;
@@ -159,7 +172,7 @@ impl<'a> PageStates<'a> {
             return false;
         }
         for word in self.words_of(range).into_iter().flatten() {
-            word.store(to.code(), Ordering::Release);
+            word.store(to.encode(), Ordering::Release);
         }
         true
     }
@@ -195,7 +208,7 @@ mod tests {
             Owner::Guest(254),
             Owner::Firmware,
         ] {
-            assert_eq!(Owner::decode(owner.code()), owner);
+            assert_eq!(Owner::decode(owner.encode()), owner);
         }
     }
 

@@ -3,10 +3,11 @@
 //! Nothing that the host does here panics: what is unknown becomes an undefined-instruction
 //! exception or NOT_SUPPORTED in the host, and EL2 goes on.
 
+use core::fmt;
+
 use abi::{Counter, SMCCC_NOT_SUPPORTED, SMCCC_SUCCESS};
 use el2::esr::{self, Abort, Access, Cause, FaultKind};
 use el2::guest::mmio::{self, Decoded, MmioAccess};
-use el2::page_state::Owner;
 use el2::psci::{self, PsciError, Request, StartOrder};
 use el2::smc::{self, Verdict};
 use el2::{hvc, inject};
@@ -14,7 +15,7 @@ use el2::{hvc, inject};
 use crate::arch::exceptions::Regs;
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::{cpu, firmware};
-use crate::console::say;
+use crate::console::{self, say};
 use crate::hypervisor::{self, Hypervisor};
 use crate::{calls, iommu, panic, power, smp};
 
@@ -227,22 +228,32 @@ fn fault(hypervisor: &Hypervisor, regs: &mut Regs, abort: &Abort, syndrome: &Syn
         return;
     }
     hypervisor.counters.count(Counter::FaultsRefused);
-    let (at, _) = regs::return_state();
-    say!(
-        Debug,
-        "host: {} refused at VA {:#x} IPA {ipa:#x} ({}), PC {at:#x}, owner {:#x}",
-        abort.access.name(),
-        syndrome.far,
-        abort.kind.name(),
-        hypervisor
-            .ownership
-            .pages()
-            .owner(ipa)
-            .map_or(0, Owner::code),
-    );
+    report(hypervisor, abort, syndrome.far, ipa);
     let features = &hypervisor.features;
     let from = regs::interrupted(features.pan, features.mte);
     regs::inject(&inject::external_abort(&from, abort, syndrome.esr));
+}
+
+/// Says what the host was refused, and whose it is: the first ones on every console, for no host may fill it.
+fn report(hypervisor: &Hypervisor, abort: &Abort, far: u64, ipa: u64) {
+    const SAID: u64 = 16;
+    let level = match hypervisor.counters.get(Counter::FaultsRefused) {
+        ..=SAID => log::Level::Warn,
+        _ => log::Level::Debug,
+    };
+    let (at, _) = regs::return_state();
+    let (access, kind) = (abort.access.name(), abort.kind.name());
+    let owner = hypervisor.ownership.pages().owner(ipa);
+    let owner: &dyn fmt::Display = match &owner {
+        Some(owner) => owner,
+        None => &"nobody's RAM",
+    };
+    console::log(
+        level,
+        format_args!(
+            "host: {access} refused ({kind}) at VA {far:#x}, IPA {ipa:#x}: {owner}; PC {at:#x}"
+        ),
+    );
 }
 
 /// Makes an access to a redistributor in the host's place, if it is one: the pages are not mapped, so

@@ -10,9 +10,11 @@ use anyhow::{Result, ensure};
 use std::time::Duration;
 
 /// Checks that `shim.run=all` makes at least, on a machine without an IOMMU.
-pub(super) const SCENARIO_CHECKS: u32 = 84;
+pub(super) const SCENARIO_CHECKS: u32 = 85;
 /// Checks of a machine that is given nothing to run.
 const REPORT_CHECKS: u32 = 2;
+/// Refused accesses of the host that EL2 says at its usual level.
+const REFUSALS_SAID: usize = 16;
 /// Wall-clock limit of the soak: half a million calls and accesses on an emulator.
 const SOAK: Duration = Duration::from_secs(2 * 60 * 60);
 /// Frames of a panic's backtrace that must have a function's name.
@@ -36,6 +38,7 @@ pub(super) fn all(machine: Machine) -> Scenario {
     Scenario::new(name(&machine, "shim"), move |context| {
         let transcript = Boot::shim(&machine, "shim.run=all").run(context, "console")?;
         boots(&transcript)?;
+        names_owners(&transcript)?;
         verdict::closes(&transcript, SCENARIO_CHECKS)
     })
     .for_cpus(cpus)
@@ -77,6 +80,23 @@ pub(super) fn demo(machine: Machine) -> Scenario {
 fn boots(transcript: &crate::process::Transcript) -> Result<()> {
     verdict::line_with(transcript, "ravelin: boot: ")?;
     verdict::line_with(transcript, "ravelin: memory: ")?;
+    Ok(())
+}
+
+/// Of the thousands of accesses that were refused EL2 has said the first ones, with address and owner.
+fn names_owners(transcript: &crate::process::Transcript) -> Result<()> {
+    verdict::line_with(transcript, ": EL2's; PC 0x")?;
+    let said = transcript
+        .lines
+        .iter()
+        .filter(|line| {
+            line.contains("host: ") && line.contains(" refused (") && line.contains(", IPA 0x")
+        })
+        .count();
+    ensure!(
+        said == REFUSALS_SAID,
+        "{said} lines about refused accesses, {REFUSALS_SAID} expected"
+    );
     Ok(())
 }
 
