@@ -1,7 +1,8 @@
 //! The measurement of a protected VM: what its memory and its first vCPU are when it starts.
 //!
 //! Invariant: two VMs with the same measurement start with the same bytes at the same addresses,
-//! zeros everywhere else that they can reach, the same vCPUs and the same first instruction.
+//! zeros everywhere else that they can reach, the same vCPUs and the same first instruction. What is less: a page
+//! that the host took back before the seal is measured as it was, and an access to it is an abort.
 //!
 //! SHA-256 (FIPS 180-4) over: for every run of pages, in the order of their donation, its contents
 //! (nothing for zeros) and a trailer of three words: [`Kind`], IPA, bytes; then a trailer of the VM:

@@ -2,7 +2,8 @@
 //!
 //! Invariant: a field shows the lower of what the core has and what EL2 handles; a field that no
 //! list names reads as zero, so a feature of a core that is newer than this file stays hidden.
-//! Protected and other guests see the same.
+//! Protected and other guests see the same. Beyond pKVM's maxima are what needs neither state nor a trap:
+//! FEAT_ECV, AFP, nTLBPA, TIDCP1, ECBHB, LSMAOC, LVA, CCIDX, TTST, RPRES, HBC, CONSTPACFIELD, CLRBHB, RPRFM, CSSC.
 //!
 //! Hidden, because their state is not switched or their traps are not handled: SVE, SME, MTE,
 //! MPAM, AMU, RAS, PMU, SPE, trace and branch records, MOPS, LS64, WFxT (a WFI that EL2 traps
