@@ -96,8 +96,10 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// block: it counts with those of its pages that were asked for, and grows old as a whole.
     ///
     /// # Errors
-    /// For [`Aging::Clear`] [`Error::InUse`] while a root is exported: an importer's access to an old
-    /// leaf would fail. A locked slot may be asked. Else as [`Self::unshare_pages`].
+    /// For [`Aging::Clear`] [`Error::InUse`] while there are importers: their accesses make no leaf
+    /// young, so what they use would look unused; and one that does not ignore the access flag, as
+    /// EL2's SMMU driver has it do, would fault. A locked slot may be asked. Else as
+    /// [`Self::unshare_pages`].
     pub fn age_pages(
         &self,
         id: SlotId,
