@@ -17,6 +17,10 @@ const SGI: u8 = 1 << 6;
 /// The line goes low when the guest ends the interrupt, and the host is told.
 const UNTIL_END: u8 = 1 << 7;
 
+/// [`LATCH`] and [`ACTIVE`] in `extra`: another vCPU has written them since the interrupt is in a list
+/// register, which does not know; what was written counts.
+const KEPT: u8 = (LATCH | ACTIVE) << 4;
+
 /// State of one interrupt.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Irq {
@@ -27,8 +31,8 @@ pub(super) struct Irq {
     route: u8,
     /// SGIs of a GICv2: senders whose request is pending.
     sources: u8,
-    /// SGIs of a GICv2: the sender of the one that is active.
-    active_source: u8,
+    /// Bits 2:0: SGIs of a GICv2, the sender of the one that is active. Upper half: [`KEPT`].
+    extra: u8,
     /// The vCPU in whose list registers it is.
     holder: u8,
 }
@@ -39,7 +43,7 @@ impl Irq {
         priority: 0,
         route: 0,
         sources: 0,
-        active_source: 0,
+        extra: 0,
         holder: NOBODY,
     };
     pub(super) const SPI: Self = Self::RESET;
@@ -151,7 +155,18 @@ impl Irq {
         }
     }
 
+    /// ISACTIVER and ICACTIVER, and an end without a list register. One in a list register is not made
+    /// active: the guest may end it there before it comes back, and nobody would end it again.
     pub(super) const fn set_active(&mut self, active: bool) {
+        if self.holder != NOBODY && !active {
+            // Its request may not have been offered: once too often is better than never.
+            let kept = if self.has(EDGE) {
+                ACTIVE
+            } else {
+                ACTIVE | LATCH
+            };
+            self.extra |= kept << 4;
+        }
         self.put(ACTIVE, active);
     }
 
@@ -186,6 +201,9 @@ impl Irq {
     /// ISPENDR and ICPENDR: the guest's own request, or its withdrawal. A line that is high keeps
     /// the interrupt pending; SGIs of a GICv2 have registers of their own.
     pub(super) const fn set_latch(&mut self, pending: bool) {
+        if self.holder != NOBODY {
+            self.extra |= LATCH << 4;
+        }
         self.put(LATCH, pending);
         if !pending {
             self.sources = 0;
@@ -211,7 +229,7 @@ impl Irq {
     /// The next sender whose SGI is to be delivered.
     pub(super) const fn next_source(self) -> u8 {
         if self.has(ACTIVE) {
-            self.active_source
+            self.extra
         } else if self.sources == 0 {
             0
         } else {
@@ -227,7 +245,7 @@ impl Irq {
             if !self.has(ACTIVE) {
                 self.sources &= !(1 << source);
                 self.put(LATCH, self.sources != 0);
-                self.active_source = source;
+                self.extra = source;
             }
         } else if self.has(EDGE) {
             self.put(LATCH, false);
@@ -243,19 +261,25 @@ impl Irq {
     /// Comes back from a list register in which it is now `pending` and `active`.
     pub(super) const fn release(&mut self, pending: bool, active: bool, version: GicVersion) {
         self.holder = NOBODY;
+        let before = self.flags;
         let was_active = self.has(ACTIVE);
         self.put(ACTIVE, active);
         if self.has(EDGE) {
             if pending {
                 self.put(LATCH, true);
                 if self.has(SGI) && matches!(version, GicVersion::V2) {
-                    self.sources |= 1 << (self.active_source & 7);
+                    self.sources |= 1 << (self.extra & 7);
                 }
             }
         } else if !pending && !was_active {
             // A level-triggered one that the guest has taken: its own request is served. One that went
             // in as active was not offered as pending: its request waits for the end.
             self.put(LATCH, false);
+        }
+        if self.extra & KEPT != 0 {
+            let kept = self.extra >> 4;
+            self.flags = self.flags & !kept | before & kept;
+            self.extra &= !KEPT;
         }
     }
 

@@ -341,35 +341,46 @@ impl Vgic {
         if interface.shows_nothing() {
             return Kicks::NONE;
         }
-        let mut kicks = Kicks::NONE;
         let mut state = self.state.lock();
+        let state = &mut *state;
         // First what was ended without a list register: what is in one is not among it.
-        for _ in 0..ended {
-            let Some(number) = state.most_urgent_active(vcpu, self.version) else {
-                break;
-            };
-            let mut done = false;
-            let changed = self.change_in(&mut state, vcpu, number, |irq| {
-                irq.set_active(false);
-                done = irq.lower_at_end();
-            });
-            self.note_end(&mut state, number, done);
-            kicks.0 |= changed.0;
-        }
+        let mut kicks = if ended == 0 {
+            Kicks::NONE
+        } else {
+            self.end_elsewhere(state, vcpu, ended)
+        };
         let version = self.version;
         for list in interface.lists.iter().take(usize::from(interface.used)) {
             let (number, pending, active) = List::decode(*list, version);
-            let mut done = false;
-            let changed = self.change_in(&mut state, vcpu, number, |irq| {
-                irq.release(pending, active, version);
-                done = !pending && irq.lower_at_end();
-            });
-            self.note_end(&mut state, number, done);
-            kicks.0 |= changed.0;
+            let irq = state.irq_mut(vcpu, number);
+            irq.release(pending, active, version);
+            let done = !pending && irq.lower_at_end();
+            let irq = *irq;
+            kicks.0 |= self.settle(state, vcpu, number, irq).0;
+            self.note_end(state, number, done);
         }
         interface.timer_in_flight = state.irq(vcpu, GUEST_TIMER_PPI as usize).is_in_flight();
         // Itself it does not concern: it loads again before it runs.
         kicks.0 &= !(1 << vcpu);
+        kicks
+    }
+
+    /// Ends the most urgent ones of those that are active in no list register.
+    #[cold]
+    #[inline(never)]
+    fn end_elsewhere(&self, state: &mut State, vcpu: usize, count: u32) -> Kicks {
+        let mut kicks = Kicks::NONE;
+        for _ in 0..count {
+            let Some(number) = state.most_urgent_active(vcpu, self.version) else {
+                break;
+            };
+            let irq = state.irq_mut(vcpu, number);
+            irq.set_active(false);
+            let done = irq.lower_at_end();
+            let irq = *irq;
+            kicks.0 |= self.settle(state, vcpu, number, irq).0;
+            self.note_end(state, number, done);
+        }
         kicks
     }
 }

@@ -26,7 +26,7 @@ use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use crate::sync::SpinLock;
 use abi::{GUEST_TIMER_PPI, MAX_VCPUS};
 
-use irq::{Irq, NOBODY};
+use irq::Irq;
 pub use lists::CpuInterface;
 
 /// Number of shared interrupts: INTIDs 32 to 1019.
@@ -269,7 +269,6 @@ impl Vgic {
         number: usize,
         change: impl FnOnce(&mut Irq),
     ) -> Kicks {
-        let enabled = state.enabled;
         let irq = state.irq_mut(vcpu, number);
         let before = *irq;
         change(irq);
@@ -277,22 +276,27 @@ impl Vgic {
         if before == after {
             return Kicks::NONE;
         }
-        state.mark(vcpu, number, after.is_live());
+        let mut kicks = self.settle(state, vcpu, number, after);
+        kicks.add(before.holder());
+        kicks
+    }
+
+    /// An interrupt has changed: it is live or not, and so is its vCPU, which has to look at it.
+    #[inline(always)] // Where it is called, what has changed is in registers.
+    fn settle(&self, state: &mut State, vcpu: usize, number: usize, irq: Irq) -> Kicks {
+        state.mark(vcpu, number, irq.is_live());
         let mut kicks = Kicks::NONE;
         let target = if number < PRIVATE {
             vcpu.to_le_bytes()[0]
         } else {
-            after.target(self.version)
+            irq.target(self.version)
         };
-        if after.is_live() && usize::from(target) < VCPUS {
+        if irq.is_live() && usize::from(target) < VCPUS {
             // No exchange: who writes it holds the lock.
             let busy = self.busy.load(Ordering::Relaxed) | 1 << target;
             self.busy.store(busy, Ordering::Release);
         }
-        if before.holder() != NOBODY {
-            kicks.add(before.holder());
-        }
-        if after.is_deliverable(enabled) {
+        if irq.is_deliverable(state.enabled) {
             kicks.add(target);
         }
         kicks

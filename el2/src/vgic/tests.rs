@@ -38,25 +38,34 @@ impl Cpu {
     /// Loads, and acknowledges the most urgent pending interrupt, if there is one.
     fn acknowledge(&mut self, vgic: &Vgic) -> Option<u32> {
         vgic.load(self.index, &mut self.interface);
+        let intid = self.take();
+        let _: Kicks = vgic.save(self.index, &mut self.interface);
+        intid
+    }
+
+    /// Acknowledges the most urgent pending interrupt in a list register, if there is one.
+    fn take(&mut self) -> Option<u32> {
         let shift = self.state_shift();
         let used = usize::from(self.interface.used);
         let lists = &self.interface.lists[..used];
         let pending = lists.iter().enumerate();
         let pending = pending.filter(|(_, list)| **list >> shift & 3 == 1);
         let best = pending.min_by_key(|(_, list)| self.priority(**list));
-        let best = best.map(|(at, _)| at);
-        let intid = best.map(|at| {
-            let list = &mut self.interface.lists[at];
-            *list ^= 3 << shift;
-            (*list & 0x3ff) as u32
-        });
-        let _: Kicks = vgic.save(self.index, &mut self.interface);
-        intid
+        let best = best.map(|(at, _)| at)?;
+        let list = &mut self.interface.lists[best];
+        *list ^= 3 << shift;
+        Some((*list & 0x3ff) as u32)
     }
 
-    /// Loads, and ends an interrupt: in its list register, or counted if it is in none.
+    /// Loads, and ends an interrupt.
     fn end(&mut self, vgic: &Vgic, intid: u32) {
         vgic.load(self.index, &mut self.interface);
+        self.finish(intid);
+        let _: Kicks = vgic.save(self.index, &mut self.interface);
+    }
+
+    /// Ends an interrupt: in its list register, or counted if it is in none.
+    fn finish(&mut self, intid: u32) {
         let shift = self.state_shift();
         let used = usize::from(self.interface.used);
         let mut lists = self.interface.lists[..used].iter_mut();
@@ -64,7 +73,6 @@ impl Cpu {
             Some(list) => *list &= !(2 << shift),
             None => self.interface.hcr += 1 << 27,
         }
-        let _: Kicks = vgic.save(self.index, &mut self.interface);
     }
 
     /// Leaves what is not acknowledged where it is.
@@ -168,6 +176,91 @@ fn what_a_guest_asks_for_while_a_level_interrupt_is_active_comes_behind_its_end(
         cpu.end(&vgic, 33);
         assert_eq!(cpu.acknowledge(&vgic), None);
         assert_eq!(vgic.dist_read(0, 0x204, 4), 0);
+    }
+}
+
+/// GICD_ISPENDR, GICD_ICPENDR and GICD_ICACTIVER of INTID 33, as another vCPU writes them.
+fn asks(vgic: &Vgic, offset: u64) {
+    let kicks = vgic.dist_write(1, offset + 4, 4, 1 << 1);
+    assert!(kicks.iter().all(|vcpu| vcpu == 0), "{kicks:?}");
+}
+const SET_PENDING: u64 = 0x200;
+const CLEAR_PENDING: u64 = 0x280;
+const CLEAR_ACTIVE: u64 = 0x380;
+
+/// Level-triggered or not, with its line high before or its own request: what another vCPU asks for
+/// behind the acknowledgement is delivered behind the end.
+#[test]
+fn a_request_between_acknowledgement_and_save_is_not_lost() {
+    for (version, edge, by_line) in [
+        (V2, false, false),
+        (V2, false, true),
+        (V2, true, false),
+        (V3, false, false),
+        (V3, false, true),
+        (V3, true, false),
+    ] {
+        let vgic = enabled(version, 2);
+        let mut cpu = Cpu::new(0, version, 4);
+        let _: Kicks = vgic.dist_write(0, 0xc08, 4, u64::from(edge) << 3);
+        if by_line {
+            let _: Kicks = vgic.set_spi(33, true).unwrap();
+        } else {
+            asks(&vgic, SET_PENDING);
+        }
+        vgic.load(0, &mut cpu.interface);
+        let _: Kicks = vgic.set_spi(33, false).unwrap();
+        assert_eq!(cpu.take(), Some(33));
+        asks(&vgic, SET_PENDING);
+        let _: Kicks = vgic.save(0, &mut cpu.interface);
+        assert_eq!(cpu.acknowledge(&vgic), None, "still active");
+        cpu.end(&vgic, 33);
+        assert_eq!(
+            cpu.acknowledge(&vgic),
+            Some(33),
+            "{version:?} {edge} {by_line}"
+        );
+        cpu.end(&vgic, 33);
+        assert_eq!(cpu.acknowledge(&vgic), None);
+    }
+}
+
+#[test]
+fn a_withdrawal_while_it_is_in_a_list_register_counts() {
+    for (version, edge) in [(V2, false), (V2, true), (V3, false), (V3, true)] {
+        let vgic = enabled(version, 2);
+        let mut cpu = Cpu::new(0, version, 4);
+        let _: Kicks = vgic.dist_write(0, 0xc08, 4, u64::from(edge) << 3);
+        asks(&vgic, SET_PENDING);
+        vgic.load(0, &mut cpu.interface);
+        asks(&vgic, CLEAR_PENDING);
+        let _: Kicks = vgic.save(0, &mut cpu.interface);
+        assert!(!vgic.has_pending(0), "{version:?} {edge}");
+        assert_eq!(cpu.acknowledge(&vgic), None);
+        // It is forgotten with the register: the next one comes and goes as ever.
+        asks(&vgic, SET_PENDING);
+        assert_eq!(cpu.acknowledge(&vgic), Some(33));
+        cpu.end(&vgic, 33);
+        assert_eq!(cpu.acknowledge(&vgic), None);
+    }
+}
+
+#[test]
+fn another_vcpus_end_of_an_active_interrupt_counts_and_keeps_its_request() {
+    for (version, edge) in [(V2, false), (V2, true), (V3, false), (V3, true)] {
+        let vgic = enabled(version, 2);
+        let mut cpu = Cpu::new(0, version, 4);
+        let _: Kicks = vgic.dist_write(0, 0xc08, 4, u64::from(edge) << 3);
+        asks(&vgic, SET_PENDING);
+        assert_eq!(cpu.acknowledge(&vgic), Some(33));
+        asks(&vgic, SET_PENDING);
+        vgic.load(0, &mut cpu.interface);
+        asks(&vgic, CLEAR_ACTIVE);
+        let _: Kicks = vgic.save(0, &mut cpu.interface);
+        assert_eq!(vgic.dist_read(0, 0x304, 4), 0, "{version:?} {edge}");
+        assert_eq!(cpu.acknowledge(&vgic), Some(33), "{version:?} {edge}");
+        cpu.end(&vgic, 33);
+        assert_eq!(cpu.acknowledge(&vgic), None);
     }
 }
 

@@ -1,6 +1,9 @@
 //! The virtual interrupt controller: accesses, lines and SGIs from all vCPUs, and what the hardware does to
 //! list registers while guests run.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
+
 use arbitrary::{Result, Unstructured};
 use el2::vgic::{CpuInterface, GicVersion, Kicks, Vgic};
 
@@ -16,6 +19,16 @@ struct Machine {
     /// The virtual CPU interface of each vCPU that is in its guest.
     loaded: Vec<Option<CpuInterface>>,
     lists: u8,
+    /// What a guest has made pending by ISPENDR and not acknowledged since: the vCPU whose private
+    /// interrupt it is ([`SHARED`] for others), and its INTID.
+    owed: BTreeSet<(usize, u64)>,
+}
+
+const SHARED: usize = usize::MAX;
+
+/// Which vCPU's interrupt it is, as in [`Machine::owed`].
+const fn owner(vcpu: usize, intid: u64) -> usize {
+    if intid < 32 { vcpu } else { SHARED }
 }
 
 /// Runs one input.
@@ -41,6 +54,7 @@ fn machine(input: &mut Unstructured<'_>) -> Result<Machine> {
         vgic: Vgic::new(version, vcpus),
         loaded: vec![None; vcpus.into()],
         lists: input.int_in_range(1..=16)?,
+        owed: BTreeSet::new(),
     };
     if input.arbitrary()? {
         machine.enable_all();
@@ -52,8 +66,8 @@ fn step(input: &mut Unstructured<'_>, machine: &mut Machine) -> Result<()> {
     let vcpu = input.choose_index(machine.vcpus)?;
     let vgic = &machine.vgic;
     let kicks = match input.int_in_range(0..=9u8)? {
-        0 => distributor(input, vgic, vcpu)?,
-        1 => redistributor(input, vgic, vcpu)?,
+        0 => distributor(input, machine, vcpu)?,
+        1 => redistributor(input, machine, vcpu)?,
         2 => vgic.sgi1r(vcpu, input.arbitrary()?),
         3 => {
             let kicks = vgic.set_spi(input.arbitrary::<u8>()?.into(), input.arbitrary()?);
@@ -79,7 +93,8 @@ fn size(input: &mut Unstructured<'_>) -> Result<u8> {
     Ok(*input.choose(&[4, 4, 4, 1, 2, 8])?)
 }
 
-fn distributor(input: &mut Unstructured<'_>, vgic: &Vgic, vcpu: usize) -> Result<Kicks> {
+fn distributor(input: &mut Unstructured<'_>, machine: &mut Machine, vcpu: usize) -> Result<Kicks> {
+    let vgic = &machine.vgic;
     let offset = match input.int_in_range(0..=3u8)? {
         0 => input.arbitrary::<u16>()?.into(),
         // Registers of the first interrupts: the others are alike.
@@ -95,10 +110,19 @@ fn distributor(input: &mut Unstructured<'_>, vgic: &Vgic, vcpu: usize) -> Result
         size == 8 || before >> (8 * size) == 0,
         "{before:#x} of {size} bytes"
     );
-    Ok(vgic.dist_write(vcpu, offset, size, input.arbitrary()?))
+    let value = input.arbitrary()?;
+    let kicks = vgic.dist_write(vcpu, offset, size, value);
+    let first = if machine.version == GicVersion::V3 {
+        32
+    } else {
+        0
+    };
+    machine.note(vcpu, first..1020, (offset, size, value));
+    Ok(kicks)
 }
 
-fn redistributor(input: &mut Unstructured<'_>, vgic: &Vgic, of: usize) -> Result<Kicks> {
+fn redistributor(input: &mut Unstructured<'_>, machine: &mut Machine, of: usize) -> Result<Kicks> {
+    let vgic = &machine.vgic;
     let offset =
         u64::from(input.arbitrary::<u16>()?) | if input.arbitrary()? { 0x1_0000 } else { 0 };
     let size = size(input)?;
@@ -107,7 +131,12 @@ fn redistributor(input: &mut Unstructured<'_>, vgic: &Vgic, of: usize) -> Result
         size == 8 || before >> (8 * size) == 0,
         "{before:#x} of {size} bytes"
     );
-    Ok(vgic.redist_write(of, offset, size, input.arbitrary()?))
+    let value = input.arbitrary()?;
+    let kicks = vgic.redist_write(of, offset, size, value);
+    if let Some(offset) = offset.checked_sub(0x1_0000) {
+        machine.note(of, 0..32, (offset, size, value));
+    }
+    Ok(kicks)
 }
 
 impl Machine {
@@ -122,6 +151,36 @@ impl Machine {
                 GicVersion::V2 => self.vgic.dist_write(vcpu, 0x100, 4, 0xffff_ffff),
                 GicVersion::V3 => self.vgic.redist_write(vcpu, 0x1_0100, 4, 0xffff_ffff),
             };
+        }
+    }
+
+    /// A write of a register that shows the interrupts `range`: what becomes pending by ISPENDR is owed
+    /// until ICPENDR withdraws it; a change of the trigger leaves it unknown (IHI 0069H, GICD_ICFGR<n>).
+    fn note(&mut self, vcpu: usize, range: Range<u64>, (offset, size, value): (u64, u8, u64)) {
+        if size != 4 || !offset.is_multiple_of(4) {
+            return;
+        }
+        let (first, count) = match offset {
+            0x200..0x300 => ((offset & 0x7f) * 8, 32),
+            0xc00..0xd00 => ((offset - 0xc00) * 4, 16),
+            _ => return,
+        };
+        for bit in (0..count).filter(|bit| range.contains(&(first + bit))) {
+            let interrupt = (owner(vcpu, first + bit), first + bit);
+            let written = value >> bit & 1 != 0;
+            match offset {
+                // Those of a GICv2's SGIs are read-only.
+                0x200..0x280
+                    if written && (first + bit >= 16 || self.version == GicVersion::V3) =>
+                {
+                    self.owed.insert(interrupt);
+                }
+                0x200..0x280 => {}
+                0x280..0x300 if !written => {}
+                _ => {
+                    self.owed.remove(&interrupt);
+                }
+            }
         }
     }
 
@@ -158,7 +217,11 @@ impl Machine {
             .and_then(|used| used.get_mut(at))
         {
             Some(list) => match *list >> shift & 3 {
-                1 => *list ^= 3 << shift,
+                1 => {
+                    *list ^= 3 << shift;
+                    let intid = *list & 0x3ff;
+                    self.owed.remove(&(owner(vcpu, intid), intid));
+                }
                 _ => *list &= !(2 << shift),
             },
             None if interface.hcr >> EOI_COUNT < 31 => interface.hcr += 1 << EOI_COUNT,
@@ -167,10 +230,11 @@ impl Machine {
         Ok(())
     }
 
-    fn ask(&self, vcpu: usize, reset: bool) {
+    fn ask(&mut self, vcpu: usize, reset: bool) {
         let _: bool = self.vgic.has_pending(vcpu);
         if reset && self.loaded.iter().all(Option::is_none) {
             self.vgic.reset();
+            self.owed.clear();
             assert!((0..self.vcpus).all(|vcpu| !self.vgic.has_pending(vcpu)));
         }
     }
@@ -216,6 +280,7 @@ impl Machine {
             }
         }
         self.enable_all();
+        self.target_first();
         for _ in 0..3 * (1020 + 32 * 8) {
             if (0..self.vcpus).all(|vcpu| !self.take_all(vcpu)) {
                 break;
@@ -223,6 +288,17 @@ impl Machine {
         }
         let waiting = (0..self.vcpus).find(|vcpu| self.vgic.has_pending(*vcpu));
         assert_eq!(waiting, None, "an interrupt stays pending for ever");
+        assert!(self.owed.is_empty(), "never came: {:?}", self.owed);
+    }
+
+    /// What is owed of the shared interrupts goes to vCPU 0, wherever it went.
+    fn target_first(&self) {
+        for (_, intid) in self.owed.iter().filter(|(owner, _)| *owner == SHARED) {
+            let _: Kicks = match self.version {
+                GicVersion::V2 => self.vgic.dist_write(0, 0x800 + intid, 1, 1),
+                GicVersion::V3 => self.vgic.dist_write(0, 0x6000 + 8 * intid, 8, 0),
+            };
+        }
     }
 
     /// One run of a guest that acknowledges and ends all it sees; whether it saw something.
@@ -231,6 +307,10 @@ impl Machine {
         let mut interface = CpuInterface::new(self.lists);
         self.vgic.load(vcpu, &mut interface);
         for list in &mut interface.lists[..usize::from(interface.used)] {
+            let intid = *list & 0x3ff;
+            if *list >> shift & 1 != 0 {
+                self.owed.remove(&(owner(vcpu, intid), intid));
+            }
             *list &= !(3 << shift);
         }
         let _: Kicks = self.vgic.save(vcpu, &mut interface);
