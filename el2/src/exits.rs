@@ -3,8 +3,6 @@
 //! Nothing that a guest does ends EL2 or the VM: what can't be understood becomes an exception in
 //! that guest.
 
-use core::sync::atomic::Ordering;
-
 use abi::{ErrorCode, Exit, VmCounter};
 use el2::esr::{self, Abort, Access, Cause, FaultKind};
 use el2::guest::entropy::EntropySource;
@@ -125,15 +123,12 @@ fn interrupt(run: &mut Running<'_>) -> Next {
     if timer || maintenance || run.physical_timer_fired() {
         return Next::Refresh;
     }
-    // Withdrawn before it is looked whom it was for: whoever sends one says so first. A kick that the
-    // host waits for is pending again, for it.
-    let taken = run.hypervisor.gic.take_kick(run.cpu);
-    let host_kick = &run.cpu.host_kick;
-    let for_host = host_kick.load(Ordering::Acquire) && host_kick.swap(false, Ordering::AcqRel);
-    match (taken, for_host) {
-        (true, false) => return Next::Refresh,
-        (true, true) => run.hypervisor.gic.kick(run.cpu),
-        (false, _) => {}
+    // Withdrawn before it is looked whom it was for. One that the host waits for is pending again, for it.
+    if run.hypervisor.gic.take_kick(run.cpu) {
+        if !run.cpu.host_kick.take() {
+            return Next::Refresh;
+        }
+        run.hypervisor.gic.kick(run.cpu);
     }
     run.leave(Exit::Interrupted)
 }

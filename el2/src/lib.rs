@@ -18,6 +18,7 @@ pub mod guest_memory;
 pub mod host_map;
 pub mod hvc;
 pub mod inject;
+pub mod kick;
 pub mod layout;
 pub mod measure;
 pub mod ownership;

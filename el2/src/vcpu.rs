@@ -1,11 +1,12 @@
 //! Virtual CPUs: running one until something needs the host.
 
 use abi::{ErrorCode, Exit, VmCounter};
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use core::sync::atomic::{AtomicU64, Ordering};
 use el2::features::Features;
 use el2::guest::PHYSICAL_TIMER_PPI;
 use el2::guest::psci::Turn;
 use el2::guest::timer::EmulatedTimer;
+use el2::kick::{Kick, Whereabouts};
 use el2::psci::StartOrder;
 use el2::sync::SpinLock;
 use el2::vgic::{CpuInterface, Kicks};
@@ -23,16 +24,11 @@ use crate::hypervisor::Hypervisor;
 use crate::slice::Slice;
 use crate::vm::Vm;
 
-/// Where a vCPU is: [`NOWHERE`], or the number of the CPU that runs it, plus one.
-const NOWHERE: u32 = 0;
-
 /// A virtual CPU.
 #[derive(Debug)]
 pub(crate) struct Vcpu {
     pub(crate) index: u8,
-    running_on: AtomicU32,
-    /// The CPU that ran it last, plus one: there the host looks after it.
-    last_on: AtomicU32,
+    place: Whereabouts,
     pub(crate) counts: Counts,
     state: SpinLock<VcpuState>,
 }
@@ -114,8 +110,7 @@ impl Vcpu {
     pub(crate) fn new(hypervisor: &Hypervisor, features: &Features, index: u8) -> Self {
         Self {
             index,
-            running_on: AtomicU32::new(NOWHERE),
-            last_on: AtomicU32::new(NOWHERE),
+            place: Whereabouts::new(),
             counts: Counts::default(),
             state: SpinLock::new(VcpuState::new(hypervisor, features)),
         }
@@ -134,25 +129,17 @@ impl Vcpu {
     /// Makes the vCPU look at its interrupts: it leaves the guest where it runs; where it does not,
     /// the host of the CPU that ran it last is told to look after it.
     pub(crate) fn kick(&self, hypervisor: &Hypervisor) {
-        // Pairs with the fence in `block`: either we see it out, or it sees the new interrupt.
-        fence(Ordering::SeqCst);
-        let running = self.running_on.load(Ordering::Relaxed);
-        let target = if running == NOWHERE {
-            self.last_on.load(Ordering::Relaxed)
-        } else {
-            running
+        let me = cpu::running().map(|cpu| cpu.index as u32);
+        let (number, for_host) = match self.place.kick(me) {
+            Kick::Nobody => return,
+            Kick::Guest(number) => (number, false),
+            Kick::Host(number) => (number, true),
         };
-        let me = cpu::running().map_or(NOWHERE, |cpu| cpu.index as u32 + 1);
-        let Some(cpu) = target
-            .checked_sub(1)
-            .and_then(|n| hypervisor.cpus.get(n as usize))
-        else {
-            return; // It has never run: nobody waits for it.
+        let Some(cpu) = hypervisor.cpus.get(number as usize) else {
+            return;
         };
-        if running == NOWHERE {
-            cpu.host_kick.store(true, Ordering::Release);
-        } else if target == me {
-            return; // It is us.
+        if for_host {
+            cpu.host_kick.announce();
         }
         hypervisor.gic.kick(cpu);
     }
@@ -192,9 +179,9 @@ impl Vcpu {
             Err(Error::InUse(_)) => return Err(ErrorCode::Again.into()),
             Err(error) => return Err(error.into()),
         };
-        let me = cpu.index as u32 + 1;
-        self.last_on.store(me, Ordering::Relaxed);
-        self.running_on.store(me, Ordering::SeqCst);
+        // Whoever finds it here can interrupt this CPU.
+        hypervisor.gic.prepare_cpu(cpu);
+        self.place.enter(cpu.index as u32);
         let exit = self.run_loaded(hypervisor, vm, &mut state, cpu, wait_here);
         // From here on no other CPU runs what comes behind the guest's CPU_OFF.
         state.off = exit == Exit::VcpuOff;
@@ -241,14 +228,13 @@ impl Vcpu {
         if let Some(id) = hypervisor.mitigations.between_worlds() {
             firmware::call(u64::from(id), [0; 7]);
         }
-        self.running_on.store(NOWHERE, Ordering::Relaxed);
+        self.place.leave();
         self.block(vm, exit)
     }
 
     /// A vCPU that goes to sleep looks once more for interrupts, now that who sends it one knows
     /// that it is out.
     fn block(&self, vm: &Vm, exit: Exit) -> Exit {
-        fence(Ordering::SeqCst);
         // Only with what loses nothing if the host hears of an interrupt's end instead.
         if matches!(exit, Exit::WaitForInterrupt { .. } | Exit::Interrupted)
             && let Some(intid) = vm.vgic.take_ended()
@@ -327,7 +313,6 @@ impl Running<'_> {
 
     fn until_exit(&mut self) -> Exit {
         let gic = &self.hypervisor.gic;
-        gic.prepare_cpu(self.cpu);
         gic.load(&self.state.gic);
         self.refresh_interrupts();
         if self.owed_flush() != Next::Leave {

@@ -6,6 +6,7 @@ use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use aarch64_cpu::registers::{ELR_EL2, TPIDR_EL2};
 use aarch64_cpu::registers::{Readable, Writeable};
 use board::MAX_CPUS;
+use el2::kick::HostKick;
 use el2::psci::{PowerSlot, StartOrder};
 use spin::Once;
 
@@ -33,8 +34,8 @@ pub(crate) struct CpuData {
     pub(crate) sgi_target: u64,
     /// Its power state.
     pub(crate) power: PowerSlot,
-    /// A vCPU that this core's host looks after may be runnable: a kick is the host's.
-    pub(crate) host_kick: AtomicBool,
+    /// A vCPU that this core's host lets sleep may be runnable: a kick is the host's.
+    pub(crate) host_kick: HostKick,
     /// Where its private interrupts' registers are; 0 before they are prepared.
     pub(crate) gic_frame: AtomicU64,
     /// GICv2: the bit of its interface in target registers; 0 before it is prepared.
@@ -66,7 +67,7 @@ impl CpuData {
             mpidr: id.1,
             sgi_target: sgi_target(id.1),
             power: PowerSlot::new(),
-            host_kick: AtomicBool::new(false),
+            host_kick: HostKick::new(),
             gic_frame: AtomicU64::new(0),
             gic_target: AtomicU8::new(0),
             timer_active: AtomicBool::new(false),
