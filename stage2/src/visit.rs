@@ -74,7 +74,47 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
             space: self,
             next: range.start().get(),
             end: range.end().get(),
+            left: usize::MAX,
         })
+    }
+
+    /// Where the first leaf of a range is, notes left aside; the range's end if there is none.
+    ///
+    /// # Errors
+    /// As [`Stage2::runs`].
+    pub fn empty_to(&self, range: IpaRange) -> Result<Ipa, crate::MapError> {
+        self.check_input(&range)?;
+        let span = Span::of(&range);
+        let leaf = self.leaf_in(&self.root_table(), self.geometry().start_level(), span);
+        Ok(Ipa::new(leaf.unwrap_or(span.end).max(span.start)))
+    }
+
+    fn leaf_in(&self, table: &Table<'_, P>, level: Level, span: Span) -> Option<u64> {
+        let shift = self.geometry().shift(level);
+        let base = span.start >> shift << shift;
+        let first = self.index(table, span.start, level);
+        let behind = self.index(table, span.end - 1, level) + 1;
+        let mut index = first;
+        while index < behind {
+            let raw = table.load(index);
+            let slot = base + (((index - first) as u64) << shift);
+            let leaf = match self.format.kind(raw, level) {
+                WordKind::Invalid => {
+                    index += table.zero_run(index + 1, behind - index - 1);
+                    None
+                }
+                WordKind::Leaf => Some(slot),
+                WordKind::Table => {
+                    let part = span.within(slot, 1 << shift);
+                    self.leaf_in(&self.child(raw, level), level.finer(), part)
+                }
+            };
+            if leaf.is_some() {
+                return leaf;
+            }
+            index += 1;
+        }
+        None
     }
 }
 
@@ -128,9 +168,24 @@ pub struct Runs<'a, F: TableFormat, P: Platform> {
     space: &'a Stage2<F, P>,
     next: u64,
     end: u64,
+    /// Slots that are still looked at.
+    left: usize,
 }
 
 impl<F: TableFormat, P: Platform> Runs<'_, F, P> {
+    /// Ends when it has looked at so many slots, if only in the middle of a run.
+    #[must_use]
+    pub const fn limited(mut self, slots: usize) -> Self {
+        self.left = slots;
+        self
+    }
+
+    /// Where it goes on: it has seen everything before, and given it out.
+    #[must_use]
+    pub const fn position(&self) -> Ipa {
+        Ipa::new(self.next)
+    }
+
     /// The slot at `next`; nothing stands for an empty or broken one.
     fn slot(&self) -> (Option<Run>, u64) {
         let at = self.space.descend(self.next);
@@ -156,7 +211,8 @@ impl<F: TableFormat, P: Platform> Iterator for Runs<'_, F, P> {
 
     fn next(&mut self) -> Option<Run> {
         let mut run: Option<Run> = None;
-        while self.next < self.end {
+        while self.next < self.end && self.left > 0 {
+            self.left -= 1;
             let (slot, behind) = self.slot();
             match (&mut run, slot) {
                 (None, None) => {}

@@ -78,6 +78,57 @@ fn other_memory_permissions_notes_and_gaps_end_a_run() {
 }
 
 #[test]
+fn who_looks_at_few_slots_gets_a_part_of_a_run_or_learns_how_far_nothing_is() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, GIB + 5 * PAGE, 4 * PAGE, GIB);
+    let look = |from: u64, slots| {
+        let runs = space.runs(range(from, 3 * GIB - from)).unwrap();
+        let mut runs = runs.limited(slots);
+        let found = runs
+            .next()
+            .map(|run| (run.range.start().get(), run.range.len()));
+        (found, runs.position().get())
+    };
+    let leaf = GIB + 5 * PAGE;
+    assert_eq!(look(0, 6), (None, leaf));
+    assert_eq!(look(0, 7), (Some((leaf, PAGE)), leaf + PAGE));
+    assert_eq!(
+        look(leaf + PAGE, 2),
+        (Some((leaf + PAGE, 2 * PAGE)), leaf + 3 * PAGE)
+    );
+    assert_eq!(look(leaf, 5), (Some((leaf, 4 * PAGE)), leaf + 4 * PAGE));
+    assert_eq!(look(leaf + 4 * PAGE, 9999), (None, 3 * GIB));
+}
+
+#[test]
+fn what_is_empty_ends_at_the_first_leaf() {
+    let machine = machine(8);
+    let mut space = space(&machine);
+    map(&mut space, GIB + BLOCK + 7 * PAGE, 2 * PAGE, GIB);
+    map(&mut space, GIB + 3 * BLOCK, BLOCK, GIB);
+    let note = Annotation::try_new(1).unwrap();
+    space
+        .annotate(range(GIB + BLOCK + 3 * PAGE, PAGE), note)
+        .unwrap();
+    let empty_to = |from: u64, end: u64| space.empty_to(range(from, end - from)).unwrap().get();
+    let leaf = GIB + BLOCK + 7 * PAGE;
+    assert_eq!(empty_to(0, GIB), GIB);
+    assert_eq!(empty_to(0, 2 * GIB), leaf);
+    assert_eq!(empty_to(0, leaf), leaf);
+    assert_eq!(empty_to(leaf + PAGE, leaf + 2 * PAGE), leaf + PAGE);
+    assert_eq!(empty_to(leaf + 2 * PAGE, leaf + 5 * PAGE), leaf + 5 * PAGE);
+    assert_eq!(empty_to(leaf + 2 * PAGE, 2 * GIB), GIB + 3 * BLOCK);
+    let within = GIB + 3 * BLOCK + PAGE;
+    assert_eq!(empty_to(within, within + PAGE), within);
+    assert_eq!(empty_to(GIB + 4 * BLOCK, 3 * GIB), 3 * GIB);
+    space.zap(range(leaf, 2 * PAGE)).unwrap();
+    assert_eq!(empty_to(0, 2 * GIB), GIB + 3 * BLOCK);
+    let past = space.empty_to(range(1 << 39, PAGE));
+    assert_eq!(past.err(), Some(MapError::OutOfInput(range(1 << 39, PAGE))));
+}
+
+#[test]
 fn a_run_reaches_out_of_the_range_by_whole_slots() {
     let machine = machine(8);
     let mut space = space(&machine);
