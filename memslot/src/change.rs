@@ -28,21 +28,42 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// For a number, range, flag or overlap that is not allowed; nothing has changed then. A
     /// non-coherent slot is refused while a root is exported, if a vCPU has a say in its types.
     pub fn create_slot(&self, slot: Memslot) -> Result<(), Error> {
+        self.create_part(slot, Extent::Whole).map(drop)
+    }
+
+    /// [`GuestMemory::create_slot`] in steps, for as long as `go_on` allows: a logged slot is there, and
+    /// [`GuestMemory::set_flags_in_steps`] with its flags goes on to begin its log.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::create_slot`].
+    pub fn create_in_steps(
+        &self,
+        slot: Memslot,
+        go_on: impl FnMut() -> bool,
+    ) -> Result<Progress, Error> {
+        let mut is_there = false;
+        repeat(go_on, || {
+            if core::mem::replace(&mut is_there, true) {
+                return self.flags_part(slot.id, slot.flags, Extent::Step);
+            }
+            self.create_part(slot, Extent::Step)
+        })
+    }
+
+    fn create_part(&self, slot: Memslot, extent: Extent) -> Result<Progress, Error> {
         self.check_id(slot.id)?;
         self.check_range(slot.range)?;
         self.check_flags(slot.flags)?;
         let mut slots = self.slots.write();
         slots.unchanged()?;
-        let next = slots.set.with(Memslot { lock: None, ..slot })?;
-        let bitmap = Self::bitmap_for(&slot)?;
-        let mut mmu = self.mmu.write();
+        let slot = Memslot { lock: None, ..slot };
+        let next = slots.set.with(slot)?;
+        let importers = self.mmu.read().importers;
         let flagged = slot.flags.contains(SlotFlags::NONCOHERENT_DMA);
-        if flagged && mmu.importers > 0 && self.policy.asks_vcpu() {
-            return Err(Error::InUse(mmu.importers));
+        if flagged && importers > 0 && self.policy.asks_vcpu() {
+            return Err(Error::InUse(importers));
         }
-        mmu.set_bitmap(slot.id, bitmap)?;
-        mmu.commit(&mut slots, next);
-        Ok(())
+        self.commit_logging(&mut slots, slot, next, extent)
     }
 
     /// Removes a slot and its leaves. Gives the slot that it removed: by its number alone a caller
@@ -126,7 +147,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         let end = from.range.end();
         let rest = GfnRange::new(resumed.unwrap_or(from.range.start().get()), end);
         let rest = rest.ok_or(Error::ChangeUnfinished)?;
-        let part = self.mmu.read().first(rest, extent);
+        let mut mmu = self.mmu.write();
+        let part = mmu.first(rest, mmu.table.owes_data(), extent);
         let is_last = part.end() == end;
         // All that can fail comes first; only cutting a block can behind this.
         let next = match (resumed.is_some(), is_last, to) {
@@ -135,7 +157,6 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             (true, true, Some(to)) => Some(slots.set.with(to)?),
             (true, ..) => None,
         };
-        let mut mmu = self.mmu.write();
         mmu.unmap_first(part, extent)?;
         if is_last && extent == Extent::Step {
             // The tables above, and nothing else.
@@ -240,17 +261,21 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         if old.kind == SlotKind::Mmio {
             return Err(Error::BadBits(flags.bits().into()));
         }
-        self.switch_logging(&mut slots, Memslot { flags, ..old }, extent)
+        let new = Memslot { flags, ..old };
+        let next = slots.set.replacing(new)?;
+        self.commit_logging(&mut slots, new, next, extent)
     }
 
-    fn switch_logging(
+    /// Commits the slots with a new one that is logged, or is not; the first step if a log begins.
+    fn commit_logging(
         &self,
         slots: &mut SlotTable,
         new: Memslot,
+        next: Memslots,
         extent: Extent,
     ) -> Result<Progress, Error> {
-        let next = slots.set.replacing(new)?;
-        if let Some(bitmap) = Self::bitmap_for(&new)? {
+        if new.flags.contains(SlotFlags::DIRTY_LOG) {
+            let bitmap = DirtyBitmap::new(new.range.npages())?;
             let start = new.range.start().get();
             return self.log_part(slots, (&new, start), Some((next, bitmap)), extent);
         }
@@ -274,21 +299,25 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         let rest = GfnRange::new(at, slot.range.end()).ok_or(Error::ChangeUnfinished)?;
         let mut mmu = self.mmu.write();
         if begins.is_some() {
-            mmu.reserve_bitmap()?;
+            mmu.dirty.try_reserve(1)?;
         }
         let part = match slot.lock {
             Some(_) => extent.first(rest, Cost::Maintenance),
-            None => mmu.first(rest, extent),
+            None => mmu.first(rest, mmu.table.owes_data(), extent),
         };
         match slot.lock {
             Some(_) => mmu.write_protect(part)?,
             None => mmu.zap_first(part)?,
         }
         if let Some((next, bitmap)) = begins {
-            mmu.set_bitmap(slot.id, Some(bitmap))?;
+            mmu.dirty.push((slot.id, bitmap));
             mmu.commit(slots, next);
         }
         let (change, at) = (Change::Log(slot.id), part.end());
+        let mut logs = mmu.dirty.iter_mut();
+        if let Some((_, log)) = logs.find(|(of, _)| *of == slot.id) {
+            log.cover(at - slot.range.start().get());
+        }
         let is_last = at == slot.range.end();
         slots.unfinished = (!is_last).then_some(Unfinished { change, at });
         Ok(if is_last {
@@ -382,12 +411,6 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         }
         Ok(())
     }
-
-    fn bitmap_for(slot: &Memslot) -> Result<Option<DirtyBitmap>, Error> {
-        let logs = slot.flags.contains(SlotFlags::DIRTY_LOG);
-        logs.then(|| DirtyBitmap::new(slot.range.npages()))
-            .transpose()
-    }
 }
 
 impl<T: GuestTable> Mmu<T> {
@@ -422,18 +445,6 @@ impl<T> Mmu<T> {
     pub(crate) fn commit(&mut self, slots: &mut SlotTable, next: Memslots) {
         self.generation = next.generation();
         slots.set = next;
-    }
-
-    fn reserve_bitmap(&mut self) -> Result<(), Error> {
-        Ok(self.dirty.try_reserve(1)?)
-    }
-
-    fn set_bitmap(&mut self, id: SlotId, bitmap: Option<DirtyBitmap>) -> Result<(), Error> {
-        if let Some(bitmap) = bitmap {
-            self.reserve_bitmap()?;
-            self.dirty.push((id, bitmap));
-        }
-        Ok(())
     }
 
     fn drop_bitmap(&mut self, id: SlotId) {

@@ -2,7 +2,8 @@
 //!
 //! Invariant (kept by the fault and log paths together): a writable leaf of a logged slot has
 //! its bit set, or its page is being handed to the host right now and the leaf is made
-//! read-only before the call returns. So no write is lost.
+//! read-only before the call returns. So no write is lost. While a log begins, its bitmap covers what
+//! that has come to; leaves behind it are still to go.
 
 use alloc::vec::Vec;
 
@@ -17,16 +18,22 @@ pub struct DirtyBitmap {
 }
 
 impl DirtyBitmap {
-    /// A clean bitmap for `npages` pages.
+    /// Room for a bitmap of `npages` pages, which covers none of them yet.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn new(npages: u64) -> Result<Self, Error> {
-        let count = Self::words_for(npages)?;
         let mut words = Vec::new();
-        words.try_reserve_exact(count)?;
-        words.extend((0..count).map(|_| AtomicU64::new(0)));
+        words.try_reserve_exact(Self::words_for(npages)?)?;
         Ok(Self { words, npages })
+    }
+
+    /// Covers the first `npages` pages, too: those that come are clean.
+    pub fn cover(&mut self, npages: u64) {
+        let words = npages.min(self.npages).div_ceil(64);
+        while (self.words.len() as u64) < words {
+            self.words.push(AtomicU64::new(0));
+        }
     }
 
     /// Number of 64-bit words for `npages` pages.
@@ -37,7 +44,7 @@ impl DirtyBitmap {
         usize::try_from(npages.div_ceil(64)).map_err(|_| Error::OutOfMemory)
     }
 
-    /// Number of words.
+    /// Number of words that are covered.
     #[must_use]
     pub fn len(&self) -> usize {
         self.words.len()
@@ -49,7 +56,7 @@ impl DirtyBitmap {
         self.npages == 0
     }
 
-    /// Marks page `index` (counted from the slot's start). Pages outside are ignored.
+    /// Marks page `index` (counted from the slot's start). Pages that are not covered are ignored.
     pub fn mark(&self, index: u64) {
         if index >= self.npages {
             return;
@@ -83,7 +90,8 @@ mod tests {
 
     #[test]
     fn a_bit_is_taken_once() {
-        let b = DirtyBitmap::new(130).unwrap();
+        let mut b = DirtyBitmap::new(130).unwrap();
+        b.cover(130);
         assert_eq!(b.len(), 3);
         b.mark(0);
         b.mark(63);
@@ -99,13 +107,29 @@ mod tests {
 
     #[test]
     fn pages_and_words_outside_are_ignored() {
-        let b = DirtyBitmap::new(65).unwrap();
+        let mut b = DirtyBitmap::new(65).unwrap();
+        b.cover(u64::MAX);
         b.mark(65);
         b.mark(127);
         b.mark(u64::MAX);
         assert_eq!((b.take_word(0), b.take_word(1), b.take_word(9)), (0, 0, 0));
         assert!(!b.is_empty());
         assert!(DirtyBitmap::new(0).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_not_covered_yet_is_ignored_and_clean_when_it_comes() {
+        let mut b = DirtyBitmap::new(200).unwrap();
+        b.mark(0);
+        b.cover(3);
+        b.mark(63);
+        b.mark(64);
+        assert_eq!((b.len(), b.word_at(0), b.word_at(1)), (1, 1 << 63, 0));
+        b.cover(200);
+        b.cover(3);
+        b.mark(199);
+        assert_eq!((b.len(), b.word_at(0)), (4, 1 << 63));
+        assert_eq!((b.word_at(1), b.word_at(3)), (0, 1 << 7));
     }
 
     // Miri ends the program instead of failing such an allocation.

@@ -24,7 +24,7 @@ use crate::error::Error;
 use crate::frames::FrameSource;
 use crate::gate::ClosedGate;
 use crate::noncoherent::{Edge, NoncoherentDma};
-use crate::policy::MemTypePolicy;
+use crate::policy::{LeafType, MemTypePolicy};
 use crate::slot::{Memslot, SlotFlags, SlotKind};
 use crate::steps::{Cost, Extent, Progress, repeat};
 use crate::table::{GuestTable, behind, rewrite};
@@ -73,10 +73,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         dma: Dma,
         go_on: impl FnMut() -> bool,
     ) -> Result<Progress, Error> {
-        repeat(go_on, || {
-            let part = self.device_part(dma, Direction::Register, Extent::Step);
-            part.map(|(_, progress)| progress)
-        })
+        self.device_in_steps(dma, Direction::Register, go_on)
     }
 
     /// Removes a device. It no longer accesses memory, and its accesses in flight have drained.
@@ -97,8 +94,17 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         dma: Dma,
         go_on: impl FnMut() -> bool,
     ) -> Result<Progress, Error> {
+        self.device_in_steps(dma, Direction::Unregister, go_on)
+    }
+
+    fn device_in_steps(
+        &self,
+        dma: Dma,
+        way: Direction,
+        go_on: impl FnMut() -> bool,
+    ) -> Result<Progress, Error> {
         repeat(go_on, || {
-            let part = self.device_part(dma, Direction::Unregister, Extent::Step);
+            let part = self.device_part(dma, way, Extent::Step);
             part.map(|(_, progress)| progress)
         })
     }
@@ -202,7 +208,10 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
             None => slots.finished().map(|()| 0)?,
         };
         if let Some(Change::Types(_, _, edge)) = slots.unfinished.map(|u| u.change) {
-            return self.follow(&mut slots, (dma, way, edge), at, extent);
+            // Where locked leaves change nobody is inside: the first step has closed the gate, and said
+            // that a change keeps everybody out, before it opened it again.
+            let mut mmu = self.mmu.write();
+            return self.apply_edge(&mut slots, &mut mmu, (dma, way, edge), at, extent);
         }
         while let Some(next) = (way == Direction::Register)
             .then(|| self.clean_part(&slots, at, extent))
@@ -261,19 +270,6 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         followed
     }
 
-    /// The types go on to follow the count.
-    fn follow(
-        &self,
-        slots: &mut SlotTable,
-        what: (Dma, Direction, Edge),
-        at: u64,
-        extent: Extent,
-    ) -> Result<(Edge, Progress), Error> {
-        let mut mmu = self.mmu.write();
-        let _closed = self.prepare_edge(slots, &mmu, mmu.noncoherent.any())?;
-        self.apply_edge(slots, &mut mmu, what, at, extent)
-    }
-
     /// Everything that can refuse an edge. Rewriting locked slots needs the vCPUs out: they
     /// would see the leaves missing.
     fn prepare_edge(
@@ -308,7 +304,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         while let Some((slot, rest)) = slots.next_of(at, follows_count) {
             let part = match slot.lock {
                 None => {
-                    let part = extent.first(rest, Cost::Maintenance);
+                    let cleans = self.policy.needs_maintenance(LeafType::HonourGuest);
+                    let part = mmu.first(rest, cleans, extent);
                     self.zap_with_maintenance(mmu, part)?;
                     part
                 }
@@ -328,8 +325,8 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         Ok((edge, Progress::Done))
     }
 
-    /// A locked slot's leaves change in place, the first part of `rest`; a block of 1 GiB, which stays
-    /// one mapping, in one go.
+    /// A locked slot's leaves change in place, the first part of `rest`. A block of 1 GiB that owes
+    /// cleaning is cut: by 2 MiB it is cleaned, and nobody is in who could meet a leaf that is missing.
     fn rewrite_locked(
         &self,
         slots: &mut SlotTable,
@@ -338,12 +335,10 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         rest: GfnRange,
         extent: Extent,
     ) -> Result<GfnRange, Error> {
-        let small = extent.first(rest, Cost::Maintenance);
-        let part = if mmu.would_cut(small)? {
-            extent.first(rest, Cost::Blocks)
-        } else {
-            small
-        };
+        let mut part = extent.first(rest, Cost::Maintenance);
+        if !self.policy.needs_maintenance(LeafType::HonourGuest) && mmu.would_cut(part)? {
+            part = extent.first(rest, Cost::Blocks);
+        }
         let leaf = self.locked_type(slot, mmu.noncoherent.any())?;
         let (mem, combine) = self.policy.encode(leaf);
         rewrite(&mut mmu.table, slot_bytes(part)?, |attrs| LeafAttrs {
@@ -361,10 +356,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     /// Removes the leaves of a range, then cleans and invalidates what they mapped, except
     /// where the removal has done so.
     fn zap_with_maintenance(&self, mmu: &mut Mmu<T>, part: GfnRange) -> Result<(), Error> {
-        if !self
-            .policy
-            .needs_maintenance(crate::policy::LeafType::HonourGuest)
-        {
+        if !self.policy.needs_maintenance(LeafType::HonourGuest) {
             return mmu.zap_part(part);
         }
         let cuts = mmu.would_cut(part)?;

@@ -28,8 +28,8 @@ use crate::frames::{FrameRun, FrameSource, PinIntent};
 use crate::pending::Work;
 use crate::policy::{LeafType, MemTypePolicy, TypeQuery};
 use crate::slot::{LockFlags, LockGranule, Memslot, SlotFlags, SlotId, SlotLock};
-use crate::steps::{Cost, Extent, Progress, repeat};
-use crate::table::{GuestTable, bytes};
+use crate::steps::{Cost, Extent, FRAMES, Progress, repeat};
+use crate::table::GuestTable;
 use crate::unfinished::Change;
 use crate::vm::{GuestMemory, Locked, Mmu, SlotTable, slot_bytes};
 
@@ -223,21 +223,29 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
     ) -> Result<GfnRange, Error> {
         let mmu = self.mmu.read();
         let (_, work) = self.locked_leaf(slot, &mmu, request.perms)?;
+        if extent == Extent::Whole {
+            return Ok(rest);
+        }
         let many = if with_lock(slot, request).needs_base_pages() {
             Cost::Pages
         } else {
             Cost::Blocks
         };
-        let part = extent.first(rest, many);
-        let maps_fresh = bytes(part).is_some_and(|range| mmu.table.next_run(range).is_none());
         // Blocks that owe cleaning are as small as a step; memory that is not aligned has none.
         let skew = slot.backing.abs_diff(slot.range.start().get());
         let cost = match many {
-            _ if !maps_fresh || (mmu.has_other_users() && !work.is_empty()) => Cost::Maintenance,
-            Cost::Blocks if !skew.is_multiple_of(crate::steps::FRAMES) => Cost::Pages,
+            _ if mmu.has_other_users() && !work.is_empty() => Cost::Maintenance,
+            Cost::Blocks if !skew.is_multiple_of(FRAMES) => Cost::Pages,
             other => other,
         };
-        Ok(extent.first(rest, cost))
+        let part = extent.first(rest, cost);
+        let fresh = mmu.empty_to(part);
+        if fresh == part.end() {
+            return Ok(part);
+        }
+        // Up to the block in which something is mapped; there leaves are replaced.
+        let fresh = GfnRange::new(part.start().get(), fresh - fresh % FRAMES);
+        Ok(fresh.unwrap_or(extent.first(rest, Cost::Maintenance)))
     }
 
     /// Unlocks a slot: unpins and un-charges its pages. Leaves stay, unless they never got

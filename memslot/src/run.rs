@@ -155,7 +155,7 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         };
         let mut mmu = self.mmu.write();
         while let Some((_, rest)) = slots.next_of(at, |slot| slot.lock.is_none()) {
-            let part = mmu.first(rest, extent);
+            let part = mmu.first(rest, mmu.table.owes_data(), extent);
             mmu.zap_first(part)?;
             at = part.end();
             if extent == Extent::Step {

@@ -101,6 +101,12 @@ pub trait GuestTable {
     /// The first run of equal leaves in the range, clipped to it.
     fn next_run(&self, range: IpaRange) -> Option<LeafRun>;
 
+    /// Where the first leaf of the range is; its end if there is none.
+    fn empty_to(&self, range: IpaRange) -> Ipa {
+        self.next_run(range)
+            .map_or(range.end(), |run| run.range.start())
+    }
+
     /// Whether some leaf may owe data-cache maintenance when it goes.
     fn owes_data(&self) -> bool {
         true
@@ -171,6 +177,10 @@ impl<F: TableFormat, P: Platform> GuestTable for Stage2<F, P> {
             RunKind::Annotated(_) => None,
         };
         self.runs(range).ok()?.find_map(mapped)
+    }
+
+    fn empty_to(&self, range: IpaRange) -> Ipa {
+        Self::empty_to(self, range).unwrap_or(range.start())
     }
 
     fn owes_data(&self) -> bool {

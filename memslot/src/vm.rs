@@ -347,14 +347,20 @@ impl<T: GuestTable> Mmu<T> {
         Ok(run.as_ref().is_some_and(cuts))
     }
 
-    /// What is taken away in one go.
-    pub(crate) fn first(&self, rest: GfnRange, extent: Extent) -> GfnRange {
-        let cost = if self.table.owes_data() {
-            Cost::Maintenance
+    /// What is taken away in one go: less where something is mapped that `cleans` says to be cleaned.
+    pub(crate) fn first(&self, rest: GfnRange, cleans: bool, extent: Extent) -> GfnRange {
+        let part = extent.first(rest, Cost::Pages);
+        if !cleans || self.empty_to(part) == part.end() {
+            part
         } else {
-            Cost::Pages
-        };
-        extent.first(rest, cost)
+            extent.first(rest, Cost::Maintenance)
+        }
+    }
+
+    /// The frame up to which nothing is mapped in a part.
+    pub(crate) fn empty_to(&self, part: GfnRange) -> u64 {
+        let end = bytes(part).map(|range| self.table.empty_to(range));
+        end.map_or(part.start(), |end| end.frame()).get()
     }
 
     /// Takes the leaves of a part away that [`Self::first`] has chosen; notes stay.

@@ -219,10 +219,13 @@ fn slot_replacement_against_fault() {
     });
 }
 
+/// The first page behind a boundary of steps.
+const BOUNDARY: u64 = 32 * 512;
+
 /// Two pages, each of which is a step.
 fn two_steps() -> Arc<Vm<ArmPolicy>> {
     let vm = vm(PLAIN);
-    let base = Gfn::try_new(511).unwrap();
+    let base = Gfn::try_new(BOUNDARY - 1).unwrap();
     let slot = Memslot::new(B, base, 2, 0x9000, SlotFlags::empty(), SlotKind::Ram).unwrap();
     vm.mem.create_slot(slot).unwrap();
     vm
@@ -245,7 +248,7 @@ fn two_deletions_in_steps_against_a_fault() {
         let vm = two_steps();
         let others = [Arc::clone(&vm), Arc::clone(&vm)];
         let [one, two] = others;
-        let vcpu = thread::spawn(move || write(&one, 512));
+        let vcpu = thread::spawn(move || write(&one, BOUNDARY));
         let cpu = thread::spawn(move || {
             let step = two.mem.delete_in_steps(B, || false);
             u32::from(matches!(step, Ok(Some(_))))
@@ -259,7 +262,7 @@ fn two_deletions_in_steps_against_a_fault() {
         let _ = vcpu.join().unwrap();
         assert_eq!(gone, 1);
         assert!(vm.mem.with_table(ModelTable::leaves).is_empty());
-        assert_eq!(write(&vm, 512), FaultOutcome::Mmio);
+        assert_eq!(write(&vm, BOUNDARY), FaultOutcome::Mmio);
     });
 }
 
@@ -268,16 +271,16 @@ fn two_deletions_in_steps_against_a_fault() {
 fn a_log_in_steps_against_write_faults() {
     check(3, || {
         let vm = two_steps();
-        assert_eq!(write(&vm, 511), FaultOutcome::Resolved);
+        assert_eq!(write(&vm, BOUNDARY - 1), FaultOutcome::Resolved);
         let other = Arc::clone(&vm);
-        let vcpu = thread::spawn(move || (write(&other, 512), write(&other, 511)));
+        let vcpu = thread::spawn(move || (write(&other, BOUNDARY), write(&other, BOUNDARY - 1)));
         let log = || vm.mem.set_flags_in_steps(B, SlotFlags::DIRTY_LOG, || false);
         assert_eq!(log(), Ok(Progress::More));
         assert_eq!(log(), Ok(Progress::Done));
         let _ = vcpu.join().unwrap();
         let leaves = vm.mem.with_table(ModelTable::leaves);
         let bits = vm.mem.take_dirty_word(B, 0).unwrap();
-        for (bit, page) in [(0, 511), (1, 512)] {
+        for (bit, page) in [(0, BOUNDARY - 1), (1, BOUNDARY)] {
             let leaf = leaves.get(&(page << 12));
             let writable = leaf.is_some_and(|l| l.attrs.perms.contains(stage2::Perms::WRITE));
             assert!(!writable || bits >> bit & 1 == 1, "page {page}");

@@ -6,6 +6,8 @@
 // every step, and those that map thousands of pages or run hundreds of random cases.
 #[cfg(not(miri))]
 mod boots;
+#[cfg(not(miri))]
+mod bounded;
 mod caches;
 mod changes;
 mod edges;
