@@ -63,6 +63,7 @@ calls! {
     VmDestroy = 0xc600_0113,
     /// `x1`: handle, destroyed or only reserved. Gives back one range that was donated, zeroed:
     /// its address, and in `x2` its pages. When nothing is left: 0 and 0, and the handle is free.
+    /// [`crate::ErrorCode::Again`]: call again, much of what it has looked at had gone back before.
     VmReclaim = 0xc600_0114,
     /// `x1`: handle. Resets the VM's memory (on-demand leaves go, locked slots keep theirs and owe
     /// their maintenance again), interrupt controller and vCPUs; the entry must be set anew. [`crate::ErrorCode::Again`]: call
@@ -71,8 +72,9 @@ calls! {
     /// `x1`: handle, `x2`: a [`crate::VmCounter`]; gives its value.
     VmCounter = 0xc600_0116,
     /// `x1`: handle, `x2`: IPA. Gives the first run of equal leaves that ends behind the IPA: its
-    /// IPA, in `x2` its physical address, in `x3` a [`crate::LeafInfo`]. Without one:
-    /// [`crate::ErrorCode::NotFound`]. A protected VM refuses it.
+    /// IPA, in `x2` its physical address, in `x3` a [`crate::LeafInfo`]. It looks at 16,384 entries
+    /// at most: a longer run is given in parts, and one of no pages says that nothing is mapped up to
+    /// its IPA, to go on with. Without one: [`crate::ErrorCode::NotFound`]. A protected VM refuses it.
     VmMapping = 0xc600_0117,
     /// `x1`: handle of a protected VM to which no memory has been donated yet; `x2` to `x5`: the
     /// measurement that it must have, words in the order of the bytes, little-endian each.
@@ -89,7 +91,8 @@ calls! {
 
     /// `x1`: handle; `x2`: a [`crate::SlotWord`]; `x3`: IPA; `x4`: pages; `x5`: physical address.
     /// Gives the guest a slot of the host's memory. Unprotected: the host keeps its access. Protected:
-    /// the guest finds nothing there before [`Call::MemoryDonate`].
+    /// the guest finds nothing there before [`Call::MemoryDonate`]. [`crate::ErrorCode::Again`]: call
+    /// again, the work is done in steps; a logged slot is there, and its log can be read when it is done.
     SlotCreate = 0xc600_0120,
     /// `x1`: handle, `x2`: slot number. Removes it and its mappings. [`crate::ErrorCode::Again`]: call
     /// again, the work is done in steps; the guest finds nothing new there from the first one on.
@@ -176,6 +179,7 @@ calls! {
     /// [`Call::DmaDevice`].
     DeviceAttach = 0xc600_0152,
     /// `x1`: handle, `x2`: a function of this VM. Its DMA aborts again; it stays taken.
+    /// [`crate::ErrorCode::Again`]: call again, it aborts already, and memory types follow in steps.
     /// [`Call::VmDestroy`] does the same to all.
     DeviceDetach = 0xc600_0153,
     /// `x1`: a function. Gives 0, and how many of its accesses were refused since boot in `x2`, the

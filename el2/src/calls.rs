@@ -23,6 +23,8 @@ use crate::vm::{self, Vm};
 /// What a call gives: `x1` to `x4`.
 type Answer = Result<[u64; 4], Refusal>;
 
+/// Entries of a VM's tables that one call looks at.
+const LOOKED_AT: usize = 16_384;
 /// SlotLock's bit that asks for blocks.
 const LOCK_BLOCKS: u64 = 1 << 8;
 
@@ -350,7 +352,8 @@ fn dma(vm: &Vm, kind: u64, register: u64) -> Result<u64, Refusal> {
     })
 }
 
-/// The first run of equal leaves that ends behind an address.
+/// The first run of equal leaves that ends behind an address, as far as one call looks: a part of it, or
+/// a run of no pages where all that is known is that nothing is mapped before it.
 fn mapping(vm: &Vm, ipa: u64) -> Answer {
     if vm.config.protected {
         // Permissions would tell where its guest has fetched from.
@@ -363,7 +366,8 @@ fn mapping(vm: &Vm, ipa: u64) -> Answer {
         let size = size + ipa % PAGE_SIZE;
         let range = IpaRange::new(start, size).map_err(|_| ErrorCode::Invalid)?;
         let runs = table.runs(range).map_err(|_| ErrorCode::Invalid)?;
-        for run in runs {
+        let mut runs = runs.limited(LOOKED_AT);
+        for run in runs.by_ref() {
             let RunKind::Mapped { pa, attrs } = run.kind else {
                 continue;
             };
@@ -378,7 +382,10 @@ fn mapping(vm: &Vm, ipa: u64) -> Answer {
             };
             return Ok([run.range.start().get(), pa.get(), info.bits(), 0]);
         }
-        Err(ErrorCode::NotFound.into())
+        match runs.position().get() {
+            behind if behind < end => Ok([behind, 0, 0, 0]),
+            _ => Err(ErrorCode::NotFound.into()),
+        }
     })
 }
 

@@ -28,6 +28,8 @@ use crate::vm_error::Refusal;
 
 /// Slots that the host may use are below this.
 pub const HOST_SLOTS: u16 = 63;
+/// Donations that are looked at in one go when they come back.
+const LOOKED_AT: usize = 512;
 /// Note of a page that the host took: forever.
 const POISONED: u64 = 1;
 /// Note of a page that the guest gave away: until a new one is donated.
@@ -318,8 +320,15 @@ impl Donations {
         self.0.push(Donation { range, owner });
     }
 
-    /// Wipes some pages of a VM that is gone and gives them back; `None` when nothing is left. Pages
-    /// that have gone back before are not touched: they may be another VM's already.
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Wipes some pages of a VM that is gone and gives them back; `None` when nothing is left, or if
+    /// those that it has looked at in one go have gone back before. Such pages are not touched: they may
+    /// be another VM's already.
     ///
     /// # Errors
     ///
@@ -330,7 +339,10 @@ impl Donations {
         host: &impl HostReach,
         contents: &impl Contents,
     ) -> Result<Option<AddrRange>, OwnershipError> {
-        while let Some(donation) = self.0.last_mut() {
+        for _ in 0..LOOKED_AT {
+            let Some(donation) = self.0.last_mut() else {
+                break;
+            };
             let run = ownership.pages().first_run(donation.range, donation.owner);
             if let Some(run) = run {
                 contents.wipe(run);

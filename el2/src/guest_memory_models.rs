@@ -478,7 +478,7 @@ fn the_end_of_a_lease_against_donate() {
     race(
         || {
             let world = World::new();
-            world.ownership.lease(page(0), UNPROTECTED).unwrap();
+            assert!(world.ownership.lease(page(0), UNPROTECTED).is_ok());
             world
         },
         |world| world.ownership.end_lease(page(0), UNPROTECTED).is_ok(),

@@ -10,6 +10,7 @@ use el2::sync::SpinLock;
 use el2::vm_error::Refusal;
 use heapless::Vec;
 use memslot::edge::Dma;
+use memslot::error::Error;
 use memslot::slot::SlotKind;
 use spin::Once;
 use stage2::{ExportedRoot, Importer, InvalidateListener, IpaRange, Level};
@@ -192,9 +193,11 @@ struct Attached {
     /// While there are any.
     root: Option<ExportedRoot>,
     devices: Vec<(u32, Dma), MAX_DEVICES>,
-    /// Devices that do not snoop and are gone, but whose going would change the memory types of a
-    /// root that others walk: they are counted until that is possible.
+    /// Devices that do not snoop and are gone, but still counted: types change in steps, and not while
+    /// others walk the root.
     owed: usize,
+    /// The stream for which this is to be gone on with.
+    leaving: Option<u32>,
 }
 
 impl Devices {
@@ -204,6 +207,7 @@ impl Devices {
             root: None,
             devices: Vec::new(),
             owed: 0,
+            leaving: None,
         }))
     }
 }
@@ -232,8 +236,9 @@ pub(crate) fn attach(vm: &Vm, function: u64, dma: Dma) -> Result<u64, Refusal> {
         attached.forget(vm, dma);
         return Err(refusal);
     }
-    // There is room.
+    // There is room. Where it was going before, the counts settle later.
     let _ = attached.devices.push((stream, dma)).is_ok();
+    attached.leaving.take_if(|leaving| *leaving == stream);
     Ok(0)
 }
 
@@ -241,9 +246,13 @@ pub(crate) fn attach(vm: &Vm, function: u64, dma: Dma) -> Result<u64, Refusal> {
 pub(crate) fn detach(vm: &Vm, function: u64) -> Result<u64, Refusal> {
     let (smmu, stream) = find(function)?;
     let mut attached = vm.devices.0.lock();
-    let dma = attached.remove(vm, smmu, stream)?;
-    attached.forget(vm, dma);
-    Ok(0)
+    if attached.leaving != Some(stream) {
+        let dma = attached.remove(vm, smmu, stream)?;
+        attached.forget(vm, dma);
+    }
+    let settled = attached.settle(vm);
+    attached.leaving = settled.is_err().then_some(stream);
+    settled
 }
 
 /// The same for all of a VM that ends. What it has counts no more: memory types don't change, and what its
@@ -316,17 +325,31 @@ impl Attached {
         debug_assert!(done.is_ok(), "the only importer of this root");
     }
 
-    /// Takes a device out of the counts, or leaves that for later.
+    /// Takes a device out of the counts; one that does not snoop when [`Self::settle`] can.
     fn forget(&mut self, vm: &Vm, dma: Dma) {
         match dma {
             Dma::Snooping => {
-                let done = vm.memory.unregister_device(dma);
+                let done = vm.memory.unregister_in_steps(dma, || false);
                 debug_assert!(done.is_ok(), "it was counted");
             }
             Dma::NonSnooping => self.owed += 1,
         }
-        while self.owed > 0 && vm.memory.unregister_device(Dma::NonSnooping).is_ok() {
+    }
+
+    /// Takes what is owed out of the counts, in steps; what refuses that now is left for later.
+    fn settle(&mut self, vm: &Vm) -> Result<u64, Refusal> {
+        let mut slice = Slice::new();
+        while self.owed > 0 {
+            let gone = vm
+                .memory
+                .unregister_in_steps(Dma::NonSnooping, || slice.go_on());
+            match gone {
+                Ok(progress) => calls::done(progress)?,
+                Err(lacks @ Error::NeedTables(_)) => return Err(lacks.into()),
+                Err(_) => break,
+            };
             self.owed -= 1;
         }
+        Ok(0)
     }
 }

@@ -15,6 +15,7 @@
 use alloc::vec::Vec;
 
 use board::AddrRange;
+use memslot::steps::Progress;
 use stage2::MapError;
 use thiserror::Error;
 
@@ -57,11 +58,16 @@ impl From<HostMapError> for OwnershipError {
     }
 }
 
+/// Bytes whose owners are looked at in one step.
+const STEP: u64 = 1 << 30;
+
 /// Memory of the host that an unprotected guest may reach.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 struct Lease {
     range: AddrRange,
     vm: u8,
+    /// Up to here all of it is known to be the host's, and stays so.
+    checked_to: u64,
 }
 
 /// Owners of all pages, and leases.
@@ -223,19 +229,36 @@ impl<'a> Ownership<'a> {
         Ok(())
     }
 
-    /// Lets VM `vm` reach memory of the host, which stays the host's. Leases may overlap.
+    /// The next step in which VM `vm` gets to reach memory of the host, which stays the host's: from
+    /// the first one on nobody takes it from the host, and behind the last one the VM may reach it. A
+    /// step for another range gives up what this VM has begun. Leases may overlap.
     ///
     /// # Errors
     ///
-    /// [`OwnershipError::NotOwned`] or [`OwnershipError::NoHeap`].
-    pub fn lease(&self, range: AddrRange, vm: u8) -> Result<(), OwnershipError> {
+    /// [`OwnershipError::NotOwned`] or [`OwnershipError::NoHeap`]; nothing is leased then.
+    pub fn lease(&self, range: AddrRange, vm: u8) -> Result<Progress, OwnershipError> {
         let mut leases = self.leases.lock();
-        if !self.pages.all_owned_by(range, Owner::Host) {
+        let begun = |l: &Lease| l.vm == vm && l.checked_to < l.range.end();
+        let begun = leases.iter().position(begun);
+        let begun = begun.map(|at| leases.swap_remove(at));
+        let begun = begun.filter(|l| l.range == range);
+        leases.try_reserve(1).map_err(|_| OwnershipError::NoHeap)?;
+        let start = begun.map_or(range.start(), |l| l.checked_to);
+        let checked_to = start.saturating_add(STEP).min(range.end());
+        let part = AddrRange::new(start, checked_to).ok_or(OwnershipError::NotOwned(range))?;
+        if !self.pages.all_owned_by(part, Owner::Host) {
             return Err(OwnershipError::NotOwned(range));
         }
-        leases.try_reserve(1).map_err(|_| OwnershipError::NoHeap)?;
-        leases.push(Lease { range, vm });
-        Ok(())
+        leases.push(Lease {
+            range,
+            vm,
+            checked_to,
+        });
+        Ok(if checked_to == range.end() {
+            Progress::Done
+        } else {
+            Progress::More
+        })
     }
 
     /// Ends one lease, when no leaf and no TLB entry of the VM refers to the memory any more.
@@ -245,7 +268,12 @@ impl<'a> Ownership<'a> {
     /// [`OwnershipError::NotLeased`].
     pub fn end_lease(&self, range: AddrRange, vm: u8) -> Result<(), OwnershipError> {
         let mut leases = self.leases.lock();
-        let lease = Lease { range, vm };
+        let checked_to = range.end();
+        let lease = Lease {
+            range,
+            vm,
+            checked_to,
+        };
         let at = leases.iter().position(|l| *l == lease);
         leases.swap_remove(at.ok_or(OwnershipError::NotLeased(range))?);
         Ok(())
@@ -345,7 +373,7 @@ mod tests {
         for wrong in [range(PAGES - 17, 2), range(PAGES - 1, 2), range(PAGES, 1)] {
             let refused = Err(OwnershipError::NotOwned(wrong));
             assert_eq!(own.donate(&world.host, wrong, Owner::Guest(0)), refused);
-            assert_eq!(own.lease(wrong, 0), refused);
+            assert_eq!(own.lease(wrong, 0).map(drop), refused);
         }
         let el2 = range(PAGES - 16, 16);
         let refused = Err(OwnershipError::NotOwned(el2));
@@ -358,8 +386,8 @@ mod tests {
         let (machine, words) = (machine(32), words());
         let world = World::new(&machine, &words);
         let own = &world.own;
-        own.lease(range(8, 8), 1).unwrap();
-        own.lease(range(12, 8), 2).unwrap();
+        assert_eq!(own.lease(range(8, 8), 1), Ok(Progress::Done));
+        assert_eq!(own.lease(range(12, 8), 2), Ok(Progress::Done));
         let donate = |at| own.donate(&world.host, range(at, 1), Owner::Hypervisor);
         assert_eq!(donate(15), Err(OwnershipError::Leased(range(15, 1))));
         own.end_lease(range(8, 8), 1).unwrap();
@@ -371,6 +399,38 @@ mod tests {
             own.end_lease(range(12, 8), 2),
             Err(OwnershipError::NotLeased(range(12, 8)))
         );
+    }
+
+    /// 3 GiB of RAM, of which the last page is EL2's.
+    #[test]
+    fn a_large_lease_is_made_in_steps_and_keeps_donations_out_from_the_first_on() {
+        let words: Vec<_> = (0..3 << 18).map(|_| AtomicU32::new(0)).collect();
+        let mut memory = RangeList::new();
+        let ram = AddrRange::with_size(GIB, 3 * GIB).unwrap();
+        memory.insert(ram, "ram").unwrap();
+        let own = Ownership::new(PageStates::new(memory, &words).unwrap());
+        let last = AddrRange::with_size(4 * GIB - 4096, 4096).unwrap();
+        assert!(own.pages.transfer(last, Owner::Host, Owner::Hypervisor));
+        let most = AddrRange::new(GIB, last.start()).unwrap();
+        let inside = AddrRange::with_size(last.start() - 4096, 4096).unwrap();
+        let not_yet = OwnershipError::NotLeased(most);
+        for expected in [Progress::More, Progress::More, Progress::Done] {
+            assert_eq!(own.may_donate(inside).is_ok(), own.leases.lock().is_empty());
+            assert_eq!(own.end_lease(most, 1), Err(not_yet.clone()));
+            assert_eq!(own.lease(most, 1), Ok(expected));
+        }
+        assert_eq!(own.end_lease(most, 1), Ok(()));
+        // Another range in its place; another VM has its own.
+        assert_eq!(own.lease(most, 1), Ok(Progress::More));
+        assert_eq!(own.lease(most, 2), Ok(Progress::More));
+        assert_eq!(own.lease(inside, 1), Ok(Progress::Done));
+        assert_eq!(own.leases.lock().len(), 2);
+        // Refused at the end of it: nothing is left.
+        own.end_all_leases(2);
+        assert_eq!(own.lease(ram, 2), Ok(Progress::More));
+        assert_eq!(own.lease(ram, 2), Ok(Progress::More));
+        assert_eq!(own.lease(ram, 2), Err(OwnershipError::NotOwned(ram)));
+        assert_eq!(own.leases.lock().len(), 1);
     }
 
     #[test]

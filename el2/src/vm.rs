@@ -320,6 +320,9 @@ impl VmTable {
                 if let Some(range) = take_back(hypervisor, donated)? {
                     return Ok((range.start(), range.size() / PAGE_SIZE));
                 }
+                if !donated.is_empty() {
+                    return Err(ErrorCode::Again.into());
+                }
             }
         }
         *entry = Entry::Free;
@@ -567,14 +570,23 @@ impl Vm {
             SlotKind::Ram
         };
         let pages = memory.size() / PAGE_SIZE;
+        let id = SlotId(word.id);
         let slot = Memslot::new(
-            SlotId(word.id),
+            id,
             Gfn::try_new(ipa / PAGE_SIZE).ok_or(ErrorCode::Invalid)?,
             pages,
             memory.start() / PAGE_SIZE,
             flags,
             kind,
         )?;
+        let mut slice = Slice::new();
+        if self.memory.slot(id) == Some(slot)
+            && self.memory.lock_state(id) == Some(LockState::Unfinished)
+        {
+            // It was created by this call, and its log begins.
+            let log = self.memory.set_flags_in_steps(id, flags, || slice.go_on());
+            return calls::done(log?);
+        }
         let lease = kind == SlotKind::Ram && !self.config.protected;
         if self.config.protected {
             let is_memory = hypervisor.ownership.pages().is_memory(memory);
@@ -584,17 +596,22 @@ impl Vm {
             }
         }
         match kind {
-            SlotKind::Ram if lease => hypervisor.ownership.lease(memory, self.index)?,
+            SlotKind::Ram if lease => {
+                while hypervisor.ownership.lease(memory, self.index)? == Progress::More {
+                    if !slice.go_on() {
+                        return Err(ErrorCode::Again.into());
+                    }
+                }
+            }
             SlotKind::Ram => {}
             SlotKind::Mmio if hypervisor.is_free_device(memory) => {}
             SlotKind::Mmio => return Err(ErrorCode::NotPermitted.into()),
         }
-        let created = self.memory.create_slot(slot);
+        let created = self.memory.create_in_steps(slot, || slice.go_on());
         if created.is_err() && lease {
             hypervisor.ownership.end_lease(memory, self.index)?;
         }
-        created?;
-        Ok(0)
+        calls::done(created?)
     }
 
     /// Deletes a slot, in steps; its memory is only the host's again when this returns a value.

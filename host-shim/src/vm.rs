@@ -147,8 +147,15 @@ impl Vm {
 
     /// Takes back one donated range; `None` when nothing is left and the handle is gone.
     pub(crate) fn reclaim(self) -> Result<Option<AddrRange>, Refused> {
-        let [start, pages, ..] = vm_call!(Call::VmReclaim, self.handle)?;
-        Ok(AddrRange::with_size(start, pages * PAGE_SIZE))
+        loop {
+            match vm_call!(Call::VmReclaim, self.handle) {
+                Err(refused) if refused.code == ErrorCode::Again => {}
+                answer => {
+                    let [start, pages, ..] = answer?;
+                    return Ok(AddrRange::with_size(start, pages * PAGE_SIZE));
+                }
+            }
+        }
     }
 
     /// Resets it.
@@ -168,16 +175,19 @@ impl Vm {
         ipa: u64,
         memory: AddrRange,
     ) -> Result<(), Refused> {
+        in_steps(|| self.create_slot_step(word, ipa, memory))
+    }
+
+    /// One step of that; [`ErrorCode::Again`] if there are more.
+    pub(crate) fn create_slot_step(
+        self,
+        word: SlotWord,
+        ipa: u64,
+        memory: AddrRange,
+    ) -> Result<[u64; 4], Refused> {
         let (start, pages) = (memory.start(), memory.size() / PAGE_SIZE);
-        vm_call!(
-            Call::SlotCreate,
-            self.handle,
-            word.bits(),
-            ipa,
-            pages,
-            start
-        )
-        .map(drop)
+        let word = word.bits();
+        vm_call!(Call::SlotCreate, self.handle, word, ipa, pages, start)
     }
 
     /// Removes a slot.
@@ -288,7 +298,7 @@ impl Vm {
 
     /// Ends that.
     pub(crate) fn detach_device(self, function: u16) -> Result<(), Refused> {
-        vm_call!(Call::DeviceDetach, self.handle, u64::from(function)).map(drop)
+        in_steps(|| vm_call!(Call::DeviceDetach, self.handle, u64::from(function)))
     }
 
     /// Takes memory behind a slot of a protected VM from ourselves and gives it to the guest.
@@ -357,8 +367,16 @@ impl Vm {
 
     /// The first run of leaves that ends behind `ipa`: where it is, what is behind, what it says.
     pub(crate) fn mapping(self, ipa: u64) -> Result<(u64, u64, LeafInfo), Refused> {
-        let [start, pa, info, _] = vm_call!(Call::VmMapping, self.handle, ipa)?;
-        Ok((start, pa, LeafInfo::from_bits(info)))
+        let mut at = ipa;
+        loop {
+            let [start, pa, info, _] = vm_call!(Call::VmMapping, self.handle, at)?;
+            let leaf = LeafInfo::from_bits(info);
+            if leaf.pages != 0 {
+                return Ok((start, pa, leaf));
+            }
+            // Nothing up to there; EL2 looks no further in one call.
+            at = start;
+        }
     }
 
     /// A counter.

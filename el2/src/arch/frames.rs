@@ -158,10 +158,11 @@ impl FramePool {
     /// They came from [`Self::alloc`] with this size, and neither a table nor a TLB refers to them
     /// any more.
     pub(crate) unsafe fn free(&self, address: u64, size: u64) {
-        let pointer = core::ptr::with_exposed_provenance_mut(address as usize);
-        if let Some((pointer, layout)) = NonNull::new(pointer).zip(layout(size)) {
-            // SAFETY: the caller's promise; the layout is that of `alloc`.
-            unsafe { self.heap.lock().dealloc(pointer, layout) };
+        // Added anew: looking for its other half would take as long as there are free pieces, and most
+        // of what goes is a table, in whose place the next one comes.
+        if let Some(range) = AddrRange::with_size(address, size) {
+            // SAFETY: the caller's promise.
+            unsafe { self.add(range) };
         }
     }
 }

@@ -22,6 +22,7 @@ const SLOT: SlotWord = SlotWord {
     device: false,
     flags: 0,
 };
+const LOGGED: SlotWord = SlotWord { flags: 1, ..SLOT };
 /// A leaf of 1 GiB in a guest's own table: inner shareable, accessed, MAIR's first.
 const BLOCK: u64 = 0x701;
 
@@ -38,6 +39,8 @@ pub(super) fn run(machine: &Machine, memory: &Memory, report: &mut Report) {
     report.check("a_log_begins_by_steps", steps.with_vm(Steps::log));
     report.check("a_reset_goes_by_steps", steps.with_vm(Steps::reset));
     report.check("a_device_comes_by_steps", steps.with_vm(Steps::device));
+    report.check("a_device_goes_by_steps", steps.with_vm(Steps::departure));
+    report.check("a_logged_slot_comes_by_steps", steps.with_vm(Steps::logged));
     report.check("a_half_deleted_slot_ends_with_its_vm", steps.abandoned());
     report.check("a_destruction_goes_by_steps", steps.destruction());
     // The timer has to hit the flush, on a machine that may have other things to do.
@@ -278,7 +281,6 @@ impl Steps<'_> {
     }
 
     fn log(&self, vm: Vm) -> Result<(), &'static str> {
-        const LOGGED: SlotWord = SlotWord { flags: 1, ..SLOT };
         let parts = self.mapped(vm)?;
         self.interrupted(|| {
             let first = code(vm.flags_step(LOGGED));
@@ -336,6 +338,49 @@ impl Steps<'_> {
             expect(rest == parts, "not by steps")?;
             Self::count(|| vm.device_step(false)).map(drop)
         })?
+    }
+
+    /// It goes again: where write-back is forced, the types of a locked slot follow.
+    fn departure(&self, vm: Vm) -> Result<(), &'static str> {
+        words(vm.lock_slot_as(0, false))?;
+        words(vm.start_vcpu(0, self.ipa(), 0))?;
+        words(vm.noncoherent_device(true))?;
+        self.interrupted(|| {
+            if cleans() {
+                let calls = Self::count(|| vm.device_step(false))?;
+                return expect(calls == 1, "there are steps");
+            }
+            let first = code(vm.device_step(false));
+            expect(first == Some(ErrorCode::Again), "it was not cut short")?;
+            Self::others_are_busy(vm)?;
+            let busy = Some(ErrorCode::Busy);
+            expect(code(vm.run(0, 0, false)) == busy, "a vCPU ran")?;
+            expect(code(vm.device_step(true)) == busy, "it came before it went")?;
+            // The last step finds that nothing is left.
+            let rest = Self::count(|| vm.device_step(false))?;
+            expect(rest == self.parts(), "not by steps")
+        })?
+    }
+
+    /// A slot with a log: nothing is mapped in it, up to the boundary and from there on.
+    fn logged(&self, vm: Vm) -> Result<(), &'static str> {
+        words(vm.delete_slot(0))?;
+        let create = || vm.create_slot_step(LOGGED, self.ipa(), self.ram());
+        self.interrupted(|| {
+            let first = code(create());
+            expect(first == Some(ErrorCode::Again), "it was not cut short")?;
+            let state = words(vm.slot_state(0))?;
+            expect(state == Some(SlotState::Unfinished), "it is whole")?;
+            Self::others_are_busy(vm)?;
+            let leased = code(vm.top_up(self.part_of_ram()?));
+            expect(leased == Some(ErrorCode::Busy), "its memory was given away")?;
+            expect(Self::count(create)? == 1, "not two steps")?;
+            expect(words(vm.dirty(0, 0))? == 0, "nobody wrote")?;
+            expect(code(create()) == Some(ErrorCode::Exists), "it came twice")
+        })??;
+        words(vm.delete_slot(0))?;
+        // One lease was made, and is gone.
+        words(vm.top_up(self.part_of_ram()?))
     }
 
     /// The host never repeats its call: the VM can be ended, and gives everything back.

@@ -392,8 +392,14 @@ impl<'a> World<'a> {
             return Said::No;
         }
         let donations = &mut self.guests[guest].donations;
-        let back = donations.take_back(self.ownership, &self.host, &self.tags);
-        match back.expect("there are tables") {
+        let back = loop {
+            let back = donations.take_back(self.ownership, &self.host, &self.tags);
+            let back = back.expect("there are tables");
+            if back.is_some() || donations.is_empty() {
+                break back;
+            }
+        };
+        match back {
             Some(pages) => {
                 let numbers = numbers(pages);
                 Said::Back(numbers.start, numbers.len())
