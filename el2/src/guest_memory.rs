@@ -157,12 +157,17 @@ impl<T: GuestTable, H: HostReach, C: Contents> GuestPages<'_, '_, T, H, C> {
         }
         let ownership = self.ownership;
         ownership.may_donate(memory)?;
-        match self.note(ipa, pages) {
-            None => {}
-            Some(RELINQUISHED) if pages == 1 => self.memory.release(gfns)?,
+        let relinquished = match self.note(ipa, pages) {
+            None => false,
+            Some(RELINQUISHED) if pages == 1 => true,
             Some(_) => return Err(ErrorCode::NotPermitted.into()),
-        }
+        };
         ownership.donate(self.host, memory, Owner::Hypervisor)?;
+        if relinquished && let Err(error) = self.memory.release(gfns) {
+            // Nothing has been written: they are what they were.
+            ownership.give_back(self.host, memory, Owner::Hypervisor)?;
+            return Err(error.into());
+        }
         match (kind, stage.measurer()) {
             (DonationKind::Contents, Some(measurer)) => {
                 let mut measure = |bytes: &[u8]| measurer.contents(ipa, bytes);

@@ -184,6 +184,31 @@ fn pages_are_given_away_once() {
     world.finish();
 }
 
+/// A donation that is refused for want of a table changes nothing: that the guest gave the page away
+/// before is still known.
+#[test]
+fn a_refused_donation_leaves_the_note_of_a_relinquished_page() {
+    let ground = Ground::new();
+    let ownership = ground.ownership();
+    let world = World::new(&ground, &ownership);
+    let give = |p: &Pages<'_, '_, _>| p.call(MemoryCall::Relinquish, 0, SLOT_PAGES);
+    assert_eq!(world.with(&idle(), give), Moved::Pages(SLOT_PAGES));
+    // The host maps all of it by one block, which the donation of a page has to cut.
+    assert_ne!(world.host.fault(range(0, 1).start()), Answer::Refused);
+    let donate = |pages| {
+        let stage = &mut Stage::Sealed([0; 32]);
+        let kind = DonationKind::Zeros;
+        world.with(&idle(), |p| p.donate(stage, 2 * PAGE_SIZE, pages, kind))
+    };
+    ground.hosts.allow_allocations(Some(0));
+    assert!(donate(1).is_err());
+    ground.hosts.allow_allocations(None);
+    // Several at once are refused only where one was given away.
+    assert_eq!(donate(2), Err(ErrorCode::NotPermitted.into()));
+    assert_eq!(donate(1), Ok(range(2, 1)));
+    world.finish();
+}
+
 /// Wherever tables are lacking, a page's state and the host's table say the same; and the call that
 /// is repeated completes.
 #[test]
