@@ -131,6 +131,7 @@ fn identity_and_time(features: &Features) {
     msr!("vmpidr_el2", mpidr);
     msr!("cnthctl_el2", 3); // EL1PCTEN, EL1PCEN
     msr!("cntvoff_el2", 0);
+    regs::stop_el2_timer(); // its interrupt is enabled, and what it does after a reset is unknown
     if features.gic_sysregs {
         msr!("s3_4_c12_c9_5", SRE_HOST); // ICC_SRE_EL2
         isb();
