@@ -343,13 +343,10 @@ fn snooping(kind: u64) -> Result<Dma, ErrorCode> {
 
 fn dma(vm: &Vm, kind: u64, register: u64) -> Result<u64, Refusal> {
     let kind = snooping(kind)?;
-    let mut slice = Slice::new();
-    let go_on = || slice.go_on();
-    done(match register {
-        0 => vm.memory.unregister_in_steps(kind, go_on)?,
-        1 => vm.memory.register_in_steps(kind, go_on)?,
-        _ => return Err(ErrorCode::Invalid.into()),
-    })
+    match register {
+        0 | 1 => iommu::count(vm, kind, register == 1),
+        _ => Err(ErrorCode::Invalid.into()),
+    }
 }
 
 /// The first run of equal leaves that ends behind an address, as far as one call looks: a part of it, or

@@ -193,6 +193,8 @@ struct Attached {
     /// While there are any.
     root: Option<ExportedRoot>,
     devices: Vec<(u32, Dma), MAX_DEVICES>,
+    /// Devices that the host has only named ([`count`]): those that snoop, and the others.
+    named: [u32; 2],
     /// Devices that do not snoop and are gone, but still counted: types change in steps, and not while
     /// others walk the root.
     owed: usize,
@@ -206,6 +208,7 @@ impl Devices {
         Self(SpinLock::new(Attached {
             root: None,
             devices: Vec::new(),
+            named: [0; 2],
             owed: 0,
             leaving: None,
         }))
@@ -239,6 +242,32 @@ pub(crate) fn attach(vm: &Vm, function: u64, dma: Dma) -> Result<u64, Refusal> {
     // There is room. Where it was going before, the counts settle later.
     let _ = attached.devices.push((stream, dma)).is_ok();
     attached.leaving.take_if(|leaving| *leaving == stream);
+    Ok(0)
+}
+
+/// Counts a device of which EL2 knows only how it reaches memory, or counts it no longer: no other than
+/// one that was named so, for those that EL2 has attached count until they are detached.
+pub(crate) fn count(vm: &Vm, dma: Dma, comes: bool) -> Result<u64, Refusal> {
+    let mut attached = vm.devices.0.lock();
+    let other = attached.owed > 0 || attached.devices.iter().any(|(_, kind)| *kind == dma);
+    let named = &mut attached.named[usize::from(dma == Dma::NonSnooping)];
+    if !comes && *named == 0 && other {
+        return Err(Error::CountUnbalanced.into());
+    }
+    let mut slice = Slice::new();
+    let go_on = || slice.go_on();
+    let progress = match comes {
+        true => vm.memory.register_in_steps(dma, go_on)?,
+        false => vm.memory.unregister_in_steps(dma, go_on)?,
+    };
+    calls::done(progress)?;
+    let after = if comes {
+        named.checked_add(1)
+    } else {
+        named.checked_sub(1)
+    };
+    // Memory's own count is neither less nor larger than this one can be.
+    *named = after.unwrap_or(*named);
     Ok(0)
 }
 

@@ -290,6 +290,11 @@ impl Vm {
         vm_call!(Call::DmaDevice, self.handle, 1, u64::from(register))
     }
 
+    /// Says that a device whose DMA is snooped, and that was only named, is gone.
+    pub(crate) fn forget_snooped_device(self) -> Result<(), Refused> {
+        in_steps(|| vm_call!(Call::DmaDevice, self.handle, 0, 0))
+    }
+
     /// Lets a function that was taken do DMA at this VM's addresses.
     pub(crate) fn attach_device(self, function: u16, snooped: bool) -> Result<(), Refused> {
         let (function, passes) = (u64::from(function), u64::from(!snooped));

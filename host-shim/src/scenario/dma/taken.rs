@@ -134,6 +134,7 @@ fn of_a_vm(setup: &Setup<'_>, vm: Vm, function: u16) -> Result<(), &'static str>
     let nobody = code(Vm::from_handle(0xffff).attach_device(function, true));
     words(vm.attach_device(function, true))?;
     let attached_twice = code(vm.attach_device(function, true));
+    let uncounted = code(vm.forget_snooped_device());
     let pinned = [
         code(vm.top_up(setup.guest.ram)),
         code(vm.delete_slot(RAM_SLOT.id)),
@@ -156,6 +157,10 @@ fn of_a_vm(setup: &Setup<'_>, vm: Vm, function: u16) -> Result<(), &'static str>
     )?;
     expect(nobody.is_some(), "it was attached to no VM")?;
     expect(attached_twice.is_some(), "it was attached twice")?;
+    expect(
+        uncounted.is_some(),
+        "an attached device counts no longer by the other call",
+    )?;
     expect(taken == Some(ErrorCode::Exists), "a VM's device was taken")?;
     expect(not_its == not_permitted, "another device was detached")?;
     expect(
