@@ -9,6 +9,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod core_interrupts;
 pub mod counters;
 pub mod esr;
 pub mod features;

@@ -6,6 +6,7 @@
 use abi::{GUEST_TIMER_PPI, KICK_SGI};
 use board::uart::UartRegs;
 use board::{AddrRange, Gic};
+use el2::core_interrupts::{self, CoreGic};
 use el2::redistributor;
 use el2::vgic::{CpuInterface, GicVersion};
 
@@ -13,12 +14,6 @@ use super::cpu::CpuData;
 use super::instructions::isb;
 use super::mmio::Mmio;
 use super::regs::{mrs, msr};
-
-/// INTID of the maintenance interrupt (PPI 9 on all boards that we know; IHI 0069H 3.1 recommends
-/// it).
-const MAINTENANCE: u32 = 25;
-/// INTID of the EL2 physical timer's interrupt (Arm BSA, DEN 0094).
-const EL2_TIMER: u32 = 26;
 
 /// The controller.
 #[derive(Clone, Copy, Debug)]
@@ -61,11 +56,8 @@ const GICH_MISR: usize = 0x10;
 const GICH_APR: usize = 0xf0;
 const GICH_LR: usize = 0x100;
 const GICC_HPPIR: usize = 0x18;
-const GICD_IGROUPR: usize = 0x80;
-const GICD_ISENABLER: usize = 0x100;
 const GICD_ISACTIVER: usize = 0x300;
 const GICD_ICACTIVER: usize = 0x380;
-const GICD_ITARGETSR: usize = 0x800;
 const GICD_SGIR: usize = 0xf00;
 const GICD_CPENDSGIR: usize = 0xf10;
 /// Where [`KICK_SGI`] is in it.
@@ -79,8 +71,6 @@ const GICR_TYPER: usize = 0x8;
 /// GICR_TYPER.Last.
 const LAST: u32 = 1 << 4;
 const TIMER_BIT: u32 = 1 << GUEST_TIMER_PPI;
-/// The private interrupts that EL2 needs.
-const OURS: u32 = TIMER_BIT | 1 << MAINTENANCE | 1 << EL2_TIMER | 1 << KICK_SGI;
 
 /// ICC_SRE_EL2 while a guest is loaded: SRE, DFB, DIB.
 const SRE_GUEST: u64 = 0x7;
@@ -266,29 +256,24 @@ impl PhysicalGic {
     }
 
     /// Makes this core take the private interrupts that EL2 needs, once after it has been turned on.
+    #[inline]
     pub(crate) fn prepare_cpu(&self, cpu: &CpuData) {
-        use core::sync::atomic::Ordering;
-        if cpu.gic_frame.load(Ordering::Relaxed) != 0 {
-            return;
+        if cpu.gic_frame.load(core::sync::atomic::Ordering::Relaxed) == 0 {
+            self.prepare(cpu);
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn prepare(&self, cpu: &CpuData) {
+        use core::sync::atomic::Ordering;
         let Some(frame) = self.private_frame(cpu) else {
             return;
         };
-        // In the group that the host has chosen for the guests' timer, which it takes from us.
-        let groups = frame.read(GICD_IGROUPR);
-        if groups & TIMER_BIT != 0 {
-            frame.write(GICD_IGROUPR, groups | OURS);
-        }
-        frame.write(GICD_ISENABLER, OURS);
-        // Unknown after a reset (Arm IHI 0069, ICH_LR<n>_EL2), or an earlier owner's.
-        let mut all = self.new_interface();
-        all.used = all.count;
-        self.leave(&mut all);
-        // GICv2: the bit of this core's interface, which need not be its affinity (on Cortex-A76 that
-        // is in Aff1). Zero on a machine with one core.
-        let target = frame.read(GICD_ITARGETSR).to_le_bytes()[0].max(1);
+        let base = frame.base();
+        let target = core_interrupts::prepare(&ThisCore(self, frame));
         cpu.gic_target.store(target, Ordering::Relaxed);
-        cpu.gic_frame.store(frame.base(), Ordering::Relaxed);
+        cpu.gic_frame.store(base, Ordering::Relaxed);
     }
 
     /// Makes the guest timer's physical interrupt active, so that it does not fire, or not.
@@ -431,6 +416,24 @@ impl PhysicalGic {
             }
             Self::V3(v3) => v3.unload(interface),
         }
+    }
+}
+
+/// The core that we are on, and the frame of its private interrupts.
+struct ThisCore<'a>(&'a PhysicalGic, Mmio);
+
+impl CoreGic for ThisCore<'_> {
+    fn read(&self, offset: usize) -> u32 {
+        self.1.read(offset)
+    }
+
+    fn write(&self, offset: usize, value: u32) {
+        self.1.write(offset, value);
+    }
+
+    fn empty_lists(&self) {
+        let mut all = self.0.new_interface().in_use();
+        self.0.leave(&mut all);
     }
 }
 

@@ -47,6 +47,13 @@ impl CpuInterface {
 }
 
 impl CpuInterface {
+    /// The same as if it used all its list registers: who takes it back from the hardware empties them.
+    #[must_use]
+    pub const fn in_use(mut self) -> Self {
+        self.used = self.count;
+        self
+    }
+
     /// Whether all list registers are in use.
     #[inline]
     const fn is_full(&self) -> bool {

@@ -164,6 +164,18 @@ pub(crate) fn enable(gic: &Gic) -> Result<(), &'static str> {
     Ok(())
 }
 
+/// Disables all private interrupts of this core, as firmware does that turns it on.
+pub(crate) fn disable_private(gic: &Gic) {
+    match gic {
+        Gic::V2 { gicd, .. } => Mmio::new(gicd.start()).write(0x180, u32::MAX), // GICD_ICENABLER0
+        Gic::V3 { gicr, .. } => {
+            if let Some(frame) = redistributor(gicr.start(), gicr.end()) {
+                Mmio::new(frame + 0x1_0000).write(0x180, u32::MAX); // GICR_ICENABLER0
+            }
+        }
+    }
+}
+
 /// First interrupt of a device that all cores share (IHI 0069H 2.2.1).
 pub(crate) const FIRST_SHARED: u32 = 32;
 

@@ -199,6 +199,97 @@ guest_caches:
     b       .
     .balign 8
 guest_caches_end:
+
+// Waits for interrupts on a GIC of version x0, all masked in PSTATE: ISR_EL1 shows them. Tells its device at
+// 0x0900_0000: whether its timer's interrupt came (8), whether shared interrupt 40 came (16), how many
+// ticks a WFI took that a timer set 1/64 s ahead ends (24), and how many 1/64 s are.
+    .balign 8
+guest_interrupts:
+    mov     x19, x0
+    mov     x20, #0x09000000
+    mov     x21, #0x08000000            // GICD: both groups on, interrupt 40 on, of group 1 and for vCPU 0
+    mov     w1, #3
+    str     w1, [x21]
+    mov     w2, #0x100
+    str     w2, [x21, #0x104]
+    mov     w3, #1 << 27                // PPI 27, the virtual timer's
+    cmp     x19, #3
+    b.eq    1f
+    mov     w1, #1
+    strb    w1, [x21, #0x828]
+    str     w3, [x21, #0x100]
+    mov     x22, #0x08010000            // GICC
+    mov     w1, #1
+    str     w1, [x22]
+    mov     w1, #0xff
+    str     w1, [x22, #4]
+    b       2f
+1:  str     w2, [x21, #0x84]
+    mov     x22, #0x080b0000            // GICR, second frame
+    str     w3, [x22, #0x80]
+    str     w3, [x22, #0x100]
+    mov     x1, #0xff
+    msr     s3_0_c4_c6_0, x1            // ICC_PMR_EL1
+    mov     x1, #1
+    msr     s3_0_c12_c12_7, x1          // ICC_IGRPEN1_EL1
+    isb
+2:  mrs     x23, cntfrq_el0
+    lsr     x24, x23, #6
+    isb
+    mrs     x1, cntvct_el0
+    add     x1, x1, x24
+    msr     cntv_cval_el0, x1
+    mov     x1, #1
+    msr     cntv_ctl_el0, x1
+    bl      7f
+    msr     cntv_ctl_el0, xzr
+    isb
+    str     x0, [x20, #8]               // And EL2 sees that the timer is quiet
+    bl      7f
+    str     x0, [x20, #16]
+    cmp     x19, #3                     // Nothing may interrupt: the timer's is asserted, and stays in
+    b.eq    3f                          // its list register
+    str     wzr, [x22, #4]
+    b       4f
+3:  msr     s3_0_c4_c6_0, xzr
+4:  isb
+    mrs     x2, cntvct_el0
+    msr     cntv_cval_el0, x2
+    mov     x1, #1
+    msr     cntv_ctl_el0, x1
+    add     x2, x2, x24
+5:  isb
+    mrs     x1, cntvct_el0
+    cmp     x1, x2
+    b.lo    5b
+    add     x2, x1, x24                 // And is asserted anew when this has passed
+    msr     cntv_cval_el0, x2
+6:  isb
+    wfi
+    isb
+    mrs     x3, cntvct_el0              // It may wake for nothing
+    cmp     x3, x2
+    b.lo    6b
+    sub     x2, x3, x1
+    str     x2, [x20, #24]
+    str     x24, [x20, #32]
+    mov     x0, #0x0008                 // SYSTEM_OFF
+    movk    x0, #0x8400, lsl #16
+    hvc     #0
+    b       .
+
+// x0: whether an interrupt is pending within eight seconds.
+7:  mrs     x5, cntvct_el0
+    add     x5, x5, x23, lsl #3
+8:  mrs     x4, cntvct_el0
+    mrs     x0, isr_el1
+    ubfx    x0, x0, #7, #1
+    cbnz    x0, 9f
+    cmp     x4, x5
+    b.lo    8b
+9:  ret
+    .balign 8
+guest_interrupts_end:
     .previous
 "#
 );
@@ -216,6 +307,15 @@ unsafe extern "C" {
     static guest_remote_end: u8;
     static guest_storm: u8;
     static guest_storm_end: u8;
+    static guest_interrupts: u8;
+    static guest_interrupts_end: u8;
+}
+
+/// It waits for interrupts, and tells its device which ones came; `x0` is the version of its GIC.
+pub(crate) fn interrupts() -> &'static [u8] {
+    let (start, end) = (&raw const guest_interrupts, &raw const guest_interrupts_end);
+    // SAFETY: the two symbols enclose the code, in read-only data.
+    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
 }
 
 /// It does what its device tells it to, until that says off.

@@ -9,6 +9,7 @@ mod firmware;
 mod fp;
 mod guests;
 mod importer_cost;
+mod interrupts;
 mod isolation;
 mod lock_cost;
 mod memory;
@@ -31,7 +32,7 @@ use crate::report::Report;
 
 type Scenario = fn(&Machine, &mut Report);
 
-const ALL: [(&str, Scenario); 12] = [
+const ALL: [(&str, Scenario); 13] = [
     ("abi", abi_calls::run),
     ("firmware", firmware::run),
     ("memory", memory::run),
@@ -39,6 +40,7 @@ const ALL: [(&str, Scenario); 12] = [
     ("tables", tables::run),
     ("cores", cores::run),
     ("guests", guests::run),
+    ("interrupts", interrupts::run),
     ("memory-of-guests", memory_of_guests),
     ("protection", protection::run),
     ("dma", dma::run),
