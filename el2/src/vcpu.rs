@@ -162,6 +162,7 @@ impl Vcpu {
             Turn::Starts(order) => {
                 vm.world.start_time();
                 state.restart(&vm.features, order);
+                state.gic.restart();
             }
             Turn::GoesOn | Turn::IsOff => return Ok(Exit::VcpuOff),
         }

@@ -54,6 +54,13 @@ impl CpuInterface {
         self
     }
 
+    /// As a core's reset leaves it: everything masked and nothing running (IHI 0069H, ICC_PMR_EL1 and
+    /// ICC_AP1R<n>_EL1). An interrupt that is active stays so.
+    pub const fn restart(&mut self) {
+        self.vmcr = 0;
+        self.active_priorities = [[0; 4]; 2];
+    }
+
     /// Whether all list registers are in use.
     #[inline]
     const fn is_full(&self) -> bool {

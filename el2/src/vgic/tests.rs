@@ -540,6 +540,16 @@ fn gicv2_targets_are_masked_to_the_vcpus_there_are() {
 }
 
 #[test]
+fn a_core_that_is_turned_on_again_runs_no_interrupt() {
+    let mut interface = CpuInterface::new(4);
+    interface.vmcr = 0xf80f_0003;
+    interface.active_priorities = [[1; 4], [2; 4]];
+    interface.restart();
+    assert_eq!((interface.vmcr, interface.count), (0, 4));
+    assert_eq!(interface.active_priorities, [[0; 4]; 2]);
+}
+
+#[test]
 fn reset_forgets_everything() {
     let vgic = enabled(V3, 2);
     let _: Kicks = vgic.set_spi(99, true).unwrap();

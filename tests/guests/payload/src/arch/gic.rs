@@ -19,6 +19,7 @@ const GICD_ICENABLER: u64 = 0x180;
 const GICD_ISPENDR: u64 = 0x200;
 const GICD_ICPENDR: u64 = 0x280;
 const GICD_ISACTIVER: u64 = 0x300;
+const GICD_ICACTIVER: u64 = 0x380;
 const GICD_IPRIORITYR: u64 = 0x400;
 const GICD_ITARGETSR: u64 = 0x800;
 const GICD_ICFGR: u64 = 0xc00;
@@ -198,6 +199,11 @@ pub fn is_pending(intid: u32) -> bool {
 pub fn is_active(intid: u32) -> bool {
     let (address, bit) = bit(GICD_ISACTIVER, intid);
     mem::read32(address) & bit != 0
+}
+
+/// Makes it not active; its priority runs on, if it does.
+pub fn clear_active(intid: u32) {
+    set(GICD_ICACTIVER, intid);
 }
 
 /// Sets its priority; lower is more urgent.

@@ -1,7 +1,7 @@
 //! PSCI: CPUs on and off, suspend, reset; and guests that misbehave.
 
 use crate::arch::cpu::{self, psci};
-use crate::arch::{instruction, mem, msr};
+use crate::arch::{gic, instruction, mem, msr};
 use crate::console;
 use crate::machine::{Arguments, Report};
 use crate::tree::Tree;
@@ -10,6 +10,8 @@ use core::sync::atomic::{AtomicU64, Ordering};
 /// Turns of a CPU on and off.
 const TURNS: u64 = 50;
 static RUNS: AtomicU64 = AtomicU64::new(0);
+/// What a CPU sends itself in [`off_in_handler`], one SGI each time.
+const SGIS: [u32; 2] = [12, 13];
 
 /// Calls that do not end the machine.
 pub fn run(arguments: &Arguments, report: &mut Report) {
@@ -28,7 +30,39 @@ pub fn run(arguments: &Arguments, report: &mut Report) {
     report.expect("AFFINITY_INFO of itself", psci::affinity_info(0), 0);
     let own = psci::call(psci::CPU_ON, 0, cpu::entry_point(), 0);
     report.expect("CPU_ON of itself", own, psci::ALREADY_ON);
+    if cpus > 1 && gic::is_v3() {
+        off_in_handler(report);
+    }
     standby(report);
+}
+
+/// A CPU that turns itself off while it runs an interrupt comes back running none: its interface was
+/// reset with it (IHI 0069H, ICC_AP1R<n>_EL1). A GICv2's interface is not part of the core.
+fn off_in_handler(report: &mut Report) {
+    RUNS.store(0, Ordering::SeqCst);
+    for sgi in SGIS {
+        let taken = cpu::start(1, take_own_sgi) == 0 && cpu::join(1);
+        report.check("turns off with an interrupt running", taken);
+        report.expect("takes its SGI", RUNS.load(Ordering::SeqCst), sgi.into());
+    }
+}
+
+/// Sends itself the next SGI, takes it, and never says that it is done with it.
+fn take_own_sgi(number: usize) {
+    let next = if RUNS.load(Ordering::SeqCst) == 0 {
+        SGIS[0]
+    } else {
+        SGIS[1]
+    };
+    gic::enable_cpu();
+    gic::send(next, 1 << number);
+    let end = cpu::ticks() + cpu::micros(1_000_000);
+    let mut taken = gic::acknowledge().0;
+    while taken >= gic::SPECIAL && cpu::ticks() < end {
+        taken = gic::acknowledge().0;
+    }
+    RUNS.store(taken.into(), Ordering::SeqCst);
+    gic::clear_active(next);
 }
 
 fn turn(cpu: usize) -> bool {
@@ -135,7 +169,7 @@ fn refusals(arguments: &Arguments, report: &mut Report) {
 
 /// CPU_SUSPEND without loss of context, ended by the virtual timer although interrupts are masked.
 fn standby(report: &mut Report) {
-    crate::arch::gic::enable(27);
+    gic::enable(27);
     let due = cpu::ticks() + cpu::micros(5_000);
     msr!("cntv_cval_el0", due);
     msr!("cntv_ctl_el0", 1);
@@ -145,7 +179,7 @@ fn standby(report: &mut Report) {
     let woken = cpu::wait(2_000_000, || cpu::ticks() >= due);
     report.check("time has passed", woken);
     msr!("cntv_ctl_el0", 0);
-    crate::arch::gic::disable(27);
+    gic::disable(27);
 }
 
 /// Where [`reset_loop`] counts: far behind everything, in memory that a reset keeps.
