@@ -149,6 +149,17 @@ impl Span {
         )
     }
 
+    /// Its parts in one slot each.
+    #[inline]
+    pub(crate) fn slots(self, slot_size: u64) -> impl Iterator<Item = Self> {
+        let mut rest = Some(self);
+        core::iter::from_fn(move || {
+            let (part, behind) = rest?.split_first(slot_size);
+            rest = behind;
+            Some(part)
+        })
+    }
+
     #[inline]
     pub(crate) const fn len(self) -> u64 {
         self.end - self.start

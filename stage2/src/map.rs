@@ -156,10 +156,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
         }
         let size = self.geometry().slot_size(level);
         let mut count = 0;
-        let mut rest = Some(span);
-        while let Some(span) = rest {
-            let (part, behind) = span.split_first(size);
-            rest = behind;
+        for part in span.slots(size) {
             if leaves.fit(part, level, size) {
                 continue;
             }

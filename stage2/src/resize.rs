@@ -99,10 +99,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Links the tables that stand ready in a span.
     fn link_ready(&self, table: &Table<'_, P>, level: Level, span: Span) {
         let size = self.geometry().slot_size(level);
-        let mut rest = Some(span);
-        while let Some(span) = rest {
-            let (part, behind) = span.split_first(size);
-            rest = behind;
+        for part in span.slots(size) {
             let index = self.index(table, part.start, level);
             let raw = table.load(index);
             match self.format.kind(raw, level) {

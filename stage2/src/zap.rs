@@ -169,10 +169,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Breaks the leaves of a span.
     fn zap_break(&self, table: &Table<'_, P>, level: Level, span: Span, zap: &mut Zap) {
         let size = self.geometry().slot_size(level);
-        let mut rest = Some(span);
-        while let Some(span) = rest {
-            let (part, behind) = span.split_first(size);
-            rest = behind;
+        for part in span.slots(size) {
             let index = self.index(table, part.start, level);
             let raw = table.load(index);
             if raw == SoftWord::EMPTY {
@@ -233,10 +230,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Step 5 for every broken leaf of the span, whoever broke it.
     fn zap_clean(&self, table: &Table<'_, P>, level: Level, span: Span, dirty: &mut Gathered) {
         let size = self.geometry().slot_size(level);
-        let mut rest = Some(span);
-        while let Some(span) = rest {
-            let (part, behind) = span.split_first(size);
-            rest = behind;
+        for part in span.slots(size) {
             let raw = table.load(self.index(table, part.start, level));
             if self.format.kind(raw, level) == WordKind::Table {
                 self.zap_clean(&self.child(raw, level), level.finer(), part, dirty);
@@ -260,10 +254,7 @@ impl<F: TableFormat, P: Platform> Stage2<F, P> {
     /// Empties the words that bear our claim.
     fn zap_empty(&self, table: &Table<'_, P>, level: Level, span: Span, claim: Claim) {
         let size = self.geometry().slot_size(level);
-        let mut rest = Some(span);
-        while let Some(span) = rest {
-            let (part, behind) = span.split_first(size);
-            rest = behind;
+        for part in span.slots(size) {
             let index = self.index(table, part.start, level);
             let raw = table.load(index);
             if self.format.kind(raw, level) == WordKind::Table {
