@@ -4,6 +4,7 @@
 //! `-icount shift=0`, so that a nanosecond of the guest's counter is an instruction, of whoever executed it.
 
 mod report;
+mod same_wipe;
 
 use crate::bench_boot::{in_instructions, median, ticks};
 use crate::emulate::{Boot, LINUX_ARGUMENTS};
@@ -12,7 +13,7 @@ use crate::machine::{Clock, Gic, Machine, edu_args};
 use crate::payload::{self, Payloads};
 use crate::runner::Context;
 use crate::{files, verdict};
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
@@ -26,6 +27,8 @@ const BOOT_SIZES: [u32; 3] = [256, 272, 288];
 const PAYLOAD_MIB: u64 = 128;
 /// RAM of the machine on which our host measures, in MiB.
 const HOST_MIB: u32 = 4096;
+/// Of which so much is donated.
+const DONATED_MIB: u64 = 1024;
 
 /// An operation.
 #[derive(Debug, Clone, Copy)]
@@ -283,6 +286,7 @@ impl Measurement {
 /// # Errors
 /// Something has not been built, or a guest did not do what it should.
 pub fn run() -> Result<ExitCode> {
+    same_wipe::check()?;
     let payloads = payload::prepare()?;
     let measurements = CPUS
         .into_iter()
@@ -385,7 +389,12 @@ fn measured_by_host(cpu: &str, context: &Context) -> Result<BTreeMap<String, u64
     };
     let transcript = Boot::shim(&machine, "shim.run=lock-cost,switch-cost").run(context, "host")?;
     verdict::closes(&transcript, 6)?;
-    Ok(figures(&transcript.lines))
+    let figures = figures(&transcript.lines);
+    ensure!(
+        figures.get("donate-mib") == Some(&DONATED_MIB),
+        "donations were not measured over {DONATED_MIB} MiB"
+    );
+    Ok(figures)
 }
 
 /// What an SMMU adds: our host measures changes of a VM with and without a device itself, and donations of its own pages
