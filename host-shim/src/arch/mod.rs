@@ -12,6 +12,7 @@ pub(crate) mod fp;
 pub(crate) mod gic;
 pub(crate) mod guest;
 pub(crate) mod heap;
+pub(crate) mod hostile;
 pub(crate) mod mem;
 pub(crate) mod mmu;
 pub(crate) mod pci;

@@ -43,6 +43,8 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
     super::fp::run(&memory, report);
     super::counters::run(&memory, report);
     super::sharing::run(&memory, report);
+    super::resumes::run(&memory, report);
+    super::twice::run(machine, &memory, report);
     if crate::arch::sets_access_flags() {
         report.check("tables_that_the_core_writes", access_flag(&memory));
     }

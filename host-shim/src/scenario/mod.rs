@@ -18,11 +18,13 @@ mod payload;
 mod protection;
 mod race;
 mod remote;
+mod resumes;
 mod sharing;
 mod steps;
 mod storm;
 mod switch_cost;
 mod tables;
+mod twice;
 mod types;
 
 use crate::call;

@@ -159,9 +159,31 @@ pub(super) fn unsealed(memory: &Memory) -> Result<Vm, &'static str> {
     unsealed_expecting(memory, None)
 }
 
+/// Any VM of this code at the start of its memory, protected or not: ready to run.
+pub(super) fn with_code(memory: &Memory, code: &[u8], protected: bool) -> Result<Vm, &'static str> {
+    if protected {
+        let vm = unsealed_with(memory, code, None)?;
+        return complete(memory, vm);
+    }
+    let ram = mem::bytes_mut(memory.ram);
+    let place = ram.get_mut(..code.len()).ok_or("the code does not fit")?;
+    place.copy_from_slice(code);
+    // The guest reads it past the caches.
+    mem::clean_invalidate_to_poc(memory.ram);
+    words(memory.vm())
+}
+
 /// The same, with a measurement that it must have.
 pub(super) fn unsealed_expecting(
     memory: &Memory,
+    expected: Option<[u64; 4]>,
+) -> Result<Vm, &'static str> {
+    unsealed_with(memory, guest::remote(), expected)
+}
+
+fn unsealed_with(
+    memory: &Memory,
+    code: &[u8],
     expected: Option<[u64; 4]>,
 ) -> Result<Vm, &'static str> {
     let config = VmConfig {
@@ -169,7 +191,6 @@ pub(super) fn unsealed_expecting(
         protected: true,
         devices: false,
     };
-    let code = guest::remote();
     let ram = mem::bytes_mut(memory.ram);
     ram.fill(0x77);
     let (place, rest) = ram
@@ -191,8 +212,12 @@ pub(super) fn unsealed_expecting(
 /// The same, with zeros in all other pages, sealed: ready to run.
 pub(super) fn protected(memory: &Memory) -> Result<Remote, &'static str> {
     let vm = unsealed(memory)?;
+    complete(memory, vm).map(Remote::new)
+}
+
+fn complete(memory: &Memory, vm: Vm) -> Result<Vm, &'static str> {
     let rest = memory.ram.size() / PAGE_SIZE - CODE_PAGES;
     words(vm.donate_memory(RAM + CODE_PAGES * PAGE_SIZE, rest, DonationKind::Zeros))?;
     words(vm.seal(RAM, 0))?;
-    Ok(Remote::new(vm))
+    Ok(vm)
 }
