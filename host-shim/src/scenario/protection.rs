@@ -60,6 +60,8 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
     for (name, check) in CHECKS {
         report.check(name, check(&memory));
     }
+    super::guest_calls::run(&memory, report);
+    super::neighbours::run(&memory, machine.el2, report);
 }
 
 pub(super) fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
