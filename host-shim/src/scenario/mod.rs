@@ -16,6 +16,7 @@ mod lock_cost;
 mod memory;
 mod neighbours;
 mod overlap;
+mod own_turn;
 mod payload;
 mod protection;
 mod race;

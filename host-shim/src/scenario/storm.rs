@@ -2,7 +2,8 @@
 //! memory that changes hands, guests that share and give away what the host takes.
 //!
 //! Of most attacks nothing is expected but an answer. But no access ever reaches EL2's memory, and none finds
-//! what a protected guest keeps to itself. In the end EL2 must be there, all memory must come back, and
+//! what a protected guest keeps to itself. And each core now and then does something with a VM of its own, of
+//! which every answer is known ([`own_turn`]). In the end EL2 must be there, all memory must come back, and
 //! a protected guest must work as if nothing had been.
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -14,6 +15,7 @@ use smccc::psci::{self, AffinityState, LowestAffinityLevel};
 use spin::Once;
 
 use super::guests::{Memory, end, words};
+use super::own_turn::{self, Turn};
 use super::protection::expect;
 use super::remote::{self, CODE_PAGES, RAM};
 use crate::arch::{cpu, fault, gic, guest, ticks_per_second};
@@ -25,6 +27,8 @@ use crate::vm::{Vm, call};
 /// Attacks of each core, and when there is time.
 const ATTACKS: u32 = 2500;
 const SOAK: u32 = 200_000;
+/// Attacks between two turns with a VM of one's own.
+const OWN_EVERY: u32 = 25;
 /// VMs that are built, attacked and destroyed.
 const VMS: u64 = 4;
 /// Pages of one VM's state, and of its RAM.
@@ -37,6 +41,10 @@ const PRIVATE: u64 = 32;
 const SECRET: u64 = 0x5ec2_e7de;
 /// That of words that other guests write.
 const NO_SECRET: u64 = 0x7_0b11;
+/// Of the RAM, the first page of what single cores have for themselves: others reach four pages behind the VMs'.
+const OWN: u64 = VMS * RAM_PAGES + 8;
+/// Cores that have some; more than that attack only.
+const OWNERS: u64 = (512 - OWN) / own_turn::PAGES;
 /// Seconds that the other cores may take longer than the first.
 const PATIENCE: u64 = 120;
 
@@ -61,6 +69,11 @@ struct Storm {
     moved: AtomicU64,
     /// Accesses that found what they must not, or reached EL2.
     breaches: AtomicU64,
+    /// Turns of cores with their own VMs, with all answers right.
+    own_turns: AtomicU64,
+    /// Where one was wrong: its step, and the answer.
+    wrong_step: AtomicU64,
+    wrong_answer: AtomicU64,
 }
 
 static STORM: Once<Storm> = Once::new();
@@ -103,6 +116,9 @@ fn storm(machine: &Machine, attacks: u32) -> Result<(), &'static str> {
         sealed: AtomicU64::new(0),
         moved: AtomicU64::new(0),
         breaches: AtomicU64::new(0),
+        own_turns: AtomicU64::new(0),
+        wrong_step: AtomicU64::new(0),
+        wrong_answer: AtomicU64::new(0),
     });
     for (number, mpidr) in others() {
         cpu::start(number, mpidr, machine.settings, secondary)?;
@@ -135,15 +151,23 @@ fn secondary(number: usize) -> ! {
 fn aftermath(storm: &Storm, memory: &Memory) -> Result<(), &'static str> {
     let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     line(format_args!(
-        "  {} cores: {} calls ({} refused), {} accesses ({} refused), {} protected VMs sealed, {} calls of guests",
+        "  {} cores: {} calls ({} refused), {} accesses ({} refused), {} protected VMs sealed, {} calls of guests, {} turns with known answers",
         storm.cores,
         read(&storm.calls),
         read(&storm.calls_refused),
         read(&storm.accesses),
         read(&storm.accesses_refused),
         read(&storm.sealed),
-        read(&storm.moved)
+        read(&storm.moved),
+        read(&storm.own_turns)
     ));
+    if read(&storm.wrong_step) != 0 {
+        line(format_args!(
+            "  step {} of a turn was answered {:#x}",
+            read(&storm.wrong_step),
+            read(&storm.wrong_answer)
+        ));
+    }
     for handle in storm.first..storm.first + 0xff {
         let vm = Vm::from_handle(handle);
         if vm.destroy().is_ok() {
@@ -164,6 +188,14 @@ fn aftermath(storm: &Storm, memory: &Memory) -> Result<(), &'static str> {
     expect(
         read(&storm.breaches) == 0,
         "the host reached EL2, or found a secret",
+    )?;
+    expect(
+        read(&storm.wrong_step) == 0,
+        "a call about a core's own VM had another answer than it must have",
+    )?;
+    expect(
+        read(&storm.own_turns) != 0,
+        "no core got to the end of its own VM",
     )?;
     let mut guest = remote::protected(memory)?;
     let page = RAM + CODE_PAGES * PAGE_SIZE;
@@ -196,7 +228,10 @@ fn attack(storm: &Storm, seed: u64) {
         core::hint::spin_loop();
     }
     let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    for _ in 0..storm.attacks {
+    for number in 0..storm.attacks {
+        if number % OWN_EVERY == 0 {
+            own_turn(storm, seed - 1);
+        }
         match random.below(10) {
             0 => build(storm, &mut random),
             1..4 => touch(storm, &mut random),
@@ -206,6 +241,22 @@ fn attack(storm: &Storm, seed: u64) {
     }
     gic::stop_timer();
     while gic::take(&storm.gic).is_some() {}
+}
+
+/// What this core does with memory that no other one touches.
+fn own_turn(storm: &Storm, core: u64) {
+    if core >= OWNERS {
+        return;
+    }
+    let pages = storm.ram.start() + (OWN + core * own_turn::PAGES) * PAGE_SIZE;
+    match own_turn::turn(&storm.gic, pages, storm.first + VMS) {
+        Turn::Done => drop(storm.own_turns.fetch_add(1, Ordering::Relaxed)),
+        Turn::CutShort => {}
+        Turn::Wrong(step, answer) => {
+            storm.wrong_answer.store(answer, Ordering::Relaxed);
+            storm.wrong_step.store(step, Ordering::Relaxed);
+        }
+    }
 }
 
 /// Makes a call and counts it.
@@ -249,7 +300,7 @@ fn build(storm: &Storm, random: &mut Random) {
     }
     let rest = RAM_PAGES - CODE_PAGES;
     let zeros = RAM + CODE_PAGES * PAGE_SIZE;
-    counted(storm, Call::VmReserve, [0; 6]);
+    reserve(storm);
     counted(
         storm,
         Call::VmCreate,
@@ -279,6 +330,18 @@ fn build(storm: &Storm, random: &mut Random) {
         storm.sealed.fetch_add(u64::from(sealed), Ordering::Relaxed);
     } else {
         counted(storm, Call::VcpuStart, [handle, 0, RAM, 0, 0, 0]);
+    }
+}
+
+/// Reserves a handle; one that nobody attacks is given back, or there would soon be none.
+fn reserve(storm: &Storm) {
+    storm.calls.fetch_add(1, Ordering::Relaxed);
+    match Vm::reserve() {
+        Ok(vm) if vm.handle() >= storm.first + VMS => {
+            counted(storm, Call::VmReclaim, [vm.handle(), 0, 0, 0, 0, 0]);
+        }
+        Ok(_) => {}
+        Err(_) => drop(storm.calls_refused.fetch_add(1, Ordering::Relaxed)),
     }
 }
 
