@@ -149,7 +149,12 @@ impl Plain {
         self.place = Some(place);
         self.logged = logged;
         self.pages.fill(Page::default());
-        Ok(DONE)
+        if !logged {
+            return Ok(DONE);
+        }
+        // Its log begins, in two steps.
+        self.half = Some(Half::Logged);
+        Err(AGAIN)
     }
 
     /// A leaf that allows the access is used; else the fault gives what the slot allows.

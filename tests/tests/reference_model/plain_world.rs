@@ -113,7 +113,8 @@ impl<'a> PlainWorld<'a> {
         };
         let kind = SlotKind::Ram;
         let slot = Memslot::new(SLOT, self.base(place), self.pages, GIB / PAGE, flags, kind);
-        unit(self.memory.create_slot(slot.expect("a slot")))
+        let slot = slot.expect("a slot");
+        step(self.memory.create_in_steps(slot, || false))
     }
 
     /// The guest's access: through a leaf that allows it, or by a fault.
