@@ -2,7 +2,7 @@
 //! interrupts, and empty list registers.
 //!
 //! It is done after each time that the core is turned on. Firmware disables private interrupts then, and list
-//! registers come up unknown (Arm IHI 0069H 12.4.8, ICH_LR<n>_EL2), or as an earlier owner left them.
+//! registers come up unknown (Arm IHI 0069H 12.4.8, `ICH_LR<n>_EL2`), or as an earlier owner left them.
 
 use abi::{GUEST_TIMER_PPI, KICK_SGI};
 

@@ -55,7 +55,7 @@ impl CpuInterface {
     }
 
     /// As a core's reset leaves it: everything masked and nothing running (IHI 0069H, ICC_PMR_EL1 and
-    /// ICC_AP1R<n>_EL1). An interrupt that is active stays so.
+    /// `ICC_AP1R<n>_EL1`). An interrupt that is active stays so.
     pub const fn restart(&mut self) {
         self.vmcr = 0;
         self.active_priorities = [[0; 4]; 2];
