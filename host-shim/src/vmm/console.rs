@@ -6,13 +6,14 @@
 
 use core::fmt;
 
-use abi::{ErrorCode, VmCounter};
+use abi::{Counter, ErrorCode, VmCounter};
 use board::PAGE_SIZE;
 use vmm::keys::{Command, Key, Keys};
 
 use super::Vmm;
 use super::guest::{Guest, RAM_SLOT, State};
 use crate::arch::fault;
+use crate::call;
 use crate::console::{labelled, line, read_byte, text, write_byte};
 
 /// Most VMs whose output is collected.
@@ -218,17 +219,36 @@ fn young(guest: &Guest) {
     ));
 }
 
-/// Tries to read every page of a guest's memory.
+/// Of the pages that can't be read, one in so many is written and executed, too.
+const SAMPLE: u64 = 61;
+
+/// Tries to read every page of a guest's memory, and a sample of what is refused in other ways; says how many
+/// accesses were refused, and how many EL2 has counted meanwhile, which only the host causes.
 fn scan(guest: &Guest) {
-    let pages = guest.ram.start()..guest.ram.end();
-    let all = guest.ram.size() / PAGE_SIZE;
-    let readable = pages
-        .step_by(PAGE_SIZE as usize)
-        .filter(|page| fault::try_load(*page).is_ok())
-        .count();
+    let counted = || call::counter(Counter::FaultsRefused).unwrap_or(0);
+    let before = counted();
+    let (mut readable, mut reads, mut writes, mut fetches, mut reached) = (0, 0, 0, 0, 0);
+    for page in (guest.ram.start()..guest.ram.end()).step_by(PAGE_SIZE as usize) {
+        if fault::try_load(page).is_ok() {
+            readable += 1;
+            continue;
+        }
+        reads += 1;
+        if reads % SAMPLE == 0 {
+            let stored = fault::try_store(page + 0x7f8, 0).is_ok();
+            let fetched = fault::try_fetch(page).is_ok();
+            writes += u64::from(!stored);
+            fetches += u64::from(!fetched);
+            reached += u64::from(stored) + u64::from(fetched);
+        }
+    }
+    let (number, counted) = (guest.number, counted() - before);
     line(format_args!(
-        "VM {}: the host can read {readable} of {all} pages",
-        guest.number
+        "VM {number}: refused {reads} reads, {writes} writes, {fetches} fetches, {reached} not; EL2 counted {counted}"
+    ));
+    let all = guest.ram.size() / PAGE_SIZE;
+    line(format_args!(
+        "VM {number}: the host can read {readable} of {all} pages"
     ));
 }
 
