@@ -41,6 +41,7 @@ global_asm!(
 // changed that should not. Its last load is never completed if the host resets it then.
     .balign 8
 guest_resume:
+    nop                                 // what a load that is completed here would step over
     .irp n, 2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30
     orr     x1, x1, x\n
     .endr
