@@ -248,7 +248,7 @@ pub(crate) fn read_l2ctlr() {
     unsafe { asm!("mrs x9, s3_1_c11_c0_2", out("x9") _, options(nostack)) };
 }
 
-/// RAMINDEX of a Cortex-A57 or A72: a doubleword of the L1 data cache, whoever's, to DL1DATA<n>_EL1.
+/// RAMINDEX of a Cortex-A57 or A72: a doubleword of the L1 data cache, whoever's, to DL1DATA`n`_EL1.
 pub(crate) fn ram_index() {
     // SAFETY: expected to fault; writes no memory else.
     unsafe { asm!("sys #0, c15, c4, #0, x9", in("x9") 0x0900_0000u64, options(nostack)) };

@@ -3,7 +3,7 @@
 //!
 //! Of most attacks nothing is expected but an answer. But no access ever reaches EL2's memory, and none finds
 //! what a protected guest keeps to itself. And each core now and then does something with a VM of its own, of
-//! which every answer is known ([`own_turn`]). In the end EL2 must be there, all memory must come back, and
+//! which every answer is known ([`mod@own_turn`]). In the end EL2 must be there, all memory must come back, and
 //! a protected guest must work as if nothing had been.
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
