@@ -137,6 +137,8 @@ pub struct Board<'a> {
     pub memory: RangeList<MAX_MEMORY>,
     /// What firmware reserved: the memory reservation block, `/reserved-memory`, spin tables, initrd.
     pub reserved: RangeList<MAX_RESERVED>,
+    /// The part of `reserved` that stays so for the host, by its own tree: all but tree and initrd.
+    pub set_aside: RangeList<MAX_RESERVED>,
     /// The part of `reserved` that must not even be mapped.
     pub no_map: RangeList<MAX_RESERVED>,
     /// The part of `no_map` that is the firmware's own: its node has no `compatible` that a driver
@@ -203,6 +205,7 @@ impl<'a> Board<'a> {
             model: string(&root, "model").unwrap_or("unnamed board"),
             memory: RangeList::new(),
             reserved: RangeList::new(),
+            set_aside: RangeList::new(),
             no_map: RangeList::new(),
             firmware: RangeList::new(),
             cpus: Vec::new(),
@@ -263,7 +266,7 @@ impl<'a> Board<'a> {
     fn read_reserved(&mut self, tree: &Tree<'a>) -> Result<(), BoardError> {
         for entry in tree.fdt().memory_reservations() {
             if let Some(range) = AddrRange::with_size(entry.address(), entry.size()) {
-                self.reserve(range)?;
+                self.set_aside(range)?;
             }
         }
         if let Some(initrd) = self.chosen.initrd {
@@ -277,7 +280,7 @@ impl<'a> Board<'a> {
             let no_map = has("no-map");
             let claimed = has("compatible") || has("phandle") || has("linux,phandle");
             for range in regs(&node).map(AddrRange::grow_to_pages) {
-                self.reserve(range)?;
+                self.set_aside(range)?;
                 if no_map {
                     self.no_map.insert(range, "no-map ranges")?;
                 }
@@ -299,6 +302,12 @@ impl<'a> Board<'a> {
             .insert(range.grow_to_pages(), "reserved ranges")
     }
 
+    fn set_aside(&mut self, range: AddrRange) -> Result<(), BoardError> {
+        self.set_aside
+            .insert(range.grow_to_pages(), "reserved ranges")?;
+        self.reserve(range)
+    }
+
     fn read_cpus(&mut self, root: &FdtNode<'a>) -> Result<(), BoardError> {
         let Some(parent) = root.child("cpus") else {
             return Err(BoardError::NoCpus);
@@ -308,7 +317,7 @@ impl<'a> Board<'a> {
             if let StartMethod::SpinTable(word) = cpu.start
                 && let Some(range) = AddrRange::with_size(word, 8)
             {
-                self.reserve(range)?;
+                self.set_aside(range)?;
             }
             if self.cpus.push(cpu).is_err() {
                 self.cpus_left_out += 1;

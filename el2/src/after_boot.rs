@@ -13,6 +13,7 @@ use crate::arch::mem::{self, Image};
 use crate::arch::{mmu, regs};
 use crate::console::{fatal, say};
 use crate::hypervisor::{self, Hypervisor};
+use crate::protect::Pages;
 use crate::smp;
 
 /// Where entry.S comes from boot, on this core's stack, which is empty.
@@ -25,6 +26,11 @@ extern "C" fn boot_is_over(entry: u64, context: u64) -> ! {
     let boot = AddrRange::new(image.start, image.boot_end);
     if !boot.is_some_and(|boot| hand_over(hypervisor, boot)) {
         fatal(format_args!("what only boot needs can't be the host's"));
+    }
+    if let Some(tree) = hypervisor.machine.wipe_at_end {
+        // The last that boot has used of what there was before the reset.
+        mem::wipe(tree);
+        hypervisor.overwrite.withdraw(&Pages);
     }
     say!(
         Info,

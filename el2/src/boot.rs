@@ -19,6 +19,7 @@ use el2::features::{Features, IdRegisters};
 use el2::guest::idregs::HardwareIds;
 use el2::guest::smccc::{Mitigation, Mitigations};
 use el2::layout::Layout;
+use el2::overwrite::{self, Request};
 use el2::ownership::Ownership;
 use el2::page_state::{Owner, PageStates};
 use el2::psci::StartOrder;
@@ -37,6 +38,7 @@ use crate::entropy::Entropy;
 use crate::host::HostMemory;
 use crate::hypervisor::{self, Hypervisor, Machine};
 use crate::iommu;
+use crate::protect::Pages;
 use crate::smp;
 use crate::vm;
 
@@ -57,7 +59,10 @@ pub(crate) struct Boot {
     el2: AddrRange,
     entered: u64,
     settings: mmu::Settings,
+    /// What EL2's own map left of the pool's largest part.
     pool: AddrRange,
+    /// Memory may hold what protected guests had before a reset.
+    overwrite: bool,
 }
 
 /// Entry from entry.S. Where the boot loader put us, `size` is 0 and `argument` the device tree;
@@ -66,24 +71,29 @@ pub(crate) struct Boot {
 extern "C" fn boot_primary(argument: u64, entered: u64, size: u64, current_el: u64) -> ! {
     let image = Image::here();
     if size == 0 {
-        let boot = match read_board(argument) {
-            Ok((parsed, board, range)) => {
-                prepare(parsed, board, range, entered, current_el, &image)
-            }
-            Err(error) => {
-                // At another level our exception vectors are not in force: no probing.
-                if regs::at_el2() {
-                    console::probe_last_resort();
-                }
-                fatal(format_args!("{error}"))
-            }
-        };
-        place(boot, &image)
+        first_entry(argument, entered, current_el, &image)
     }
     let mut boot: Boot = mem::take_over(argument);
     console::set(boot.board.console);
     let cpu = own_map(&mut boot, &image);
     cpu::continue_boot(cpu, &mut boot)
+}
+
+#[inline(never)] // Boards are large: the second entry has room on the stack for its own.
+fn first_entry(argument: u64, entered: u64, current_el: u64, image: &Image) -> ! {
+    match read_board(argument) {
+        Ok((parsed, board, range)) => {
+            let boot = prepare(parsed, board, range, entered, current_el, image);
+            place(boot, image)
+        }
+        Err(error) => {
+            // At another level our exception vectors are not in force: no probing.
+            if regs::at_el2() {
+                console::probe_last_resort();
+            }
+            fatal(format_args!("{error}"))
+        }
+    }
 }
 
 type Parsed = (Tree<'static>, Board<'static>, AddrRange);
@@ -136,6 +146,7 @@ fn prepare(
             sctlr: 0,
         },
         pool: tree_range,
+        overwrite: false,
     }
 }
 
@@ -152,12 +163,15 @@ fn range_or_die(start: u64, size: u64) -> AddrRange {
 /// the end of the pool.
 ///
 /// The highest, so that the host keeps the low memory that its devices' DMA may be limited to.
+#[inline(never)] // As above.
 fn place(mut boot: Boot, image: &Image) -> ! {
     let mut taken = boot.board.reserved.clone();
     let here = range_or_die(image.start, image.end - image.start);
     if let Err(error) = taken.insert(here.grow_to_pages(), "reserved ranges") {
         fatal(format_args!("{error}"));
     }
+    // Before anything is written: what says so may be where EL2 goes.
+    boot.overwrite = overwrite::is_requested(&Pages, &boot.board.memory, &taken);
     let want = Placement {
         size: boot.layout.size,
         align: el2::layout::ALIGN,
@@ -167,7 +181,12 @@ fn place(mut boot: Boot, image: &Image) -> ! {
         fatal(format_args!("{}", BoardError::NoRoom(want.size >> 10)));
     };
     boot.el2 = there;
+    if boot.overwrite {
+        let copies = boot.layout.copies(there.start());
+        overwrite::carry_over(&Pages, there, &copies);
+    }
     let entered = boot.entered;
+    const { assert!(size_of::<Boot>() as u64 <= overwrite::STRIDE - PAGE_SIZE) };
     let file = range_or_die(image.start, image.file_end - image.start);
     mem::place_image(file, there);
     let argument = mem::hand_over(boot, there);
@@ -177,8 +196,9 @@ fn place(mut boot: Boot, image: &Image) -> ! {
 
 /// Builds EL2's map in the start of the pool, turns the MMU on, and gives this core its data.
 fn own_map(boot: &mut Boot, image: &Image) -> &'static CpuData {
-    let base = boot.el2.start();
-    let pool = range_or_die(base + boot.layout.pool, boot.layout.size - boot.layout.pool);
+    let (Some(pool), _) = boot.layout.pools(boot.el2.start()) else {
+        fatal(format_args!("EL2's memory has no pool"));
+    };
     let mut map = Map::new(EarlyTables::from_pool(pool));
     if let Err(error) = map_all(&mut map, boot, image) {
         fatal(format_args!("EL2's own map: {error}"));
@@ -222,7 +242,7 @@ fn map_all(map: &mut Map, boot: &Boot, image: &Image) -> Result<(), aarch64_pagi
         map.map(block.emergency, mmu::DATA)?;
         map.map(block.data, mmu::DATA)?;
     }
-    let rest = boot.el2.start() + boot.layout.states;
+    let rest = boot.el2.start() + boot.layout.low_pool;
     map.map(range(rest, boot.el2.end()), mmu::DATA)?;
     let power = boot.board.power.map(|Power::BcmPm(base)| base);
     let console = boot.board.console.map(|console| console.base);
@@ -272,6 +292,10 @@ extern "C" fn boot_main(boot: &mut Boot) -> ! {
     let entry = Image::here().secondary_entry;
     smp::start_others(&boot.board, boot.features, &cpus, entry);
     report_cpus(&cpus);
+    if boot.overwrite {
+        // Not before the other cores have left where the boot loader had them.
+        wipe_remains(boot);
+    }
     let hypervisor = assemble(boot, cpus);
     if let Some(test) = boot.board.chosen.self_test {
         self_test::provoke(test);
@@ -332,6 +356,36 @@ fn report_cpus(cpus: &[&'static CpuData]) {
     say!(Info, "{up} of {} CPU(s) at EL2", cpus.len());
 }
 
+/// Wipes all RAM that the host gets and that nobody has written since the reset, or that a protected guest could
+/// not have had. The tree, which boot reads yet, comes when boot is over.
+#[inline(never)] // Its frame would stay on the small stack for as long as its caller's.
+fn wipe_remains(boot: &Boot) {
+    let board = &boot.board;
+    let mut spared = board.set_aside.clone();
+    for range in board.chosen.initrd.into_iter().chain([boot.tree_range]) {
+        if let Err(error) = spared.insert(range, "reserved ranges") {
+            fatal(format_args!("{error}"));
+        }
+    }
+    let parts = || {
+        let ram = board.memory.as_slice().iter();
+        ram.flat_map(|ram| ram.without(spared.as_slice(), boot.el2))
+    };
+    let total: u64 = parts().map(AddrRange::size).sum();
+    say!(
+        Warn,
+        "memory may hold a protected guest's secrets from before the reset: wiping {} MiB",
+        total >> 20
+    );
+    let (mut said, second) = (regs::ticks(), regs::ticks_per_second());
+    overwrite::wipe(&Pages, parts(), |done| {
+        if regs::ticks().saturating_sub(said) > second {
+            said = regs::ticks();
+            say!(Info, "wiped {} of {} MiB", done >> 20, total >> 20);
+        }
+    });
+}
+
 /// Builds the hypervisor and publishes it.
 #[inline(never)] // Its frame would stay on the small stack for as long as its caller's.
 fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hypervisor {
@@ -346,7 +400,16 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
         fatal(format_args!("EL2's memory {:?} is not all RAM", boot.el2));
     }
     reserve_no_map(boot, &pages);
-    let pool = frames::create_el2_pool(boot.pool);
+    for ram in boot.board.memory.as_slice() {
+        let reserved = boot.board.set_aside.as_slice().iter();
+        let parts = reserved.filter_map(|range| {
+            AddrRange::new(range.start().max(ram.start()), range.end().min(ram.end()))
+        });
+        parts.for_each(|part| pages.reserve(part));
+    }
+    let (_, others) = boot.layout.pools(boot.el2.start());
+    let parts = others.into_iter().flatten().chain([boot.pool]);
+    let pool = frames::create_el2_pool(parts);
     let ram_end = boot
         .board
         .memory
@@ -365,6 +428,7 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
         psci_gives_back: boot.board.psci_gives_back,
         power: boot.board.power,
         entered: boot.entered,
+        wipe_at_end: boot.overwrite.then_some(boot.tree_range),
     };
     let gic = PhysicalGic::probe(boot.board.gic.as_ref(), boot.features.gic_sysregs);
     let firmware = boot.board.firmware.as_slice().iter().copied();
@@ -386,6 +450,7 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
         counters: Counters::new(),
         cpus,
         ownership: Ownership::new(pages),
+        overwrite: Request::new(boot.layout.copies(boot.el2.start()), boot.overwrite),
         host,
         gic,
         vms: &vm::VMS,

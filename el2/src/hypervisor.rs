@@ -6,6 +6,7 @@ use el2::counters::Counters;
 use el2::features::Features;
 use el2::guest::idregs::HardwareIds;
 use el2::guest::smccc::Mitigations;
+use el2::overwrite::Request;
 use el2::ownership::Ownership;
 use heapless::Vec;
 use spin::Once;
@@ -26,6 +27,8 @@ pub(crate) struct Machine {
     pub(crate) power: Option<Power>,
     /// When EL2 was entered, in ticks.
     pub(crate) entered: u64,
+    /// The device tree's memory, if that is to be wiped when boot is over.
+    pub(crate) wipe_at_end: Option<AddrRange>,
 }
 
 /// The hypervisor.
@@ -37,6 +40,8 @@ pub(crate) struct Hypervisor {
     /// Cores in the device tree's order; `index` of each is its place here.
     pub(crate) cpus: Vec<&'static CpuData, MAX_CPUS>,
     pub(crate) ownership: Ownership<'static>,
+    /// Stands as long as there is a protected VM.
+    pub(crate) overwrite: Request,
     pub(crate) host: HostMemory,
     pub(crate) gic: PhysicalGic,
     pub(crate) vms: &'static VmTable,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! base                                                                        base + size
-//! │ boot │ text, constants, data, bss (image) │ CPU 0 │ CPU 1 │ .. │ page states │ frame pool │
+//! │ boot │ text, constants, data, bss (image) │ CPU 0 │ CPU 1 │ .. │ low pool │ page states │ frame pool │
 //!                                                │
 //!        ┌───────────────────────────────────────┘
 //!        │ guard │ stack 16 KiB │ guard │ emergency stack 8 KiB │ CPU data 4 KiB │
@@ -10,8 +10,13 @@
 //!
 //! `boot` is the first part of the image, what only boot needs: the host's memory once boot is over.
 //! Guards are pages that are never mapped: an overflow of a stack faults on the first byte below.
+//!
+//! Three pages of the two pools, as far apart as these are, are for the memory overwrite request
+//! (`overwrite.rs`): a boot loader that works in a part of this memory leaves a copy.
 
 use board::{AddrRange, PAGE_SIZE};
+
+use crate::overwrite::{COPIES, STRIDE};
 
 /// Bytes of a CPU's stack.
 pub const STACK: u64 = 4 * PAGE_SIZE;
@@ -25,12 +30,16 @@ pub const STATE_PER_PAGE: u64 = 4;
 pub const ALIGN: u64 = 0x1_0000;
 /// Table pages for EL2's own map and for the host's stage 2, beyond one per GiB of RAM.
 const POOL_PAGES: u64 = 128;
+/// Pages of the low pool: one of them is at a multiple of [`STRIDE`].
+const LOW_PAGES: u64 = STRIDE / PAGE_SIZE;
 
 /// Offsets from EL2's base, in bytes; each part ends where the next one starts.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Layout {
     /// First CPU's block.
     pub cpus: u64,
+    /// The part of the frame pool before the page states.
+    pub low_pool: u64,
     /// Page states.
     pub states: u64,
     /// Frame pool.
@@ -58,17 +67,19 @@ impl Layout {
     pub fn new(image: u64, cpus: u64, ram: u64) -> Option<Self> {
         let gib = ram.div_ceil(1 << 30);
         let start = image.checked_next_multiple_of(PAGE_SIZE)?;
-        let states = start.checked_add(cpus.checked_mul(CPU_BLOCK)?)?;
+        let low_pool = start.checked_add(cpus.checked_mul(CPU_BLOCK)?)?;
+        let states = low_pool.checked_add(LOW_PAGES * PAGE_SIZE)?;
         let states_size = ram.div_ceil(PAGE_SIZE).checked_mul(STATE_PER_PAGE)?;
         let pool = states
             .checked_add(states_size)?
             .checked_next_multiple_of(PAGE_SIZE)?;
-        let pages = POOL_PAGES.checked_add(gib)?;
+        let pages = (POOL_PAGES + COPIES as u64 - LOW_PAGES).checked_add(gib)?;
         let size = pool
             .checked_add(pages.checked_mul(PAGE_SIZE)?)?
             .checked_next_multiple_of(ALIGN)?;
         Some(Self {
             cpus: start,
+            low_pool,
             states,
             pool,
             size,
@@ -79,7 +90,7 @@ impl Layout {
     #[must_use]
     pub fn cpu(&self, base: u64, index: u64) -> Option<CpuBlock> {
         let start = index.checked_mul(CPU_BLOCK)?.checked_add(self.cpus)?;
-        if start.checked_add(CPU_BLOCK)? > self.states {
+        if start.checked_add(CPU_BLOCK)? > self.low_pool {
             return None;
         }
         let stack = AddrRange::with_size(base.checked_add(start + PAGE_SIZE)?, STACK)?;
@@ -90,6 +101,33 @@ impl Layout {
             emergency,
             data,
         })
+    }
+}
+
+impl Layout {
+    /// Where the copies of the overwrite request are, for EL2's memory at `base`, a multiple of [`ALIGN`].
+    #[must_use]
+    pub fn copies(&self, base: u64) -> [u64; COPIES] {
+        let first = |from: u64| base + from.next_multiple_of(STRIDE);
+        [
+            first(self.low_pool),
+            first(self.pool),
+            base + self.size - STRIDE,
+        ]
+    }
+
+    /// The frame pool, for EL2's memory at `base`: its largest part, and the others.
+    #[must_use]
+    pub fn pools(&self, base: u64) -> (Option<AddrRange>, [Option<AddrRange>; 4]) {
+        let [low, middle, high] = self.copies(base);
+        let range = AddrRange::new;
+        let others = [
+            range(base + self.low_pool, low),
+            range(low + PAGE_SIZE, base + self.states),
+            range(base + self.pool, middle),
+            range(high + PAGE_SIZE, base + self.size),
+        ];
+        (range(middle + PAGE_SIZE, high), others)
     }
 }
 
@@ -113,7 +151,8 @@ mod tests {
     fn parts_follow_each_other_page_aligned() {
         let layout = Layout::new(0x2_a123, 4, 1 << 30).unwrap();
         assert_eq!(layout.cpus, 0x2_b000);
-        assert_eq!(layout.states, 0x2_b000 + 4 * 0x9000);
+        assert_eq!(layout.low_pool, 0x2_b000 + 4 * 0x9000);
+        assert_eq!(layout.states, layout.low_pool + 0x1_0000);
         assert_eq!(layout.pool, layout.states + (1 << 20));
         assert_eq!(layout.size % ALIGN, 0);
     }
@@ -134,8 +173,30 @@ mod tests {
         assert_eq!(first.stack.start(), 0x8000_2000);
         assert_eq!(first.stack.end() + PAGE_SIZE, first.emergency.start());
         assert_eq!(first.data.end() + PAGE_SIZE, second.stack.start());
-        assert_eq!(second.data.end(), 0x8000_0000 + layout.states);
+        assert_eq!(second.data.end(), 0x8000_0000 + layout.low_pool);
         assert_eq!(layout.cpu(0x8000_0000, 2), None);
+    }
+
+    #[test]
+    fn the_pool_is_whole_but_for_the_requests_copies() {
+        for image in [0x1000, 0x4_0000, 0x5_f123] {
+            let layout = Layout::new(image, 3, 5 << 30).unwrap();
+            let base = 0x8000_0000;
+            let copies = layout.copies(base);
+            let (main, others) = layout.pools(base);
+            let parts: std::vec::Vec<_> = others.into_iter().flatten().chain(main).collect();
+            for copy in copies {
+                let page = AddrRange::with_size(copy, PAGE_SIZE).unwrap();
+                assert!(copy.is_multiple_of(STRIDE) && page.end() <= base + layout.size);
+                assert!(parts.iter().all(|part| !part.overlaps(page)));
+            }
+            let pages: u64 = parts.iter().map(|part| part.size() / PAGE_SIZE).sum();
+            assert!(pages >= POOL_PAGES + 5);
+            assert!(main.unwrap().size() > 48 * PAGE_SIZE);
+            let low = layout.low_pool..layout.states;
+            assert!(low.contains(&(copies[0] - base)));
+            assert!(copies[1] >= base + layout.pool && copies[1] + STRIDE <= copies[2]);
+        }
     }
 
     #[test]

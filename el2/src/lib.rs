@@ -22,6 +22,7 @@ pub mod inject;
 pub mod kick;
 pub mod layout;
 pub mod measure;
+pub mod overwrite;
 pub mod ownership;
 pub mod page_state;
 pub mod protection;

@@ -29,6 +29,9 @@ pub enum OwnershipError {
     /// Not RAM in one piece, or not all of it belongs to whom it should.
     #[error("{0:?} is not all RAM of its giver")]
     NotOwned(AddrRange),
+    /// Reserved memory, which no reset wipes.
+    #[error("{0:?} is reserved")]
+    Reserved(AddrRange),
     /// Not shared, or shared already.
     #[error("{0:?} is not all the guest's, or not shared as it should be")]
     NotShared(AddrRange),
@@ -125,6 +128,9 @@ impl<'a> Ownership<'a> {
     fn check_free(&self, leases: &[Lease], range: AddrRange) -> Result<(), OwnershipError> {
         if !self.pages.all_owned_by(range, Owner::Host) {
             return Err(OwnershipError::NotOwned(range));
+        }
+        if !self.pages.all_shared(range, Owner::Host, false) {
+            return Err(OwnershipError::Reserved(range));
         }
         if leases.iter().any(|lease| lease.range.overlaps(range)) {
             return Err(OwnershipError::Leased(range));
@@ -431,6 +437,23 @@ mod tests {
         assert_eq!(own.lease(ram, 2), Ok(Progress::More));
         assert_eq!(own.lease(ram, 2), Err(OwnershipError::NotOwned(ram)));
         assert_eq!(own.leases.lock().len(), 1);
+    }
+
+    #[test]
+    fn reserved_memory_is_leased_but_never_donated() {
+        let (machine, words) = (machine(32), words());
+        let World { host, own, .. } = World::new(&machine, &words);
+        own.pages().reserve(range(8, 2));
+        for (at, pages) in [(8, 1), (9, 4), (7, 2), (0, 16)] {
+            let refused = Err(OwnershipError::Reserved(range(at, pages)));
+            assert_eq!(own.may_donate(range(at, pages)), refused);
+            assert_eq!(
+                own.donate(&host, range(at, pages), Owner::Guest(0)),
+                refused
+            );
+        }
+        assert_eq!(own.lease(range(8, 1), 0), Ok(()));
+        assert_eq!(own.donate(&host, range(10, 4), Owner::Hypervisor), Ok(()));
     }
 
     #[test]

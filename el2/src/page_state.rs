@@ -15,6 +15,9 @@ const OWNER: u32 = 0x3ff;
 /// The guest that owns the page shares it with the host.
 const SHARED: u32 = 1 << 10;
 
+/// The page is the host's for good: the board has reserved it, and no reset wipes it (`overwrite.rs`).
+const RESERVED: u32 = 1 << 11;
+
 /// An owner of memory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Owner {
@@ -152,6 +155,16 @@ impl<'a> PageStates<'a> {
         }
     }
 
+    /// Marks pages of the host, before it runs, that it can't give to anybody else: [`Self::all_shared`] is
+    /// false for them, whichever way.
+    pub fn reserve(&self, range: AddrRange) {
+        for word in self.words_of(range).into_iter().flatten() {
+            if word.load(Ordering::Relaxed) == Owner::Host.encode() {
+                word.store(RESERVED, Ordering::Relaxed);
+            }
+        }
+    }
+
     /// The first pages of `range` that belong to `owner`, up to the first that does not.
     #[must_use]
     pub fn first_run(&self, range: AddrRange, owner: Owner) -> Option<AddrRange> {
@@ -250,6 +263,21 @@ mod tests {
         assert_eq!(states.owner(0x2000), Some(guest));
         assert!(states.transfer(range, guest, host));
         assert!(states.all_shared(range, host, false));
+    }
+
+    #[test]
+    fn only_the_hosts_pages_are_reserved_and_stay_its_own() {
+        let words = words(6);
+        let states = PageStates::new(memory(), &words).unwrap();
+        let first = AddrRange::new(0, 0x1000).unwrap();
+        let whole = AddrRange::new(0, 0x3000).unwrap();
+        assert!(states.transfer(first, Owner::Host, Owner::Firmware));
+        states.reserve(whole);
+        assert_eq!(states.owner(0), Some(Owner::Firmware));
+        let rest = AddrRange::new(0x1000, 0x3000).unwrap();
+        assert!(states.all_owned_by(rest, Owner::Host));
+        assert!(!states.all_shared(rest, Owner::Host, false));
+        assert!(states.all_shared(AddrRange::new(0x3000, 0x4000).unwrap(), Owner::Host, false));
     }
 
     #[test]

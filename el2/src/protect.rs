@@ -5,6 +5,7 @@ use board::AddrRange;
 use el2::guest_memory::{Contents, GuestPages};
 use el2::host_map::HostMap;
 use el2::measure::Start;
+use el2::overwrite;
 use el2::protection::Protection;
 use el2::psci::StartOrder;
 use el2::vm_error::Refusal;
@@ -31,6 +32,20 @@ impl Contents for Pages {
 
     fn show(&self, pages: AddrRange, to: &mut dyn FnMut(&[u8])) {
         to(mem::donated_bytes(pages));
+    }
+}
+
+impl overwrite::Memory for Pages {
+    fn word(&self, address: u64) -> u64 {
+        mem::word_at(address)
+    }
+
+    fn put(&self, address: u64, words: [u64; overwrite::WORDS]) {
+        mem::put_words(address, words);
+    }
+
+    fn wipe(&self, range: AddrRange) {
+        mem::wipe(range);
     }
 }
 

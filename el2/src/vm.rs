@@ -123,6 +123,8 @@ pub(crate) enum Entry {
     Dead {
         /// As above.
         donated: Donations,
+        /// It was a protected one: what is not reclaimed yet is not wiped yet.
+        protected: bool,
     },
 }
 
@@ -204,10 +206,17 @@ impl VmTable {
         let mut donated = Donations::new();
         donated.prepare()?;
         donate(hypervisor, memory)?;
+        if config.protected {
+            // From here on a reset may find something.
+            hypervisor.overwrite.raise(&Pages);
+        }
         let pool = FramePool::over_donated(memory);
         let Some(vm) = Vm::build(hypervisor, index, config, pool) else {
             donated.add_state(memory);
             take_back(hypervisor, &mut donated)?;
+            if config.protected {
+                hypervisor.overwrite.withdraw(&Pages);
+            }
             return Err(ErrorCode::Invalid.into());
         };
         donated.add_state(memory);
@@ -297,9 +306,10 @@ impl VmTable {
         }
         // Every table is unreachable and every TLB entry of the VMID invalidated behind this line.
         vm.memory.retire();
+        let protected = vm.config.protected;
         drop(vm);
         hypervisor.ownership.end_all_leases(index);
-        *entry = Entry::Dead { donated };
+        *entry = Entry::Dead { donated, protected };
         Ok(0)
     }
 
@@ -316,12 +326,15 @@ impl VmTable {
                 return Err(ErrorCode::Invalid.into());
             }
             Entry::Reserved => {}
-            Entry::Dead { donated } => {
+            Entry::Dead { donated, protected } => {
                 if let Some(range) = take_back(hypervisor, donated)? {
                     return Ok((range.start(), range.size() / PAGE_SIZE));
                 }
                 if !donated.is_empty() {
                     return Err(ErrorCode::Again.into());
+                }
+                if *protected {
+                    hypervisor.overwrite.withdraw(&Pages);
                 }
             }
         }

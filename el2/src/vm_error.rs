@@ -54,9 +54,9 @@ impl From<Error> for Refusal {
 impl From<OwnershipError> for Refusal {
     fn from(error: OwnershipError) -> Self {
         match error {
-            OwnershipError::NotOwned(_) | OwnershipError::NotShared(_) => {
-                ErrorCode::NotPermitted.into()
-            }
+            OwnershipError::NotOwned(_)
+            | OwnershipError::Reserved(_)
+            | OwnershipError::NotShared(_) => ErrorCode::NotPermitted.into(),
             OwnershipError::Leased(_) => ErrorCode::Busy.into(),
             OwnershipError::NotLeased(_) => ErrorCode::NotFound.into(),
             OwnershipError::NoHeap => ErrorCode::NoHeap.into(),

@@ -13,9 +13,11 @@ static EL2_POOL: FramePool = FramePool::empty();
 
 /// Gives EL2's own pool the part of its memory that boot left for it, and the heap its first piece
 /// of it: later the host's tables may have taken everything. Only boot calls this, once.
-pub(crate) fn create_el2_pool(range: AddrRange) -> &'static FramePool {
-    // SAFETY: the rest of the pool that EL2's own map left: mapped, unused.
-    unsafe { EL2_POOL.add(range) };
+pub(crate) fn create_el2_pool(parts: impl Iterator<Item = AddrRange>) -> &'static FramePool {
+    for part in parts {
+        // SAFETY: of the pool, and left by EL2's own map: mapped, unused.
+        unsafe { EL2_POOL.add(part) };
+    }
     if !HEAP.grow(FIRST) {
         say!(
             Error,

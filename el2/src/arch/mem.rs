@@ -242,11 +242,50 @@ pub(crate) fn donated_bytes(range: AddrRange) -> &'static [u8] {
 }
 
 /// Fills memory that nothing refers to any more with zeros, to the point of coherency: whoever gets it
-/// may map it non-cacheable. Memory that was donated, or that only boot needed.
+/// may map it non-cacheable. Memory that was donated, or that only boot needed; at boot the host's and EL2's.
 pub(crate) fn wipe(range: AddrRange) {
-    let pointer = core::ptr::with_exposed_provenance_mut::<u64>(range.start() as usize);
-    // SAFETY: page-aligned RAM of EL2's, mapped read-write; no reference of EL2 goes there, as boot is
-    // over, or as the VM that had it can't reach it (any more).
-    unsafe { pointer.write_bytes(0, range.size() as usize / 8) };
+    // With the MMU off all memory is device memory, where DC ZVA faults (Arm ARM C6.2, DC).
+    let zva = super::regs::mrs!("dczid_el0");
+    let block = 4 << (zva & 0xf);
+    let whole = range.start().is_multiple_of(block) && range.end().is_multiple_of(block);
+    let normal = super::regs::mrs!("sctlr_el2") & 1 != 0;
+    if !normal {
+        // What caches hold would overwrite the zeros.
+        clean_invalidate_to_poc(range);
+    }
+    if zva & 1 << 4 == 0 && whole && normal {
+        for address in (range.start()..range.end()).step_by(block as usize) {
+            // SAFETY: RAM of EL2's, or before the host runs the host's, mapped normal and read-write; no
+            // reference of EL2 goes there, as boot has not come there or is over, or as the VM that had it
+            // can't reach it (any more). The range holds the whole block.
+            unsafe {
+                core::arch::asm!("dc zva, {}", in(reg) address, options(nostack, preserves_flags))
+            };
+        }
+    } else {
+        let pointer = core::ptr::with_exposed_provenance_mut::<u8>(range.start() as usize);
+        // SAFETY: as above.
+        unsafe { pointer.write_bytes(0, range.size() as usize) };
+    }
     clean_invalidate_to_poc(range);
+}
+
+/// A doubleword, 8-byte aligned, of RAM that may have been anybody's before the reset. The MMU is off, so it is
+/// read past the caches; or nobody writes it.
+pub(crate) fn word_at(address: u64) -> u64 {
+    let pointer = core::ptr::with_exposed_provenance::<u64>(address as usize);
+    // SAFETY: aligned RAM. No one writes there: only this core runs.
+    unsafe { pointer.read_volatile() }
+}
+
+/// Writes a few doublewords of memory that is for nothing else, to the point of coherency. The MMU may be off:
+/// then what caches hold of it goes first.
+pub(crate) fn put_words<const N: usize>(address: u64, words: [u64; N]) {
+    let pointer = core::ptr::with_exposed_provenance_mut::<[u64; N]>(address as usize);
+    let line = AddrRange::with_size(address, size_of::<[u64; N]>() as u64);
+    line.into_iter().for_each(clean_invalidate_to_poc);
+    // SAFETY: aligned; a place of EL2's memory that its layout keeps for this alone, or will be when the
+    // image is placed there.
+    unsafe { pointer.write_volatile(words) };
+    line.into_iter().for_each(clean_invalidate_to_poc);
 }
