@@ -77,6 +77,37 @@ pub fn remove(tree: &mut DeviceTree, path: &str) -> Result<()> {
         .with_context(|| format!("the tree has no {path}"))
 }
 
+/// Reserves memory that may be mapped, as firmware does for its own.
+///
+/// # Errors
+/// There is reserved memory already, in other cells.
+pub fn reserve(tree: &mut DeviceTree, start: u32, size: u32) -> Result<()> {
+    const PATH: &str = "/reserved-memory";
+    if tree.find_node(PATH).is_none() {
+        let mut parent = node("reserved-memory")?;
+        for name in ["#address-cells", "#size-cells"] {
+            set_bytes(&mut parent, name, &2u32.to_be_bytes())?;
+        }
+        set_bytes(&mut parent, "ranges", &[])?;
+        tree.root.add_child(parent);
+    }
+    let parent = tree.find_node_mut(PATH).context(PATH)?;
+    let cells = |name| -> Result<usize> {
+        let property = parent.property(name).context(name)?;
+        Ok(property.value().last().copied().context(name)?.into())
+    };
+    let mut words = Vec::new();
+    for (value, name) in [(start, "#address-cells"), (size, "#size-cells")] {
+        words.extend(vec![0; cells(name)?.saturating_sub(1)]);
+        words.push(value);
+    }
+    let reg: Vec<_> = words.iter().copied().flat_map(u32::to_be_bytes).collect();
+    let mut child = node(&format!("kept@{start:x}"))?;
+    set_bytes(&mut child, "reg", &reg)?;
+    parent.add_child(child);
+    Ok(())
+}
+
 /// The tree with the damage done.
 ///
 /// # Errors
@@ -225,6 +256,15 @@ fn remove_enable_methods(tree: &mut DeviceTree) -> Result<()> {
 /// A node without properties.
 pub(crate) fn node(name: &str) -> Result<DeviceTreeNode> {
     DeviceTreeNode::new(name).map_err(|e| anyhow!("'{name}' is no node name: {e}"))
+}
+
+/// Sets a property, replacing what was there.
+fn set_bytes(node: &mut DeviceTreeNode, name: &str, value: &[u8]) -> Result<()> {
+    node.remove_property(name);
+    let property = DeviceTreeProperty::new(name, value)
+        .map_err(|e| anyhow!("'{name}' is no property name: {e}"))?;
+    node.add_property(property);
+    Ok(())
 }
 
 /// Sets a string property, replacing what was there.

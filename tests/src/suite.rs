@@ -8,6 +8,7 @@ mod linux;
 mod monitored;
 mod pci_disks;
 mod raspi4b;
+mod reset;
 mod shim;
 mod virt;
 mod vm_linux;

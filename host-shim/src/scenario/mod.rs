@@ -21,6 +21,7 @@ mod payload;
 mod protection;
 mod race;
 mod remote;
+mod reset;
 mod resumes;
 mod sharing;
 mod steps;
@@ -53,9 +54,9 @@ const ALL: [(&str, Scenario); 13] = [
     ("any-call", any_call::run),
 ];
 
-/// Only when asked for by name: what measures, or takes long.
+/// Only when asked for by name: what measures, takes long, or resets the machine.
 const MEASUREMENTS: [(&str, Scenario); 5] = [
-    ("reset-leak", protection::reset_leak),
+    ("reset-leak", reset::run),
     ("importer-cost", importer_cost::run),
     ("lock-cost", lock_cost::run),
     ("switch-cost", switch_cost::run),

@@ -25,8 +25,8 @@ pub(super) const MEM_RELINQUISH: u32 = 0xc600_0009;
 const INVALID: u64 = u64::MAX - 2;
 const NOT_SUPPORTED: u64 = u64::MAX;
 /// A page that the guest does not need for its code.
-const PAGE: u64 = RAM + 16 * PAGE_SIZE;
-const SECRET: u64 = 0x5ec2_e7de_adbe_ef01;
+pub(super) const PAGE: u64 = RAM + 16 * PAGE_SIZE;
+pub(super) const SECRET: u64 = 0x5ec2_e7de_adbe_ef01;
 
 type Check = fn(&Memory) -> Result<(), &'static str>;
 
@@ -73,12 +73,12 @@ fn code<T>(result: Result<T, Refused>) -> Option<ErrorCode> {
 }
 
 /// The host's address of a page of the guest.
-fn host_address(memory: &Memory, ipa: u64) -> u64 {
+pub(super) fn host_address(memory: &Memory, ipa: u64) -> u64 {
     memory.ram.start() + (ipa - RAM)
 }
 
 /// Whether every way to touch this address gives one abort that EL2 has counted.
-fn refused_everywhere(address: u64) -> Result<(), &'static str> {
+pub(super) fn refused_everywhere(address: u64) -> Result<(), &'static str> {
     let ways: [fn(u64); 5] = [
         fault::load,
         fault::store,
@@ -146,40 +146,6 @@ fn no_device(memory: &Memory) -> Result<(), &'static str> {
     ));
     end(guest.vm)?;
     Err("a slot that the guest can't write was created")
-}
-
-/// What a protected guest had in its memory when the host resets the machine.
-pub(super) fn reset_leak(machine: &Machine, report: &mut Report) {
-    const NAME: &str = "a_reset_shows_nothing_of_a_guest";
-    const MARK: u64 = 0x7265_7365_7421_2121;
-    let Some(memory) = Memory::find(machine) else {
-        return report.check(NAME, Err("there is no free memory"));
-    };
-    let (page, mark) = (host_address(&memory, PAGE), memory.state.end());
-    // A machine that forgets the secret forgets the mark, too, and is reset without end.
-    let found = fault::try_load(page).unwrap_or(0);
-    if found == SECRET || matches!(fault::try_load(mark), Ok(MARK)) {
-        crate::console::line(format_args!("  after the reset: {found:#x}"));
-        let _ = fault::try_store(mark, 0);
-        return report.check(
-            NAME,
-            expect(found != SECRET, "the host reads the guest's secret"),
-        );
-    }
-    let store = || -> Result<(), &'static str> {
-        remote::protected(&memory)?.store(PAGE, SECRET)?;
-        refused_everywhere(page)
-    };
-    if let Err(why) = store() {
-        return report.check(NAME, Err(why));
-    }
-    let _ = fault::try_store(mark, MARK);
-    if let Some(line) = AddrRange::with_size(mark, 64) {
-        mem::clean_invalidate_to_poc(line);
-    }
-    let answer = call::raw(call::Conduit::Hvc, 0x8400_0009, [0; 3])[0];
-    crate::console::line(format_args!("  SYSTEM_RESET: {answer:#x}"));
-    report.check(NAME, Err("the machine was not reset"));
 }
 
 fn nobody_else(memory: &Memory) -> Result<(), &'static str> {

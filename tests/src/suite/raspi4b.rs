@@ -1,7 +1,7 @@
 //! QEMU's `raspi4b` with Debian's real Pi 4 device tree: spin table, no SMC, true addresses.
 
 use super::vm_linux::{self, DEFAULT, Setting};
-use super::{bad_input, guests, linux, shim};
+use super::{bad_input, guests, linux, reset, shim};
 use crate::device_tree::Damage;
 use crate::machine::Machine;
 use crate::payload::Payloads;
@@ -23,6 +23,7 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
         linux::selfcheck(machine(), payloads),
         shim::all(machine()),
         shim::demo(machine()),
+        reset::leak(machine()),
         shim::self_test(machine(), "panic"),
         bad_input::no_tree(machine(), 0),
         // What this machine hands over without a device tree: an ATAG list at 0x100.

@@ -1,7 +1,7 @@
 //! QEMU's `virt`: every CPU with every interrupt controller.
 
 use super::vm_linux::{self, DEFAULT, Reset, Setting};
-use super::{bad_input, dma, guests, left_out, linux, shim};
+use super::{bad_input, dma, guests, left_out, linux, reset, shim};
 use crate::device_tree::Damage;
 use crate::machine::{CPUS, Clock, Gic, Machine};
 use crate::payload::Payloads;
@@ -33,6 +33,8 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     all.extend(dma_isolation());
     all.extend(linux_guests(payloads));
     all.push(linux::reset(a76(Gic::V3, 2), payloads));
+    all.push(reset::leak(a76(Gic::V3, 2)));
+    all.push(reset::leak(Machine::virt("max", Gic::V2, 4)));
     all.push(linux::shell(a76(Gic::V3, 2), payloads));
     all.push(linux::disks(a76(Gic::V3, 4).with_iommu(), payloads, 1));
     let max = Machine::virt("max", Gic::V2, 4).with_iommu();
