@@ -34,3 +34,4 @@ pub mod sync;
 pub mod vgic;
 pub mod vm_counters;
 pub mod vm_error;
+pub mod vm_table;

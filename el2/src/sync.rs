@@ -9,6 +9,56 @@ pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, 
 #[cfg(loom)]
 pub(crate) use memslot::sync::Mutex;
 
+/// A readers-writer lock that is only ever tried.
+#[cfg(not(loom))]
+#[derive(Debug)]
+pub(crate) struct TryLock<T>(spin::RwLock<T>);
+
+/// Shared access.
+#[cfg(not(loom))]
+pub(crate) type TryReadGuard<'a, T> = spin::RwLockReadGuard<'a, T>;
+
+#[cfg(not(loom))]
+impl<T> TryLock<T> {
+    pub(crate) const fn new(value: T) -> Self {
+        Self(spin::RwLock::new(value))
+    }
+
+    #[inline]
+    pub(crate) fn try_read(&self) -> Option<TryReadGuard<'_, T>> {
+        self.0.try_read()
+    }
+
+    #[inline]
+    pub(crate) fn try_write(&self) -> Option<spin::RwLockWriteGuard<'_, T>> {
+        self.0.try_write()
+    }
+}
+
+/// The loom double of the lock that is only tried.
+#[cfg(loom)]
+#[derive(Debug)]
+pub(crate) struct TryLock<T>(loom::sync::RwLock<T>);
+
+/// Shared access.
+#[cfg(loom)]
+pub(crate) type TryReadGuard<'a, T> = loom::sync::RwLockReadGuard<'a, T>;
+
+#[cfg(loom)]
+impl<T> TryLock<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(loom::sync::RwLock::new(value))
+    }
+
+    pub(crate) fn try_read(&self) -> Option<TryReadGuard<'_, T>> {
+        self.0.try_read().ok()
+    }
+
+    pub(crate) fn try_write(&self) -> Option<loom::sync::RwLockWriteGuard<'_, T>> {
+        self.0.try_write().ok()
+    }
+}
+
 /// [`spin::Mutex`], but only the attempt stands where it is locked, in some forty places: who has to
 /// wait does so in one. The same in a model: for what is not modelled.
 #[derive(Debug, Default)]
@@ -36,10 +86,5 @@ impl<T> SpinLock<T> {
     #[inline(never)]
     fn wait(&self) -> spin::MutexGuard<'_, T> {
         self.0.lock()
-    }
-
-    /// The value, which nobody else has any more.
-    pub fn into_inner(self) -> T {
-        self.0.into_inner()
     }
 }

@@ -1,4 +1,4 @@
-//! Virtual machines: their objects, the table that holds them, their memory.
+//! Virtual machines: their objects, their memory, and the library's table that holds them.
 //!
 //! Everything of a VM lies in pages that the host has donated to it: this object, its vCPUs, its
 //! stage-2 tables. They go back, wiped, when the VM is destroyed.
@@ -14,16 +14,16 @@ use el2::features::Features;
 use el2::guest::idregs::{GuestIds, Model};
 use el2::guest::psci::Power;
 use el2::guest_frames::GuestFrames;
-use el2::guest_memory::{Donations, HOST_SLOTS, VmMemory};
-use el2::host_map;
+use el2::guest_memory::{HOST_SLOTS, VmMemory};
+use el2::host_map::{self, HostMap};
 use el2::ownership::OwnershipError;
-use el2::page_state::Owner;
 use el2::protection::Protection;
 use el2::smmu::Walk;
 use el2::sync::SpinLock;
 use el2::vgic::{GicVersion, Vgic};
 use el2::vm_counters::VmCounters;
 use el2::vm_error::Refusal;
+use el2::vm_table::{self, Estate, Teardown};
 use memslot::addr::Gfn;
 use memslot::flush::OwedFlush;
 use memslot::lock::LockState;
@@ -32,14 +32,13 @@ use memslot::slot::{Memslot, SlotFlags, SlotId, SlotKind};
 use memslot::steps::Progress;
 use memslot::toggle::Flush;
 use memslot::vm::{GuestMemory, VmConfig as MemoryConfig, VmKind};
-use spin::{Once, RwLock, RwLockReadGuard};
+use spin::Once;
 use stage2::{
     ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, Stage2, WideAddresses,
 };
 
 use crate::arch::frames::FramePool;
 use crate::arch::host_regs::Stage2Regs;
-use crate::arch::mem;
 use crate::arch::owned::{Owned, Place};
 use crate::arch::tables::{Tables, Upkeep};
 use crate::arch::tlb::Tagged;
@@ -53,10 +52,6 @@ use crate::vcpu::{Stopped, Vcpu};
 
 /// Most VMs: VMIDs have 8 bits on some cores, and 0 is the host's.
 pub(crate) const MAX_VMS: usize = 255;
-/// Handles start here, so that a forgotten 0 is none.
-const FIRST_HANDLE: u64 = 0x1000;
-/// Most pages in one donation: what one call wipes, cleans and annotates.
-const MAX_DONATION: u64 = 512;
 /// EL2's own slot: the guest's CPU interface.
 const GIC_SLOT: u16 = HOST_SLOTS;
 /// Most slots of a VM.
@@ -88,6 +83,7 @@ pub(crate) struct Vm {
     pub(crate) power: Power,
     /// Of a protected VM.
     pub(crate) protection: Option<Protection>,
+    secrets: SpinLock<Option<Secrets>>,
     pub(crate) vgic: Owned<Vgic>,
     /// The vCPU that each core ran last, plus one.
     last_vcpu: [AtomicU8; MAX_CPUS],
@@ -95,93 +91,81 @@ pub(crate) struct Vm {
     pub(crate) shared: Owned<VmShared>,
 }
 
-/// A place in the table.
-#[derive(Debug, Default)]
-pub(crate) enum Entry {
-    /// Nobody's.
-    #[default]
-    Free,
-    /// A handle without a VM.
-    Reserved,
-    /// A VM.
-    Live {
-        /// The VM; dropped before its memory goes.
-        vm: Owned<Vm>,
-        /// What the host has donated to it. Its own lock, so that a VM whose vCPUs run can get more.
-        donated: SpinLock<Donations>,
-    },
-    /// A VM that ends: nobody uses it any more, and its memory is being cleaned.
-    Dying {
-        /// As above.
-        vm: Owned<Vm>,
-        /// As above.
-        donated: Donations,
-        /// What is left to clean.
-        owed: OwedFlush,
-    },
-    /// A VM that was: its memory waits to be reclaimed.
-    Dead {
-        /// As above.
-        donated: Donations,
-        /// It was a protected one: what is not reclaimed yet is not wiped yet.
-        protected: bool,
-    },
-}
-
 /// All VMs.
 #[derive(Debug)]
-pub(crate) struct VmTable {
-    entries: [RwLock<Entry>; MAX_VMS],
-}
+pub(crate) struct VmTable(vm_table::VmTable<Owned<Vm>, MAX_VMS>);
 
 /// The table.
-pub(crate) static VMS: VmTable = VmTable {
-    entries: [const { RwLock::new(Entry::Free) }; MAX_VMS],
-};
+pub(crate) static VMS: VmTable = VmTable(vm_table::VmTable::new());
 
-impl VmTable {
-    fn entry(&self, handle: u64) -> Result<(u8, &RwLock<Entry>), ErrorCode> {
-        let index = handle
-            .checked_sub(FIRST_HANDLE)
-            .and_then(|index| u8::try_from(index).ok())
-            .ok_or(ErrorCode::NotFound)?;
-        let entry = self.entries.get(usize::from(index));
-        entry.map(|e| (index, e)).ok_or(ErrorCode::NotFound)
+/// As long as this is there, a reset of the machine has to wipe memory.
+#[derive(Debug)]
+struct Secrets(&'static Hypervisor);
+
+impl Secrets {
+    fn of(hypervisor: &'static Hypervisor) -> Self {
+        hypervisor.overwrite.raise(&Pages);
+        Self(hypervisor)
+    }
+}
+
+impl Drop for Secrets {
+    fn drop(&mut self) {
+        self.0.overwrite.withdraw(&Pages);
+    }
+}
+
+/// What is left of a VM that ends.
+#[derive(Debug)]
+pub(crate) struct Rest {
+    owed: OwedFlush,
+    _secrets: Option<Secrets>,
+}
+
+impl Teardown for Owned<Vm> {
+    type Left = Rest;
+
+    fn begin(&self) -> Rest {
+        iommu::detach_all(self);
+        Rest {
+            owed: self.flush_at_end(),
+            _secrets: self.secrets.lock().take(),
+        }
     }
 
+    fn go_on(&self, rest: &mut Rest) -> Progress {
+        let mut slice = Slice::new();
+        if self.memory.flush_in_steps(&mut rest.owed, || slice.go_on()) == Progress::More {
+            return Progress::More;
+        }
+        // Every table is unreachable and every TLB entry of the VMID invalidated behind this line.
+        self.memory.retire();
+        Progress::Done
+    }
+}
+
+/// This machine's memory, for the library's table.
+fn estate(hypervisor: &Hypervisor) -> Estate<'_, 'static, HostMap<Tables>, Pages> {
+    Estate {
+        ownership: &hypervisor.ownership,
+        host: hypervisor.host.map(),
+        contents: &Pages,
+    }
+}
+
+impl VmTable {
     /// Lends the VM with this handle.
     pub(crate) fn with<R>(
         &self,
         handle: u64,
         use_vm: impl FnOnce(&Vm) -> Result<R, Refusal>,
     ) -> Result<R, Refusal> {
-        match &*self.held(handle)?.1 {
-            Entry::Live { vm, .. } => use_vm(vm),
-            _ => Err(ErrorCode::NotFound.into()),
-        }
-    }
-
-    /// An entry that nobody changes meanwhile, and its index.
-    #[inline(never)]
-    fn held(&self, handle: u64) -> Result<(u8, RwLockReadGuard<'_, Entry>), ErrorCode> {
-        let (index, entry) = self.entry(handle)?;
-        Ok((index, entry.try_read().ok_or(ErrorCode::Busy)?))
+        self.0.with(handle, |vm| use_vm(vm))
     }
 
     /// Reserves a handle.
     pub(crate) fn reserve(&self) -> Result<u64, ErrorCode> {
-        for (number, entry) in (FIRST_HANDLE..).zip(&self.entries) {
-            // Looked at first: who holds another VM's entry for writing, if only for a moment, makes
-            // that VM's calls on other CPUs fail with BUSY.
-            if entry.try_read().is_some_and(|e| matches!(*e, Entry::Free))
-                && let Some(mut entry) = entry.try_write()
-                && matches!(*entry, Entry::Free)
-            {
-                *entry = Entry::Reserved;
-                return Ok(number);
-            }
-        }
-        Err(ErrorCode::NoSpace)
+        self.0.reserve()
     }
 
     /// Creates the VM of a reserved handle out of donated memory; gives the pages used at once.
@@ -192,38 +176,13 @@ impl VmTable {
         memory: AddrRange,
         config: VmConfig,
     ) -> Result<u64, Refusal> {
-        let (index, entry) = self.entry(handle)?;
-        let mut entry = entry.try_write().ok_or(ErrorCode::Busy)?;
-        if !matches!(*entry, Entry::Reserved) {
-            return Err(ErrorCode::Exists.into());
-        }
-        if memory.size() / PAGE_SIZE < Vm::PAGES {
-            return Err(Refusal {
-                code: ErrorCode::NoMemory,
-                pages: Vm::PAGES,
-            });
-        }
-        let mut donated = Donations::new();
-        donated.prepare()?;
-        donate(hypervisor, memory)?;
-        if config.protected {
-            // From here on a reset may find something.
-            hypervisor.overwrite.raise(&Pages);
-        }
-        let pool = FramePool::over_donated(memory);
-        let Some(vm) = Vm::build(hypervisor, index, config, pool) else {
-            donated.add_state(memory);
-            take_back(hypervisor, &mut donated)?;
-            if config.protected {
-                hypervisor.overwrite.withdraw(&Pages);
-            }
-            return Err(ErrorCode::Invalid.into());
-        };
-        donated.add_state(memory);
-        let used = memory.size() - vm.shared.pool.free_bytes();
-        let donated = SpinLock::new(donated);
-        *entry = Entry::Live { vm, donated };
-        Ok(used / PAGE_SIZE)
+        let enough = (memory, Vm::PAGES);
+        self.0.create(&estate(hypervisor), handle, enough, |index| {
+            let pool = FramePool::over_donated(memory);
+            let vm = Vm::build(hypervisor, index, config, pool)?;
+            let used = memory.size() - vm.shared.pool.free_bytes();
+            Some((vm, used / PAGE_SIZE))
+        })
     }
 
     /// Donates more memory to a VM.
@@ -233,16 +192,8 @@ impl VmTable {
         handle: u64,
         memory: AddrRange,
     ) -> Result<u64, Refusal> {
-        let (_, entry) = self.held(handle)?;
-        let Entry::Live { vm, donated } = &*entry else {
-            return Err(ErrorCode::NotFound.into());
-        };
-        let mut donated = donated.lock();
-        donated.prepare()?;
-        donate(hypervisor, memory)?;
-        donated.add_state(memory);
-        vm.shared.pool.add_donated(memory);
-        Ok(0)
+        let add = |vm: &Owned<Vm>| vm.shared.pool.add_donated(memory);
+        self.0.top_up(&estate(hypervisor), handle, memory, add)
     }
 
     /// Donates memory to the guest of a protected VM.
@@ -254,15 +205,8 @@ impl VmTable {
         pages: u64,
         kind: DonationKind,
     ) -> Result<u64, Refusal> {
-        let (index, entry) = self.held(handle)?;
-        let Entry::Live { vm, donated } = &*entry else {
-            return Err(ErrorCode::NotFound.into());
-        };
-        let mut donated = donated.lock();
-        donated.prepare()?;
-        let range = vm.donate_memory(hypervisor, ipa, pages, kind)?;
-        donated.add_memory(range, index);
-        Ok(0)
+        self.0
+            .donate_memory(handle, |vm| vm.donate_memory(hypervisor, ipa, pages, kind))
     }
 
     /// Takes a page from the protected guest that owns it.
@@ -271,46 +215,15 @@ impl VmTable {
         hypervisor: &Hypervisor,
         page: AddrRange,
     ) -> Result<u64, Refusal> {
-        let Some(Owner::Guest(index)) = hypervisor.ownership.pages().owner(page.start()) else {
-            return Err(ErrorCode::NotFound.into());
-        };
-        let handle = FIRST_HANDLE + u64::from(index);
-        self.with(handle, |vm| {
+        self.0.with_owner(&hypervisor.ownership, page, |vm| {
             vm.protection()?;
             vm.pages(hypervisor).reclaim_page(page)
         })
     }
 
-    /// Ends a VM: its mappings are gone and its memory is nobody's when this returns a value. It does
-    /// so in steps: from the first on nothing but this call reaches the VM.
+    /// Ends a VM, in steps.
     pub(crate) fn destroy(&self, hypervisor: &Hypervisor, handle: u64) -> Result<u64, Refusal> {
-        let (index, entry) = self.entry(handle)?;
-        let mut entry = entry.try_write().ok_or(ErrorCode::Busy)?;
-        let (vm, donated, mut owed) = match core::mem::take(&mut *entry) {
-            Entry::Free => return Err(ErrorCode::NotFound.into()),
-            ended @ (Entry::Reserved | Entry::Dead { .. }) => {
-                *entry = ended;
-                return Ok(0);
-            }
-            Entry::Live { vm, donated } => {
-                iommu::detach_all(&vm);
-                let owed = vm.flush_at_end();
-                (vm, donated.into_inner(), owed)
-            }
-            Entry::Dying { vm, donated, owed } => (vm, donated, owed),
-        };
-        let mut slice = Slice::new();
-        if vm.memory.flush_in_steps(&mut owed, || slice.go_on()) == Progress::More {
-            *entry = Entry::Dying { vm, donated, owed };
-            return Err(ErrorCode::Again.into());
-        }
-        // Every table is unreachable and every TLB entry of the VMID invalidated behind this line.
-        vm.memory.retire();
-        let protected = vm.config.protected;
-        drop(vm);
-        hypervisor.ownership.end_all_leases(index);
-        *entry = Entry::Dead { donated, protected };
-        Ok(0)
+        self.0.destroy(&hypervisor.ownership, handle)
     }
 
     /// Gives one donated range back to the host, wiped: its address and its pages.
@@ -319,51 +232,14 @@ impl VmTable {
         hypervisor: &Hypervisor,
         handle: u64,
     ) -> Result<(u64, u64), Refusal> {
-        let (_, entry) = self.entry(handle)?;
-        let mut entry = entry.try_write().ok_or(ErrorCode::Busy)?;
-        match &mut *entry {
-            Entry::Free | Entry::Live { .. } | Entry::Dying { .. } => {
-                return Err(ErrorCode::Invalid.into());
-            }
-            Entry::Reserved => {}
-            Entry::Dead { donated, protected } => {
-                if let Some(range) = take_back(hypervisor, donated)? {
-                    return Ok((range.start(), range.size() / PAGE_SIZE));
-                }
-                if !donated.is_empty() {
-                    return Err(ErrorCode::Again.into());
-                }
-                if *protected {
-                    hypervisor.overwrite.withdraw(&Pages);
-                }
-            }
-        }
-        *entry = Entry::Free;
-        Ok((0, 0))
+        let range = self.0.reclaim(&estate(hypervisor), handle)?;
+        Ok(range.map_or((0, 0), |range| (range.start(), range.size() / PAGE_SIZE)))
     }
 }
 
 /// Takes memory from the host, out of its caches, too.
 pub(crate) fn donate(hypervisor: &Hypervisor, range: AddrRange) -> Result<(), OwnershipError> {
-    // EL2 makes objects and lists of free pages in it, and address 0 is nobody's pointer. On a
-    // Raspberry Pi there is RAM.
-    if range.size() / PAGE_SIZE > MAX_DONATION || range.start() == 0 {
-        return Err(OwnershipError::NotOwned(range));
-    }
-    hypervisor
-        .ownership
-        .donate(hypervisor.host.map(), range, Owner::Hypervisor)?;
-    // The host may have written it past the cache, with lines of it still there.
-    mem::clean_invalidate_to_poc(range);
-    Ok(())
-}
-
-/// Wipes some pages of a VM that is gone and gives them back.
-fn take_back(
-    hypervisor: &Hypervisor,
-    donated: &mut Donations,
-) -> Result<Option<AddrRange>, OwnershipError> {
-    donated.take_back(&hypervisor.ownership, hypervisor.host.map(), &Pages)
+    estate(hypervisor).donate(range)
 }
 
 fn format(features: &Features) -> Option<ArmStage2> {
@@ -468,6 +344,7 @@ impl Vm {
             ids: GuestIds::new(&hypervisor.ids, &model),
             power: Power::new(config.vcpus),
             protection: config.protected.then(Protection::new),
+            secrets: SpinLock::new(config.protected.then(|| Secrets::of(hypervisor))),
             world: VmWorld::new(Stage2Regs { vtcr, vttbr }, config.protected),
             memory: GuestMemory::new(memory_config, policy, frames, table),
             vgic: vgic.fill_with_vgic(version, config.vcpus),
