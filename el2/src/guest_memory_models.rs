@@ -1,19 +1,20 @@
-//! Every interleaving of two parties that want the same page.
+//! Two parties that want the same page, or the same VM, in every order that can make a difference, without
+//! a bound on how often one interrupts the other.
 //!
-//! The code is the real one: transitions, ownership, page states, the guest's memory. The two tables
-//! are maps of pages (`stage2` has models of its own), and the entry of the VM table is a lock as
-//! there: shared by who uses a VM, exclusive for who ends it, and never waited for.
+//! The code is the real one: the VM table, transitions, ownership, page states, the guest's memory.
+//! The host's and the guests' tables are maps of pages (`stage2` has models of its own). A guest has one
+//! slot, and a party does one thing, or two: more parties and longer calls are not explored.
 
 use std::boxed::Box;
 use std::sync::Arc;
 use std::vec::Vec;
 
 use board::RangeList;
-use loom::sync::RwLock;
 use loom::thread;
 use memslot::fault::{Access, FaultKind, FaultOutcome, Stage2Fault};
 use memslot::policy::ArmCaches;
 use memslot::slot::{Memslot, SlotFlags, SlotKind};
+use memslot::steps::Progress;
 use memslot::testing::{CacheModel, ModelTable};
 use memslot::vm::{VmConfig, VmKind};
 
@@ -22,10 +23,12 @@ use crate::host_map::HostMapError;
 use crate::measure::Measurer;
 use crate::page_state::PageStates;
 use crate::sync::{AtomicU32, Mutex};
+use crate::vm_table::{Estate, FIRST_HANDLE, Teardown, VmTable};
 
-/// RAM: two pages.
+/// RAM: two pages, and one for each guest's state.
 const RAM: u64 = 1 << 30;
 const PAGES: u64 = 2;
+const ALL_PAGES: u64 = PAGES + 2;
 /// Where each guest has them.
 const IPA: u64 = 0x4000_0000;
 /// The guests; an unprotected VM.
@@ -46,12 +49,12 @@ fn ipa(page: u64) -> u64 {
 }
 
 /// The host's table: which pages it may reach.
-struct Reach(Mutex<[bool; PAGES as usize]>);
+struct Reach(Mutex<[bool; ALL_PAGES as usize]>);
 
 impl Reach {
     fn set(&self, pages: AddrRange, reaches: bool) {
         let mut all = self.0.lock();
-        for number in 0..PAGES {
+        for number in 0..ALL_PAGES {
             if pages.contains_range(page(number)) {
                 all[number as usize] = reaches;
             }
@@ -79,14 +82,24 @@ type Memory = GuestMemory<ModelTable, ArmPolicy, GuestFrames<'static>>;
 
 struct Vm {
     memory: Memory,
-    donated: Mutex<Donations>,
+    index: u8,
+}
+
+impl Teardown for Vm {
+    type Left = ();
+
+    fn begin(&self) {}
+
+    fn go_on(&self, (): &mut ()) -> Progress {
+        Progress::Done
+    }
 }
 
 struct World {
     ownership: &'static Ownership<'static>,
     reach: Reach,
-    /// The VM table: guests A and B.
-    table: [RwLock<Option<Vm>>; 2],
+    /// Guests A and B.
+    table: VmTable<Vm, 2>,
 }
 
 /// What EL2 wipes is in nobody's reach but its own; or it was a guest's that is no more, and the host
@@ -99,7 +112,7 @@ impl Contents for Wiping<'_> {
         let dead = self.1.map(Owner::Guest);
         let is_ours = states.all_owned_by(pages, Owner::Hypervisor);
         assert!(is_ours || dead.is_some_and(|owner| states.all_owned_by(pages, owner)));
-        for number in (0..PAGES).filter(|number| pages.contains_range(page(*number))) {
+        for number in (0..ALL_PAGES).filter(|number| pages.contains_range(page(*number))) {
             let was_shared = dead.is_some_and(|owner| states.all_shared(page(number), owner, true));
             assert_eq!(self.0.reach.reaches(number), was_shared, "the host sees it");
         }
@@ -128,23 +141,50 @@ fn vm(ownership: &'static Ownership<'static>, guest: u8) -> Vm {
     memory.create_slot(slot.unwrap()).unwrap();
     Vm {
         memory,
-        donated: Mutex::new(Donations::new()),
+        index: guest,
     }
 }
 
 impl World {
-    /// Both guests exist and own nothing. Leaked, as EL2's array of states is there for good.
-    fn new() -> &'static Self {
-        let words: Vec<_> = (0..PAGES).map(|_| AtomicU32::new(0)).collect();
+    /// No guest. Leaked, as EL2's array of states is there for good.
+    fn empty() -> &'static Self {
+        let words: Vec<_> = (0..ALL_PAGES).map(|_| AtomicU32::new(0)).collect();
         let mut ram = RangeList::new();
-        ram.insert(range(0, PAGES), "ram").unwrap();
+        ram.insert(range(0, ALL_PAGES), "ram").unwrap();
         let states = PageStates::new(ram, Box::leak(words.into_boxed_slice())).unwrap();
-        let ownership: &'static Ownership<'_> = Box::leak(Box::new(Ownership::new(states)));
         Box::leak(Box::new(Self {
-            ownership,
-            reach: Reach(Mutex::new([true; PAGES as usize])),
-            table: [A, B].map(|guest| RwLock::new(Some(vm(ownership, guest)))),
+            ownership: Box::leak(Box::new(Ownership::new(states))),
+            reach: Reach(Mutex::new([true; ALL_PAGES as usize])),
+            table: VmTable::new(),
         }))
+    }
+
+    /// Both guests exist and own nothing.
+    fn new() -> &'static Self {
+        Self::with_guests(&[A, B])
+    }
+
+    fn with_guests(guests: &[u8]) -> &'static Self {
+        let world = Self::empty();
+        for guest in guests.iter().copied() {
+            assert_eq!(world.table.reserve(), Ok(handle(guest)));
+            let state = (page(PAGES + u64::from(guest)), 1);
+            let contents = Wiping(world, None);
+            let build = |guest| Some((vm(world.ownership, guest), ()));
+            world
+                .table
+                .create(&world.estate(&contents), handle(guest), state, build)
+                .unwrap();
+        }
+        world
+    }
+
+    fn estate<'a>(&'a self, contents: &'a Wiping<'a>) -> Estate<'a, 'static, Reach, Wiping<'a>> {
+        Estate {
+            ownership: self.ownership,
+            host: &self.reach,
+            contents,
+        }
     }
 
     /// The same with a page donated to A.
@@ -154,35 +194,53 @@ impl World {
         world
     }
 
-    /// Uses a VM as a call does that finds it alive.
-    fn with<R>(&self, guest: u8, use_it: impl FnOnce(&Vm, &Pages<'_>) -> R) -> Option<R> {
-        let entry = self.table[usize::from(guest)].try_read().ok()?;
-        let vm = entry.as_ref()?;
-        let pages = GuestPages {
+    /// The same, and A shares it.
+    fn with_shared_page() -> &'static Self {
+        let world = Self::with_page();
+        assert_eq!(world.call(A, MemoryCall::Share, 0), DONE);
+        world
+    }
+
+    /// Its memory, for a transition.
+    fn pages<R>(&self, vm: &Vm, act: impl FnOnce(&Pages<'_>) -> R) -> R {
+        act(&GuestPages {
             memory: &vm.memory,
             ownership: self.ownership,
             host: &self.reach,
             contents: &Wiping(self, None),
-            index: guest,
-        };
-        Some(use_it(vm, &pages))
+            index: vm.index,
+        })
+    }
+
+    /// Uses a VM as a call does that finds it alive.
+    fn with<R>(&self, guest: u8, use_it: impl FnOnce(&Vm, &Pages<'_>) -> R) -> Option<R> {
+        let used = self.table.with(handle(guest), |vm| {
+            Ok(self.pages(vm, |pages| use_it(vm, pages)))
+        });
+        used.ok()
     }
 
     /// MemoryDonate of one page; whether it went.
     fn donate(&self, guest: u8, number: u64) -> bool {
-        let donated = self.with(guest, |vm, pages| {
-            let mut list = vm.donated.lock();
-            list.prepare().unwrap();
+        let donated = self.table.donate_memory(handle(guest), |vm| {
             let mut stage = Stage::Building {
                 measurer: Measurer::new(),
                 expected: None,
             };
             let kind = DonationKind::Zeros;
-            let memory = pages.donate(&mut stage, ipa(number), 1, kind).ok()?;
-            list.add_memory(memory, guest);
-            Some(())
+            self.pages(vm, |pages| pages.donate(&mut stage, ipa(number), 1, kind))
         });
-        donated.flatten().is_some()
+        donated.is_ok()
+    }
+
+    /// VmTopUp with one page; whether it went.
+    fn top_up(&self, guest: u8, number: u64) -> bool {
+        let contents = Wiping(self, None);
+        let estate = self.estate(&contents);
+        let donated = self
+            .table
+            .top_up(&estate, handle(guest), page(number), |_| {});
+        donated.is_ok()
     }
 
     fn call(&self, guest: u8, call: MemoryCall, number: u64) -> Option<Moved> {
@@ -191,11 +249,10 @@ impl World {
 
     /// MemoryReclaim, which finds the owner first.
     fn reclaim(&self, number: u64) -> bool {
-        let Some(Owner::Guest(guest)) = self.ownership.pages().owner(page(number).start()) else {
-            return false;
-        };
-        let taken = self.with(guest, |_, pages| pages.reclaim_page(page(number)));
-        taken.is_some_and(|taken| taken.is_ok())
+        let taken = self.table.with_owner(self.ownership, page(number), |vm| {
+            self.pages(vm, |pages| pages.reclaim_page(page(number)))
+        });
+        taken.is_ok()
     }
 
     /// The guest touches a page: whether it has a leaf behind that.
@@ -211,22 +268,24 @@ impl World {
 
     /// VmDestroy and all of VmReclaim; whether nobody used the VM.
     fn end(&self, guest: u8) -> bool {
-        let Ok(mut entry) = self.table[usize::from(guest)].try_write() else {
-            return false;
-        };
-        let Some(vm) = entry.take() else {
-            return false;
-        };
-        drop(vm.memory);
-        let mut donated = vm.donated.lock();
+        self.destroy(guest) && self.take_back(guest)
+    }
+
+    fn destroy(&self, guest: u8) -> bool {
+        self.table.destroy(self.ownership, handle(guest)).is_ok()
+    }
+
+    /// All of VmReclaim; whether this call was the last one.
+    fn take_back(&self, guest: u8) -> bool {
         let contents = Wiping(self, Some(guest));
-        while let Some(back) = donated
-            .take_back(self.ownership, &self.reach, &contents)
-            .unwrap()
-        {
-            assert!(range(0, PAGES).contains_range(back));
+        loop {
+            match self.table.reclaim(&self.estate(&contents), handle(guest)) {
+                Ok(Some(back)) => assert!(range(0, ALL_PAGES).contains_range(back)),
+                Ok(None) => return true,
+                Err(refusal) if refusal.code == ErrorCode::Busy => thread::yield_now(),
+                Err(_) => return false,
+            }
         }
-        true
     }
 
     fn owner(&self, number: u64) -> Owner {
@@ -254,6 +313,13 @@ impl World {
     }
 }
 
+/// One page was moved.
+const DONE: Option<Moved> = Some(Moved::Pages(1));
+
+const fn handle(guest: u8) -> u64 {
+    FIRST_HANDLE + guest as u64
+}
+
 type Pages<'p> = GuestPages<'p, 'static, ModelTable, Reach, Wiping<'p>>;
 
 /// Two parties, in every order of their steps; then both tables and the states must agree.
@@ -264,9 +330,12 @@ fn race<R: 'static + Send, S: 'static>(
     after: impl Fn(&World, R, S) + Send + Sync + 'static,
 ) {
     let mut model = loom::model::Builder::new();
-    model.preemption_bound = Some(3);
     model.max_branches = 20_000;
+    // loom's own would be part of the model.
+    let orders = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counted = Arc::clone(&orders);
     model.check(move || {
+        counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let world = world();
         let other = thread::spawn(move || first(world));
         let mine = second(world);
@@ -274,6 +343,9 @@ fn race<R: 'static + Send, S: 'static>(
         world.agree();
         after(world, theirs, mine);
     });
+    let orders = orders.load(std::sync::atomic::Ordering::Relaxed);
+    std::println!("{orders} orders");
+    assert!(orders > 1, "the two have nothing in common");
 }
 
 #[test]
@@ -325,11 +397,7 @@ fn share_against_reclaim() {
 #[test]
 fn unshare_against_reclaim() {
     race(
-        || {
-            let world = World::with_page();
-            world.call(A, MemoryCall::Share, 0).unwrap();
-            world
-        },
+        World::with_shared_page,
         |world| world.call(A, MemoryCall::Unshare, 0),
         |world| world.reclaim(0),
         |world, _, taken| {
@@ -349,6 +417,115 @@ fn relinquish_against_reclaim() {
         |world| world.call(A, MemoryCall::Relinquish, 0),
         |world| world.reclaim(0),
         |world, _, _| assert_eq!(world.owner(0), Owner::Host),
+    );
+}
+
+#[test]
+fn relinquish_against_teardown() {
+    race(
+        World::with_page,
+        |world| world.call(A, MemoryCall::Relinquish, 0),
+        |world| world.end(A),
+        |world, given, ended| {
+            assert!(ended || given == DONE);
+            assert_eq!(world.owner(0), Owner::Host);
+        },
+    );
+}
+
+#[test]
+fn relinquish_against_share() {
+    race(
+        World::with_page,
+        |world| world.call(A, MemoryCall::Relinquish, 0),
+        |world| world.call(A, MemoryCall::Share, 0),
+        |world, given, shared| {
+            assert!((given == DONE) != (shared == DONE), "one of them gets it");
+            assert_eq!(world.owner(0) == Owner::Host, given == DONE);
+        },
+    );
+}
+
+#[test]
+fn relinquish_against_relinquish() {
+    race(
+        World::with_page,
+        |world| world.call(A, MemoryCall::Relinquish, 0),
+        |world| world.call(A, MemoryCall::Relinquish, 0),
+        |world, first, second| {
+            assert!((first == DONE) != (second == DONE), "it is given away once");
+            assert_eq!(world.owner(0), Owner::Host);
+        },
+    );
+}
+
+#[test]
+fn relinquish_against_a_vcpus_fault() {
+    race(
+        World::with_page,
+        |world| world.touch(A, 0),
+        |world| world.call(A, MemoryCall::Relinquish, 0),
+        |world, _, given| {
+            assert_eq!(given, DONE);
+            assert_eq!(world.owner(0), Owner::Host);
+            assert!(!world.touch(A, 0), "what was given away came back");
+        },
+    );
+}
+
+/// The host gives what comes back to the same guest again, where nothing is left of it.
+#[test]
+fn relinquish_against_donate() {
+    race(
+        World::with_page,
+        |world| world.call(A, MemoryCall::Relinquish, 0),
+        |world| world.donate(A, 0),
+        |world, given, donated| {
+            assert_eq!(given, DONE);
+            assert_eq!(world.owner(0) == Owner::Guest(A), donated);
+            assert_eq!(world.touch(A, 0), donated);
+        },
+    );
+}
+
+#[test]
+fn relinquish_against_donate_to_another_vm() {
+    race(
+        World::with_page,
+        |world| world.call(A, MemoryCall::Relinquish, 0),
+        |world| world.donate(B, 0),
+        |world, given, donated| {
+            assert_eq!(given, DONE);
+            assert_eq!(world.owner(0) == Owner::Guest(B), donated);
+            assert_eq!(world.touch(B, 0), donated);
+        },
+    );
+}
+
+#[test]
+fn share_against_unshare() {
+    race(
+        World::with_page,
+        |world| world.call(A, MemoryCall::Share, 0),
+        |world| world.call(A, MemoryCall::Unshare, 0),
+        |world, shared, unshared| {
+            assert_eq!(shared, DONE);
+            assert_eq!(world.reach.reaches(0), unshared != DONE);
+        },
+    );
+}
+
+#[test]
+fn reclaim_against_reclaim() {
+    race(
+        World::with_shared_page,
+        |world| world.reclaim(0),
+        |world| world.reclaim(0),
+        |world, first, second| {
+            assert!(first != second, "it is taken once");
+            assert_eq!(world.owner(0), Owner::Host);
+            assert!(!world.touch(A, 0));
+        },
     );
 }
 
@@ -387,6 +564,67 @@ fn teardown_against_share() {
         |world, shared, ended| {
             assert!(ended || shared == Some(Moved::Pages(1)));
             assert_eq!(world.owner(0) == Owner::Host, ended);
+        },
+    );
+}
+
+#[test]
+fn teardown_against_unshare() {
+    race(
+        World::with_shared_page,
+        |world| world.call(A, MemoryCall::Unshare, 0),
+        |world| world.end(A),
+        |world, unshared, ended| {
+            assert!(ended || unshared == DONE);
+            let owner = if ended { Owner::Host } else { Owner::Guest(A) };
+            assert_eq!(world.owner(0), owner);
+        },
+    );
+}
+
+#[test]
+fn teardown_against_teardown() {
+    race(
+        World::with_page,
+        |world| world.end(A),
+        |world| world.end(A),
+        |world, first, second| {
+            assert!(first || second);
+            assert_eq!(world.owner(0), Owner::Host);
+            assert_eq!(world.table.reserve(), Ok(handle(A)), "its handle is free");
+        },
+    );
+}
+
+/// Whatever the host gives to a VM that ends comes back.
+#[test]
+fn teardown_against_donations_to_it() {
+    const ADDED: u64 = PAGES + 1;
+    race(
+        || World::with_guests(&[A]),
+        |world| (world.donate(A, 0), world.top_up(A, ADDED)),
+        |world| world.destroy(A),
+        |world, (donated, added), destroyed| {
+            assert!(destroyed || donated || added);
+            assert!(destroyed || world.destroy(A));
+            assert!(world.take_back(A));
+            assert_eq!(world.owner(0), Owner::Host);
+            assert_eq!(world.owner(ADDED), Owner::Host);
+            world.agree();
+        },
+    );
+}
+
+#[test]
+fn two_get_two_handles() {
+    race(
+        World::empty,
+        |world| world.table.reserve(),
+        |world| world.table.reserve(),
+        |_, first, second| {
+            // Who meets the other one at the same entry takes the next.
+            let both = [first.unwrap(), second.unwrap()];
+            assert!(both == [handle(A), handle(B)] || both == [handle(B), handle(A)]);
         },
     );
 }
