@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What takes long: SOAK seconds (600) of fuzzing, shared by all targets, then attacks from every core on the emulator.
-# Before them the reference model, with more pages and steps than `make test` has time for.
+# Before them the reference model, with more steps than `make test` has time for.
 #   scripts/soak.sh [model|fuzz|attacks] [target...]
 # Fuzzing is guided by coverage where there is a C++ compiler for libFuzzer's runtime, else it is blind and says so.
 # What it finds is in target/fuzz: the growing corpus, and inputs that fail as fail-TARGET-*.
