@@ -452,7 +452,7 @@ mod tests {
                 refused
             );
         }
-        assert_eq!(own.lease(range(8, 1), 0), Ok(()));
+        assert_eq!(own.lease(range(8, 1), 0), Ok(Progress::Done));
         assert_eq!(own.donate(&host, range(10, 4), Owner::Hypervisor), Ok(()));
     }
 
