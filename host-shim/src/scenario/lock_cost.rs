@@ -32,8 +32,7 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
 /// wiping and less it; and hashed. Over [`RAM`], or as much of it as there is.
 ///
 /// Wiping is what the same pieces cost here. That is not more than it costs EL2, so it flatters nobody:
-/// both call the same `memset`, and the host's loop over lines is no longer (`make bench-target` looks at
-/// both); of two rounds the quicker counts, since the host's first access to a block is a fault for EL2.
+/// the host's loops over blocks and lines are no longer (`make bench-target` looks at both); of two rounds the quicker counts, since the host's first access to a block is a fault for EL2.
 fn donation(machine: &Machine) -> Result<(), &'static str> {
     /// Of which so much is hashed, too.
     const HASHED: u64 = 4 << 20;
@@ -76,8 +75,7 @@ fn wiping(ram: AddrRange) -> Result<u64, &'static str> {
     let before = gic::now();
     for start in (ram.start()..ram.end()).step_by(piece as usize) {
         let piece = AddrRange::with_size(start, piece).ok_or("wraps")?;
-        mem::bytes_mut(piece).fill(0);
-        mem::clean_invalidate_to_poc(piece);
+        mem::wipe(piece);
     }
     Ok(gic::now() - before)
 }
