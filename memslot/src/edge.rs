@@ -103,10 +103,18 @@ impl<T: GuestTable, P: MemTypePolicy, S: FrameSource> GuestMemory<T, P, S> {
         way: Direction,
         go_on: impl FnMut() -> bool,
     ) -> Result<Progress, Error> {
-        repeat(go_on, || {
+        let mut refused = None;
+        let progress = repeat(go_on, || {
             let part = self.device_part(dma, way, Extent::Step);
             part.map(|(_, progress)| progress)
-        })
+                .inspect_err(|error| refused = Some(*error))
+        })?;
+        // Behind the cleaning nothing is left to go on with: repeated, it would clean all again, and
+        // never say why.
+        match refused {
+            Some(error) if self.slots.read().unfinished.is_none() => Err(error),
+            _ => Ok(progress),
+        }
     }
 
     /// Admits an importer of the VM's page table: what is pending is cleaned first, and stays

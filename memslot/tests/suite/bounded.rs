@@ -1,6 +1,6 @@
 //! What one step does at most, whatever the slot's size and whatever is mapped in it.
 
-use crate::kit::{A, B, FWB, LOG, NONE, PLAIN, RW, gfn, slot};
+use crate::kit::{A, B, FLAG, FWB, LOG, NONE, PLAIN, RW, gfn, slot};
 use crate::machine::{Real, arm};
 use memslot::edge::Dma::NonSnooping;
 use memslot::error::Error;
@@ -27,7 +27,7 @@ const BLOCKS: LockRequest = LockRequest {
 };
 
 fn vm(policy: ArmPolicy) -> Vm {
-    let vm = arm(policy, GIB, GIB);
+    let vm = arm(policy, GIB, 2 * GIB);
     vm.mem
         .create_slot(slot(A, GIB, GIB, 2 * GIB, NONE))
         .unwrap();
@@ -100,6 +100,22 @@ fn a_locked_block_that_can_not_be_cut_stays_as_it_was() {
     vm.machine.fake.allow_allocations(None);
     assert_eq!(register(&vm), Ok(More));
     assert_eq!(honoured(&vm), STEP);
+}
+
+/// What is pending is cleaned first; what refuses the device behind that is said at once, not hidden
+/// behind another cleaning by the next call, and the next.
+#[test]
+fn a_device_that_is_refused_behind_the_cleaning_is_told_why() {
+    let vm = locked_block();
+    let pending = slot(B, STEP, 3 * STEP, STEP, FLAG);
+    vm.mem.create_slot(pending).unwrap();
+    vm.lock(&LockRequest::new(B, RW)).unwrap();
+    vm.machine.fake.allow_allocations(Some(0));
+    let refused = vm.mem.register_in_steps(NonSnooping, || true);
+    assert!(matches!(refused, Err(Error::NeedTables(_))));
+    assert_eq!(lines(&vm), 3 * STEP * LINES);
+    vm.machine.fake.allow_allocations(None);
+    assert!(vm.mem.register_in_steps(NonSnooping, || true).is_ok());
 }
 
 /// Nobody is inside while locked leaves change, but a vCPU may knock at any time: that is nobody's
