@@ -219,7 +219,7 @@ impl Devices {
 pub(crate) fn attach(vm: &Vm, function: u64, dma: Dma) -> Result<u64, Refusal> {
     let (smmu, stream) = find(function)?;
     let walk = vm.walk();
-    let mut attached = vm.devices.0.lock();
+    let mut attached = vm.devices.0.try_lock().ok_or(ErrorCode::Busy)?;
     if !has_locked_memory(vm) || smmu.owner(stream) != Owner::Nobody {
         return Err(ErrorCode::NotPermitted.into());
     }
@@ -237,6 +237,10 @@ pub(crate) fn attach(vm: &Vm, function: u64, dma: Dma) -> Result<u64, Refusal> {
     if let Err(refusal) = result {
         attached.unexport_if_unused(vm, walk.vmid);
         attached.forget(vm, dma);
+        if attached.owed > 0 {
+            // DeviceDetach of it takes it out of the counts.
+            attached.leaving = Some(stream);
+        }
         return Err(refusal);
     }
     // There is room. Where it was going before, the counts settle later.
@@ -248,7 +252,7 @@ pub(crate) fn attach(vm: &Vm, function: u64, dma: Dma) -> Result<u64, Refusal> {
 /// Counts a device of which EL2 knows only how it reaches memory, or counts it no longer: no other than
 /// one that was named so, for those that EL2 has attached count until they are detached.
 pub(crate) fn count(vm: &Vm, dma: Dma, comes: bool) -> Result<u64, Refusal> {
-    let mut attached = vm.devices.0.lock();
+    let mut attached = vm.devices.0.try_lock().ok_or(ErrorCode::Busy)?;
     let other = attached.owed > 0 || attached.devices.iter().any(|(_, kind)| *kind == dma);
     let named = &mut attached.named[usize::from(dma == Dma::NonSnooping)];
     if !comes && *named == 0 && other {
@@ -274,7 +278,7 @@ pub(crate) fn count(vm: &Vm, dma: Dma, comes: bool) -> Result<u64, Refusal> {
 /// Lets a function of a VM reach nothing.
 pub(crate) fn detach(vm: &Vm, function: u64) -> Result<u64, Refusal> {
     let (smmu, stream) = find(function)?;
-    let mut attached = vm.devices.0.lock();
+    let mut attached = vm.devices.0.try_lock().ok_or(ErrorCode::Busy)?;
     if attached.leaving != Some(stream) {
         let dma = attached.remove(vm, smmu, stream)?;
         attached.forget(vm, dma);
@@ -378,6 +382,9 @@ impl Attached {
                 Err(_) => break,
             };
             self.owed -= 1;
+            if self.owed > 0 && !slice.go_on() {
+                return Err(ErrorCode::Again.into());
+            }
         }
         Ok(0)
     }
