@@ -265,7 +265,15 @@ impl<'a> Board<'a> {
 
     fn read_reserved(&mut self, tree: &Tree<'a>) -> Result<(), BoardError> {
         for entry in tree.fdt().memory_reservations() {
-            if let Some(range) = AddrRange::with_size(entry.address(), entry.size()) {
+            let Some(range) = AddrRange::with_size(entry.address(), entry.size()) else {
+                continue;
+            };
+            // Boot loaders list the initrd here, too. That is no reservation of the board's: what else is
+            // in its pages is as it was before a reset.
+            let initrd = self.chosen.initrd.map(AddrRange::grow_to_pages);
+            if initrd.is_some_and(|initrd| initrd.contains_range(range)) {
+                self.reserve(range)?;
+            } else {
                 self.set_aside(range)?;
             }
         }

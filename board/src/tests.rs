@@ -319,6 +319,39 @@ fn pi_memory_and_reservations_are_read() {
     assert_eq!(board.psci, None);
 }
 
+/// A boot loader lists the initrd among the reservations, exactly or by whole pages. What else is in its
+/// pages is not the board's.
+#[test]
+fn reservation_of_the_initrd_is_none_of_the_boards() {
+    for size in [0x1234, 0x2000] {
+        let reserved = [(0, 0x1000), (0x4800_0000, size)]
+            .map(|(start, size)| FdtReserveEntry::new(start, size).unwrap());
+        let mut fdt = FdtWriter::new_with_mem_reserv(&reserved).unwrap();
+        let root = fdt.begin_node("").unwrap();
+        fdt.property_u32("#address-cells", 2).unwrap();
+        fdt.property_u32("#size-cells", 2).unwrap();
+        memory(&mut fdt, &[0, 0x8000_0000]);
+        let chosen = fdt.begin_node("chosen").unwrap();
+        fdt.property_u64("linux,initrd-start", 0x4800_0000).unwrap();
+        fdt.property_u64("linux,initrd-end", 0x4800_1234).unwrap();
+        fdt.end_node(chosen).unwrap();
+        let cpus = fdt.begin_node("cpus").unwrap();
+        fdt.property_u32("#address-cells", 1).unwrap();
+        fdt.property_u32("#size-cells", 0).unwrap();
+        let cpu = fdt.begin_node("cpu@0").unwrap();
+        fdt.property_string("device_type", "cpu").unwrap();
+        fdt.property_u32("reg", 0).unwrap();
+        fdt.end_node(cpu).unwrap();
+        fdt.end_node(cpus).unwrap();
+        fdt.end_node(root).unwrap();
+        let blob = fdt.finish().unwrap();
+        let board = read(&blob);
+        assert_eq!(board.set_aside.as_slice(), [range(0, 0x1000)]);
+        let pages = range(0x4800_0000, 0x4800_2000);
+        assert!(board.reserved.as_slice().contains(&pages));
+    }
+}
+
 #[test]
 fn firmware_that_keeps_cores_is_known_by_the_machine() {
     assert!(read(&virt(2)).psci_gives_back && read(&pi()).psci_gives_back);
