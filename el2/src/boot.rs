@@ -11,8 +11,8 @@
 
 use abi::Counter;
 use board::{
-    AddrRange, Board, BoardError, HostTree, MAX_CPUS, PAGE_SIZE, Placement, Power, Tree,
-    check_header, highest_free, patch_for_host,
+    AddrRange, Board, BoardError, HostTree, MAX_CPUS, MAX_RESERVED, PAGE_SIZE, Placement, Power,
+    RangeList, Tree, check_header, highest_free, patch_for_host,
 };
 use el2::counters::Counters;
 use el2::features::{Features, IdRegisters};
@@ -361,8 +361,11 @@ fn report_cpus(cpus: &[&'static CpuData]) {
 #[inline(never)] // Its frame would stay on the small stack for as long as its caller's.
 fn wipe_remains(boot: &Boot) {
     let board = &boot.board;
-    let mut spared = board.set_aside.clone();
-    for range in board.chosen.initrd.into_iter().chain([boot.tree_range]) {
+    // The last two may not merge with others, as their pages do.
+    let mut spared = RangeList::<{ MAX_RESERVED + 2 }>::new();
+    let set_aside = board.set_aside.as_slice().iter().copied();
+    let loaded = board.chosen.initrd.into_iter().chain([boot.tree_range]);
+    for range in set_aside.chain(loaded) {
         if let Err(error) = spared.insert(range, "reserved ranges") {
             fatal(format_args!("{error}"));
         }

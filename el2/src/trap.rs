@@ -243,8 +243,11 @@ fn report(hypervisor: &Hypervisor, abort: &Abort, far: u64, ipa: u64) {
     };
     let (at, _) = regs::return_state();
     let (access, kind) = (abort.access.name(), abort.kind.name());
+    // HPFAR_EL2 is not valid behind these (Arm ARM D24.2.61).
+    let unknown = matches!(abort.kind, FaultKind::Permission | FaultKind::Other(_));
     let owner = hypervisor.ownership.pages().owner(ipa);
     let owner: &dyn fmt::Display = match &owner {
+        _ if unknown && !abort.on_s1_walk => &"an address that the core does not tell",
         Some(owner) => owner,
         None => &"nobody's RAM",
     };
