@@ -116,8 +116,9 @@ calls! {
     /// pages from there in `x2` (1: written since the last call) and protects them again.
     SlotDirty = 0xc600_0126,
     /// `x1`: handle, `x2`: 0 for a device whose DMA is snooped, 1 for one whose is not; `x3`: 1 to
-    /// register, 0 to take it back. [`crate::ErrorCode::Again`]: call again, the work is done in steps;
-    /// the device may access memory when it is done.
+    /// register, 0 to take back what was registered so: an attached function counts until
+    /// [`Call::DeviceDetach`]. [`crate::ErrorCode::Again`]: call again, the work is done in steps; the
+    /// device may access memory when it is done.
     DmaDevice = 0xc600_0127,
     /// `x1`: handle of a protected VM, `x2`: IPA in one of its slots, `x3`: pages, `x4`: a
     /// [`crate::DonationKind`]. Takes the pages behind it from the host and gives them to the guest.

@@ -14,7 +14,7 @@ bitflags::bitflags! {
         const FLUSH_DCACHE = 1 << 0;
         /// Invalidate the instruction caches to the point of unification, once.
         const INVAL_ICACHE = 1 << 1;
-        /// A lock is not complete: nobody enters before it is, or is taken back.
+        /// A lock, a move, a reset or a change of types is not complete: nobody enters before it is, or is taken back.
         const UNFINISHED = 1 << 2;
     }
 }

@@ -207,7 +207,8 @@ pub(crate) fn bytes(range: GfnRange) -> Option<IpaRange> {
 }
 
 /// Rewrites the leaves of a range that `change` changes, each in the way and with the
-/// maintenance that the old and the new one ask for. Same addresses, same sizes: takes no memory.
+/// maintenance that the old and the new one ask for. Same addresses; same sizes but for a part of a block,
+/// which is cut: that alone takes memory.
 pub(crate) fn rewrite<T: GuestTable>(
     table: &mut T,
     range: IpaRange,
