@@ -319,6 +319,18 @@ fn pi_memory_and_reservations_are_read() {
     assert_eq!(board.psci, None);
 }
 
+/// The least that a board has: a CPU, number 0.
+fn one_cpu(fdt: &mut FdtWriter) {
+    let cpus = fdt.begin_node("cpus").unwrap();
+    fdt.property_u32("#address-cells", 1).unwrap();
+    fdt.property_u32("#size-cells", 0).unwrap();
+    let cpu = fdt.begin_node("cpu@0").unwrap();
+    fdt.property_string("device_type", "cpu").unwrap();
+    fdt.property_u32("reg", 0).unwrap();
+    fdt.end_node(cpu).unwrap();
+    fdt.end_node(cpus).unwrap();
+}
+
 /// A boot loader lists the initrd among the reservations, exactly or by whole pages. What else is in its
 /// pages is not the board's.
 #[test]
@@ -335,14 +347,7 @@ fn reservation_of_the_initrd_is_none_of_the_boards() {
         fdt.property_u64("linux,initrd-start", 0x4800_0000).unwrap();
         fdt.property_u64("linux,initrd-end", 0x4800_1234).unwrap();
         fdt.end_node(chosen).unwrap();
-        let cpus = fdt.begin_node("cpus").unwrap();
-        fdt.property_u32("#address-cells", 1).unwrap();
-        fdt.property_u32("#size-cells", 0).unwrap();
-        let cpu = fdt.begin_node("cpu@0").unwrap();
-        fdt.property_string("device_type", "cpu").unwrap();
-        fdt.property_u32("reg", 0).unwrap();
-        fdt.end_node(cpu).unwrap();
-        fdt.end_node(cpus).unwrap();
+        one_cpu(&mut fdt);
         fdt.end_node(root).unwrap();
         let blob = fdt.finish().unwrap();
         let board = read(&blob);
@@ -363,14 +368,7 @@ fn firmware_that_keeps_cores_is_known_by_the_machine() {
     fdt.property_string_list("compatible", names.into())
         .unwrap();
     memory(&mut fdt, &[0, 0x4000_0000]);
-    let cpus = fdt.begin_node("cpus").unwrap();
-    fdt.property_u32("#address-cells", 1).unwrap();
-    fdt.property_u32("#size-cells", 0).unwrap();
-    let cpu = fdt.begin_node("cpu@0").unwrap();
-    fdt.property_string("device_type", "cpu").unwrap();
-    fdt.property_u32("reg", 0).unwrap();
-    fdt.end_node(cpu).unwrap();
-    fdt.end_node(cpus).unwrap();
+    one_cpu(&mut fdt);
     fdt.end_node(root).unwrap();
     let blob = fdt.finish().unwrap();
     assert!(!read(&blob).psci_gives_back);
@@ -385,14 +383,7 @@ fn memory_that_a_driver_may_claim_is_not_firmwares() {
     fdt.property_u32("#address-cells", 2).unwrap();
     fdt.property_u32("#size-cells", 2).unwrap();
     memory(&mut fdt, &[0, 0x4000_0000]);
-    let cpus = fdt.begin_node("cpus").unwrap();
-    fdt.property_u32("#address-cells", 1).unwrap();
-    fdt.property_u32("#size-cells", 0).unwrap();
-    let cpu = fdt.begin_node("cpu@0").unwrap();
-    fdt.property_string("device_type", "cpu").unwrap();
-    fdt.property_u32("reg", 0).unwrap();
-    fdt.end_node(cpu).unwrap();
-    fdt.end_node(cpus).unwrap();
+    one_cpu(&mut fdt);
     let parent = fdt.begin_node("reserved-memory").unwrap();
     fdt.property_u32("#address-cells", 2).unwrap();
     fdt.property_u32("#size-cells", 2).unwrap();
