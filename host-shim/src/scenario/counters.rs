@@ -1,18 +1,10 @@
 //! The host's event counters: they must tell it nothing of what a protected guest does.
 
-use abi::{DonationKind, Exit, SlotWord, VmConfig};
+use abi::Exit;
 
 use super::guests::{Memory, end, expect, words};
-use super::remote::{CODE_PAGES, RAM};
-use crate::arch::{counters, mem};
+use crate::arch::counters;
 use crate::report::Report;
-use crate::vm::Vm;
-
-const SLOT: SlotWord = SlotWord {
-    id: 0,
-    device: false,
-    flags: 0,
-};
 
 pub(super) fn run(memory: &Memory, report: &mut Report) {
     if counters::exist() {
@@ -39,25 +31,7 @@ fn check(memory: &Memory) -> Result<(), &'static str> {
 
 /// What the host counts while a guest makes 64 million instructions.
 fn cycles(memory: &Memory, protected: bool) -> Result<u64, &'static str> {
-    let code = counters::spin();
-    mem::bytes_mut(memory.ram)
-        .get_mut(..code.len())
-        .ok_or("the code does not fit")?
-        .copy_from_slice(code);
-    let config = VmConfig {
-        vcpus: 1,
-        protected,
-        devices: false,
-    };
-    let vm = words(Vm::create(config, memory.state))?;
-    words(vm.create_slot(SLOT, RAM, memory.ram))?;
-    words(vm.create_vcpu(0))?;
-    if protected {
-        words(vm.donate_memory(RAM, CODE_PAGES, DonationKind::Contents))?;
-        words(vm.seal(RAM, 0))?;
-    } else {
-        words(vm.start_vcpu(0, RAM, 0))?;
-    }
+    let vm = super::remote::ready(memory, counters::spin(), protected)?;
     counters::start();
     let exit = loop {
         match words(vm.run(0, 0, false)) {

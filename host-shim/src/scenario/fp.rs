@@ -1,21 +1,15 @@
 //! FP and SIMD registers: nothing of the host's reaches a guest, nothing of a guest's the host.
 
-use abi::{DonationKind, Exit, SlotWord, VmConfig};
+use abi::Exit;
 
 use super::guests::{Memory, end, expect, words};
-use super::remote::{CODE_PAGES, RAM};
-use crate::arch::{fp, guest, mem};
+use crate::arch::{fp, guest};
 use crate::report::Report;
 use crate::vm::Vm;
 
 const UART: u64 = 0x0900_0000;
 /// What the host has in its registers, and each one's number.
 const HOSTS: u64 = 0x4057_0000_0000_0000;
-const SLOT: SlotWord = SlotWord {
-    id: 0,
-    device: false,
-    flags: 0,
-};
 
 pub(super) fn run(memory: &Memory, report: &mut Report) {
     let check = |protected| crossed(memory, protected);
@@ -24,25 +18,7 @@ pub(super) fn run(memory: &Memory, report: &mut Report) {
 }
 
 fn crossed(memory: &Memory, protected: bool) -> Result<(), &'static str> {
-    let code = guest::fp();
-    let ram = mem::bytes_mut(memory.ram);
-    ram.get_mut(..code.len())
-        .ok_or("the code does not fit")?
-        .copy_from_slice(code);
-    let config = VmConfig {
-        vcpus: 1,
-        protected,
-        devices: false,
-    };
-    let vm = words(Vm::create(config, memory.state))?;
-    words(vm.create_slot(SLOT, RAM, memory.ram))?;
-    words(vm.create_vcpu(0))?;
-    if protected {
-        words(vm.donate_memory(RAM, CODE_PAGES, DonationKind::Contents))?;
-        words(vm.seal(RAM, 0))?;
-    } else {
-        words(vm.start_vcpu(0, RAM, 0))?;
-    }
+    let vm = super::remote::ready(memory, guest::fp(), protected)?;
     fp::fill(HOSTS);
     let exits = [(); 3].map(|()| next_exit(vm));
     end(vm)?;

@@ -52,6 +52,29 @@ impl From<Stopped> for &'static str {
     }
 }
 
+/// A VM of one vCPU, ready to run this code at [`RAM`].
+pub(super) fn ready(memory: &Memory, code: &[u8], protected: bool) -> Result<Vm, &'static str> {
+    mem::bytes_mut(memory.ram)
+        .get_mut(..code.len())
+        .ok_or("the code does not fit")?
+        .copy_from_slice(code);
+    let config = VmConfig {
+        vcpus: 1,
+        protected,
+        devices: false,
+    };
+    let vm = words(Vm::create(config, memory.state))?;
+    words(vm.create_slot(SLOT, RAM, memory.ram))?;
+    words(vm.create_vcpu(0))?;
+    if protected {
+        words(vm.donate_memory(RAM, CODE_PAGES, DonationKind::Contents))?;
+        words(vm.seal(RAM, 0))?;
+    } else {
+        words(vm.start_vcpu(0, RAM, 0))?;
+    }
+    Ok(vm)
+}
+
 /// The guest, and how far it is with a command.
 #[derive(Debug)]
 pub(super) struct Remote {
