@@ -260,22 +260,27 @@ pub fn quote(args: &[String]) -> String {
 mod tests {
     use super::*;
 
-    fn shell(name: &str, script: &str) -> Run {
+    fn shell(script: &str) -> Run {
         Run {
             program: "/bin/sh".into(),
             args: vec!["-c".into(), script.into()],
             timeout: Duration::from_secs(20),
-            log: std::env::temp_dir()
-                .join(format!("ravelin-process-{}-{name}.log", std::process::id())),
+            log: PathBuf::new(),
             replies: Vec::new(),
             stop_at: Vec::new(),
         }
     }
 
+    /// Runs it with a log that is gone afterwards.
+    fn run(what: Run) -> Result<Transcript> {
+        let folder = tempfile::tempdir()?;
+        let log = folder.path().join("console.log");
+        super::run(&Run { log, ..what })
+    }
+
     #[test]
     fn exit_status_and_lines_are_kept() {
-        let transcript = run(&shell(
-            "exit",
+        let transcript = run(shell(
             "printf 'a\\r\\n\\033[1mb\\033[0m\\n'; echo c >&2; exit 3",
         ))
         .unwrap();
@@ -289,9 +294,9 @@ mod tests {
 
     #[test]
     fn hanging_machine_is_ended_in_time() {
-        let mut hang = shell("hang", "echo begin; exec sleep 60");
-        hang.timeout = Duration::from_millis(500);
-        let transcript = run(&hang).unwrap();
+        let mut hang = shell("echo begin; exec sleep 60");
+        hang.timeout = Duration::from_secs(2);
+        let transcript = run(hang).unwrap();
         assert_eq!(transcript.end, End::TimedOut);
         assert_eq!(transcript.lines, ["begin"]);
         assert!(transcript.elapsed < Duration::from_secs(10));
@@ -299,36 +304,30 @@ mod tests {
 
     #[test]
     fn closed_console_without_exit_is_a_timeout() {
-        let mut hang = shell("closed", "exec sleep 60 >/dev/null 2>&1");
-        hang.timeout = Duration::from_millis(500);
-        assert_eq!(run(&hang).unwrap().end, End::TimedOut);
+        let mut hang = shell("exec sleep 60 >/dev/null 2>&1");
+        hang.timeout = Duration::from_secs(2);
+        assert_eq!(run(hang).unwrap().end, End::TimedOut);
     }
 
     #[test]
     fn flood_is_ended() {
-        assert_eq!(run(&shell("flood", "exec yes")).unwrap().end, End::Flooded);
+        assert_eq!(run(shell("exec yes")).unwrap().end, End::Flooded);
     }
 
     #[test]
     fn stop_line_must_be_whole() {
-        let mut halt = shell(
-            "halt",
-            "echo 'ravelin: halted?'; echo 'ravelin: halted'; exec sleep 60",
-        );
+        let mut halt = shell("echo 'ravelin: halted?'; echo 'ravelin: halted'; exec sleep 60");
         halt.stop_at = vec!["ravelin: halted".into()];
-        let transcript = run(&halt).unwrap();
-        assert_eq!(transcript.end, End::Stopped);
-        let mut other = shell("nohalt", "echo 'ravelin: halted?'; exit 0");
-        other.stop_at = halt.stop_at;
-        assert_eq!(run(&other).unwrap().end, End::Exited(Some(0)));
+        let stop_at = halt.stop_at.clone();
+        assert_eq!(run(halt).unwrap().end, End::Stopped);
+        let mut other = shell("echo 'ravelin: halted?'; exit 0");
+        other.stop_at = stop_at;
+        assert_eq!(run(other).unwrap().end, End::Exited(Some(0)));
     }
 
     #[test]
     fn replies_are_typed_in_order_after_their_cues() {
-        let mut talk = shell(
-            "talk",
-            "printf 'one? '; read a; printf 'two? '; read b; echo \"got $a $b\"",
-        );
+        let mut talk = shell("printf 'one? '; read a; printf 'two? '; read b; echo \"got $a $b\"");
         talk.replies = vec![
             Reply {
                 cue: "one? ".into(),
@@ -340,7 +339,7 @@ mod tests {
             },
         ];
         assert!(
-            run(&talk)
+            run(talk)
                 .unwrap()
                 .lines
                 .last()
@@ -351,9 +350,9 @@ mod tests {
 
     #[test]
     fn missing_program_is_an_error_that_says_what_to_do() {
-        let mut missing = shell("missing", "");
+        let mut missing = shell("");
         missing.program = "/nonexistent/qemu".into();
-        assert!(format!("{:#}", run(&missing).unwrap_err()).contains("make setup"));
+        assert!(format!("{:#}", run(missing).unwrap_err()).contains("make setup"));
     }
 
     #[test]

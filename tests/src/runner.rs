@@ -220,15 +220,16 @@ mod tests {
     use crate::process::{self, Run};
     use crate::verdict;
 
-    fn options(name: &str, filter: &str) -> Options {
-        let logs =
-            std::env::temp_dir().join(format!("ravelin-runner-{}-{name}", std::process::id()));
-        Options {
+    /// Two at a time, those that `filter` selects; their logs go with them.
+    fn run(scenarios: &[Scenario], filter: &str) -> Result<Report> {
+        let logs = tempfile::tempdir()?;
+        let options = Options {
             jobs: 2,
             filter: filter.into(),
             patience: 1,
-            logs,
-        }
+            logs: logs.path().into(),
+        };
+        run_all(scenarios, &options)
     }
 
     /// A scenario whose "emulator" is a shell script.
@@ -237,7 +238,7 @@ mod tests {
             let run = Run {
                 program: "/bin/sh".into(),
                 args: vec!["-c".into(), script.into()],
-                timeout: Duration::from_millis(1500),
+                timeout: Duration::from_secs(4),
                 log: context.folder.join("console.log"),
                 replies: Vec::new(),
                 stop_at: vec![verdict::HALTED.into()],
@@ -264,7 +265,7 @@ mod tests {
             fake("crashes", "echo '2 passed, 0 failed'; kill -SEGV $$"),
             fake("too-few", "echo '1 passed, 0 failed'"),
         ];
-        let report = run_all(&scenarios, &options("mix", "")).unwrap();
+        let report = run(&scenarios, "").unwrap();
         assert_eq!(
             report,
             Report {
@@ -281,13 +282,13 @@ mod tests {
             fake("two", "false"),
         ];
         assert_eq!(
-            run_all(&scenarios, &options("one", "one")).unwrap(),
+            run(&scenarios, "one").unwrap(),
             Report {
                 passed: 1,
                 failed: 0
             }
         );
-        assert!(run_all(&scenarios, &options("none", "three")).is_err());
+        assert!(run(&scenarios, "three").is_err());
     }
 
     #[test]
@@ -303,9 +304,6 @@ mod tests {
             .for_cpus(8)
         };
         let scenarios = [heavy("a"), heavy("b"), heavy("c")];
-        assert_eq!(
-            run_all(&scenarios, &options("heavy", "")).unwrap().failed,
-            0
-        );
+        assert_eq!(run(&scenarios, "").unwrap().failed, 0);
     }
 }

@@ -24,9 +24,11 @@ use crate::machine::Machine;
 use crate::report::Report;
 use crate::vm::{Vm, call};
 
-/// Attacks of each core, and when there is time.
+/// Attacks of each core, and when there is time: that many on up to four cores, less on more, so that eight
+/// make no more of them than four. What a call costs an emulator grows with the cores that it must stop.
 const ATTACKS: u32 = 2500;
 const SOAK: u32 = 200_000;
+const FEW_CORES: u32 = 4;
 /// Attacks between two turns with a VM of one's own.
 const OWN_EVERY: u32 = 25;
 /// VMs that are built, attacked and destroyed.
@@ -100,6 +102,7 @@ fn storm(machine: &Machine, attacks: u32) -> Result<(), &'static str> {
         cpus.map(|(number, cpu)| (number, cpu.mpidr))
             .filter(move |(_, mpidr)| *mpidr != me)
     };
+    let cores = others().count() as u32 + 1;
     let storm = STORM.call_once(|| Storm {
         gic,
         ram: memory.ram,
@@ -107,8 +110,8 @@ fn storm(machine: &Machine, attacks: u32) -> Result<(), &'static str> {
         el2: machine.el2.map_or(0, AddrRange::start),
         first: 0x1000,
         ready: AtomicU32::new(0),
-        cores: others().count() as u32 + 1,
-        attacks,
+        cores,
+        attacks: attacks * FEW_CORES / cores.max(FEW_CORES),
         calls: AtomicU64::new(0),
         calls_refused: AtomicU64::new(0),
         accesses: AtomicU64::new(0),

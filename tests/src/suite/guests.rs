@@ -3,7 +3,7 @@
 
 use super::monitored;
 use super::shim::name;
-use crate::emulate::Boot;
+use crate::emulate::{Boot, SECONDS};
 use crate::fit::{self, Guest};
 use crate::machine::{Board, Entry, Gic, Machine, Software};
 use crate::payload::Payloads;
@@ -13,8 +13,6 @@ use anyhow::{Result, ensure};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Wall-clock limit of a machine that runs payloads, in seconds.
-const SECONDS: u64 = 90;
 /// RAM of each guest.
 pub(super) const MEMORY_MIB: u64 = 128;
 /// Bytes of the ramdisk, filled with [`PATTERN`].

@@ -6,7 +6,6 @@ use crate::machine::{Board, Machine};
 use crate::runner::Scenario;
 use crate::{device_tree, files, verdict};
 use anyhow::{Result, ensure};
-use std::time::Duration;
 
 /// What EL2 says when it finds that memory may hold secrets.
 const WIPES: &str = "secrets from before the reset: wiping";
@@ -20,8 +19,6 @@ const BOOTS: [&str; 7] = [
     WIPES,
     "step 4 of",
 ];
-/// Wall-clock limit: two of the boots write all memory.
-const FIVE_BOOTS: Duration = Duration::from_secs(240);
 /// Reserved memory that may be mapped, in bytes.
 const RESERVED: u32 = 0x1_0000;
 
@@ -40,7 +37,6 @@ pub(super) fn leak(machine: Machine) -> Scenario {
         let path = context.folder.join("edited.dtb");
         files::write(&path, &tree.to_dtb())?;
         let mut boot = Boot::shim(&machine, "shim.run=reset-leak");
-        boot.timeout = FIVE_BOOTS;
         boot.software.dtb = Some(path);
         let transcript = boot.run(context, "console")?;
         verdict::closes(&transcript, 5)?;

@@ -12,8 +12,6 @@ use crate::{files, verdict};
 use anyhow::{Result, ensure};
 use std::sync::Arc;
 
-/// Wall-clock limit, in seconds.
-const SECONDS: u64 = 240;
 /// The shell's prompt.
 const PROMPT: &str = "/ # ";
 /// Opens the monitor's prompt.
@@ -347,7 +345,6 @@ fn boot_with(
     let path = context.folder.join("guests.fit");
     files::write(&path, &fit::guests(&guests)?)?;
     let mut boot = Boot::shim(machine, "");
-    boot.timeout = std::time::Duration::from_secs(SECONDS);
     boot.software.initrd = Some(path);
     // Ctrl-A is the monitor's, not QEMU's.
     boot.extra = &["-echr", "0x14"];
