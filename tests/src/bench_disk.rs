@@ -6,7 +6,7 @@
 
 mod report;
 
-use crate::emulate::{Boot, LINUX_ARGUMENTS};
+use crate::emulate::{Boot, LINUX_ARGUMENTS, PATIENT};
 use crate::fit::{self, Disk, Guest};
 use crate::machine::{Gic, Machine, disk_args, pci_disk_args};
 use crate::payload::{self, Payloads};
@@ -190,7 +190,7 @@ fn guest(
     let guest = Guest {
         kernel: &files::read(&payloads.linux, "run `make setup`")?,
         ramdisk: Some(&files::read(&payloads.initramfs, "run `make setup`")?),
-        arguments: &format!("{LINUX_ARGUMENTS} ravelin.test=speed ravelin.under=guest"),
+        arguments: &format!("{LINUX_ARGUMENTS} {PATIENT} ravelin.test=speed ravelin.under=guest"),
         memory_mib: GUEST_MIB,
         vcpus: 1,
         lock: true,

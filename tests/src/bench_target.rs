@@ -7,7 +7,7 @@ mod report;
 mod same_wipe;
 
 use crate::bench_boot::{in_instructions, median, ticks};
-use crate::emulate::{Boot, LINUX_ARGUMENTS};
+use crate::emulate::{Boot, LINUX_ARGUMENTS, PATIENT};
 use crate::fit::{self, Guest};
 use crate::machine::{Clock, Gic, Machine, edu_args};
 use crate::payload::{self, Payloads};
@@ -445,7 +445,7 @@ fn boots(cpu: &str, payloads: &Payloads, context: &Context) -> Result<(u64, u64)
             kernel: &kernel,
             ramdisk: Some(&ramdisk),
             arguments: &format!(
-                "{LINUX_ARGUMENTS} ravelin.test=ticks ravelin.cpus=1 ravelin.under=guest"
+                "{LINUX_ARGUMENTS} {PATIENT} ravelin.test=ticks ravelin.cpus=1 ravelin.under=guest"
             ),
             memory_mib: size.into(),
             vcpus: 1,

@@ -2,7 +2,7 @@
 
 use super::pci_disks::{disks_of_zeros, isolated};
 use super::shim::name;
-use crate::emulate::{Boot, LINUX_ARGUMENTS};
+use crate::emulate::{Boot, LINUX_ARGUMENTS, PATIENT};
 use crate::fit::{self, Disk, Guest};
 use crate::machine::{Board, Machine, disk_args};
 use crate::payload::Payloads;
@@ -326,7 +326,7 @@ fn boot_with(
 ) -> Result<Boot<'static>> {
     let kernel = files::read(&payloads.linux, "run `make setup`")?;
     let ramdisk = files::read(&payloads.initramfs, "run `make build`")?;
-    let arguments = format!("{LINUX_ARGUMENTS} ravelin.under=guest {test}");
+    let arguments = format!("{LINUX_ARGUMENTS} {PATIENT} ravelin.under=guest {test}");
     let guest = Guest {
         kernel: &kernel,
         ramdisk: Some(&ramdisk),
