@@ -83,7 +83,9 @@ pub struct Features {
     pub tcr2: bool,
     /// FEAT_SCTLR2.
     pub sctlr2: bool,
-    /// FEAT_MPAM: memory partitioning, whose EL2 traps must be opened.
+    /// FEAT_GCS: stacks of return addresses.
+    pub gcs: bool,
+    /// FEAT_MPAM, versions 0.1 and 1: memory partitioning, whose EL2 traps must be opened.
     pub mpam: bool,
     /// FEAT_AMUv1: activity monitors.
     pub amu: bool,
@@ -147,7 +149,9 @@ impl Features {
             fgt2: field(id.mmfr0, 56) >= 2,
             tcr2: field(id.mmfr3, 0) != 0,
             sctlr2: field(id.mmfr3, 4) != 0,
-            mpam: field(id.pfr0, 40) != 0,
+            gcs: field(id.pfr1, 44) != 0,
+            // Version 0.1 has only the fraction (MPAM_frac).
+            mpam: field(id.pfr0, 40) != 0 || field(id.pfr1, 16) != 0,
             amu: field(id.pfr0, 44) != 0,
             lor: field(id.mmfr1, 16) != 0,
             ecv: field(id.mmfr0, 60) != 0,
@@ -214,7 +218,7 @@ impl Features {
     #[must_use]
     pub fn mismatch(&self, core: &Self) -> Option<&'static str> {
         differing!(self, core;
-            equal: granule_4k, pan, mte, scxtnum, ras, pauth, sve, sme, hcx, fgt, fgt2, tcr2, sctlr2, mpam,
+            equal: granule_4k, pan, mte, scxtnum, ras, pauth, sve, sme, hcx, fgt, fgt2, tcr2, sctlr2, gcs, mpam,
                 amu, lor, ecv, spe, trbe, trace_filter, brbe, pmu, fpmr, gic_sysregs;
             at_least: pa_bits, vmid16, fwb, xnx, tlbi_range, ttl, idc, dic, pmu_v3p1, pmu_v3p5, dcache_line,
                 icache_line;
@@ -347,6 +351,27 @@ mod tests {
         assert_eq!(with(5), (true, true, false));
         assert_eq!(with(6), (true, true, true));
         assert_eq!(with(0xf), (false, false, false), "not Arm's");
+    }
+
+    #[test]
+    fn memory_partitioning_of_either_version_is_known() {
+        let with = |pfr0, pfr1| Features::decode(&IdRegisters { pfr0, pfr1, ..A72 }).mpam;
+        assert!(!with(0, 0));
+        assert!(with(1 << 40, 0) && with(1 << 40, 1 << 16), "1.0 and 1.1");
+        assert!(with(0, 1 << 16), "0.1: no state of another world in it");
+    }
+
+    #[test]
+    fn what_changes_the_meaning_of_el1s_registers_is_known() {
+        let with = |pfr1, mmfr3| {
+            let id = IdRegisters { pfr1, mmfr3, ..A72 };
+            let features = Features::decode(&id);
+            (features.gcs, features.tcr2, features.sctlr2)
+        };
+        assert_eq!(with(0, 0), (false, false, false));
+        assert_eq!(with(1 << 44, 0), (true, false, false));
+        assert_eq!(with(0, 1), (false, true, false));
+        assert_eq!(with(0, 1 << 4), (false, false, true));
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod core_interrupts;
 pub mod counters;
 pub mod esr;
 pub mod features;
+pub mod fine_grained;
 pub mod guest;
 pub mod guest_frames;
 pub mod guest_memory;

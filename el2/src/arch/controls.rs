@@ -77,8 +77,11 @@ pub(crate) const CPTR_GUEST_WITH_FP: u64 = CPTR_GUEST & !CPTR_TFP;
 const MDCR_TRAPS: u64 = 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 27;
 /// What stays of the host's MDCR_EL2: HPMN, and HPMD and HCCD, for EL2 between the guest's exits.
 const MDCR_KEPT: u64 = 0x1f | 1 << 17 | 1 << 23;
-/// MPAM2_EL2 of a guest: its accesses to MPAM0_EL1 and MPAM1_EL1, which keep the host's values, trap.
-const MPAM_TRAPS: u64 = 1 << 49 | 1 << 48;
+/// MPAM2_EL2 of the host: nothing traps (EnMPAMSM: nor does MPAMSM_EL1).
+pub(crate) const MPAM_HOST: u64 = 1 << 50;
+/// MPAM2_EL2 of a guest: its accesses to MPAM0_EL1, MPAM1_EL1 and MPAMSM_EL1, which keep the host's values,
+/// trap, and those to MPAMIDR_EL1 (TIDR) where they can.
+const MPAM_TRAPS: u64 = 1 << 58 | 1 << 49 | 1 << 48;
 /// CNTHCTL_EL2: the physical counter can be read (EL1PCTEN), the physical timer traps.
 const CNTHCTL_GUEST: u64 = 1;
 /// VMPIDR_EL2: RES1 bit 31.
@@ -161,7 +164,7 @@ impl HostControls {
         msr!("vtcr_el2", host.vtcr);
         msr!("vttbr_el2", host.vttbr);
         if host.parts.mpam() {
-            msr!("s3_4_c10_c5_0", 0); // MPAM2_EL2, as `host_regs` has it
+            msr!("s3_4_c10_c5_0", MPAM_HOST); // MPAM2_EL2
         }
         if host.parts.fgt() {
             host.traps.write(host.parts);

@@ -66,6 +66,20 @@ jump_placed:
 init_el2_core:
     ldr     x9, =SCTLR_EL2_OFF
     msr     sctlr_el2, x9
+    // What newer cores add to EL2's own regime is off. Firmware may have left it on, or at its reset
+    // value, which is unknown: it changes what tables, stacks and errors mean (Arm ARM D24.2).
+    mrs     x9, s3_0_c0_c7_3            // ID_AA64MMFR3_EL1; reads as zero where it is not defined
+    tst     x9, #0xf                    // TCRX
+    b.eq    1f
+    msr     s3_4_c2_c0_3, xzr           // TCR2_EL2: no permission indirection or overlays, no 128-bit tables
+1:  tst     x9, #0xf0                   // SCTLRX
+    b.eq    2f
+    msr     s3_4_c1_c0_3, xzr           // SCTLR2_EL2
+2:  mrs     x9, id_aa64pfr1_el1
+    tst     x9, #(0xf << 44)            // GCS
+    b.eq    3f
+    msr     s3_4_c2_c5_0, xzr           // GCSCR_EL2: returns are not checked against a stack that nobody has set up
+3:
     mov     x9, #HCR_EL2_BOOT
     msr     hcr_el2, x9
     mov     x9, #0x33ff                 // CPTR_EL2: RES1 bits, nothing of EL2's own trapped but SVE

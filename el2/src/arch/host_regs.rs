@@ -5,8 +5,11 @@
 //! does not run on this core meanwhile.
 
 use el2::features::Features;
+use el2::fine_grained;
 
+use super::controls::MPAM_HOST;
 use super::instructions::{self, isb};
+use super::profiling;
 use super::regs::{self, mrs, msr};
 
 /// HCR_EL2.VM: stage 2 on.
@@ -50,7 +53,7 @@ pub(crate) fn configure(features: &Features, stage2: Stage2Regs) {
     traps(features);
     identity_and_time(features);
     fine_grained_traps(features);
-    start_state();
+    start_state(features);
     let tags = if features.mte { ATA } else { 0 };
     // The tables behind VTTBR are initialised and published (docs/host-stage2.md).
     msr!("vtcr_el2", stage2.vtcr);
@@ -92,6 +95,7 @@ fn traps(features: &Features) {
     let trace = if features.trbe { 3 << 24 } else { 0 };
     msr!("cptr_el2", 0x22ff | no_sve | no_sme);
     msr!("hstr_el2", 0);
+    msr!("hacr_el2", 0);
     let blind = blind_counters(features);
     msr!("mdcr_el2", counters | profiling | trace | blind);
     msr!("actlr_el2", 0);
@@ -101,6 +105,7 @@ fn traps(features: &Features) {
     if features.brbe {
         msr!("s2_4_c9_c0_0", 0); // BRBCR_EL2: no record of EL2's branches
     }
+    profiling::start_samples(features);
     isb();
     if features.sve {
         msr!("s3_4_c1_c2_0", 0x1ff); // ZCR_EL2: the longest vectors
@@ -117,7 +122,7 @@ fn traps(features: &Features) {
         if mrs!("s3_0_c10_c4_4") & 1 << 17 != 0 {
             msr!("s3_4_c10_c4_0", 0);
         }
-        msr!("s3_4_c10_c5_0", 0); // MPAM2_EL2: no traps
+        msr!("s3_4_c10_c5_0", MPAM_HOST); // MPAM2_EL2
     }
     if features.lor {
         msr!("s3_0_c10_c4_3", 0); // LORC_EL1: limited ordering off
@@ -132,6 +137,9 @@ fn identity_and_time(features: &Features) {
     msr!("cnthctl_el2", 3); // EL1PCTEN, EL1PCEN
     msr!("cntvoff_el2", 0);
     regs::stop_el2_timer(); // its interrupt is enabled, and what it does after a reset is unknown
+    if features.vhe {
+        msr!("s3_4_c14_c3_1", 0); // CNTHV_CTL_EL2: nobody's
+    }
     if features.gic_sysregs {
         msr!("s3_4_c12_c9_5", SRE_HOST); // ICC_SRE_EL2
         isb();
@@ -139,27 +147,11 @@ fn identity_and_time(features: &Features) {
     }
 }
 
-/// HCRX_EL2 and the fine-grained traps: for fields with negative names ("n...", "En...") set means
-/// not trapped; where the feature behind a field is missing it is RES0 and ignores the write.
+/// HCRX_EL2 and the fine-grained traps: see [`fine_grained`].
 fn fine_grained_traps(features: &Features) {
-    /// EnAS0, EnALS, EnASR, MSCEn, TCR2En, SCTLR2En, D128En, EnSNERR, EnSDERR, EnIDCP128, GCSEn,
-    /// EnFPM.
-    const HCRX: u64 = 0b111
-        | 1 << 11
-        | 1 << 14
-        | 1 << 15
-        | 1 << 17
-        | 1 << 18
-        | 1 << 20
-        | 1 << 21
-        | 1 << 22
-        | 1 << 23;
-    /// nACCDATA_EL1 (50) and nGCS_EL0 (52) up to nAMAIR2_EL1 (63).
-    const REGISTERS: u64 = 1 << 50 | 0xfff << 52;
-    /// HFGITR_EL2: nBRBINJ (55) up to nGCSEPP (59).
-    const INSTRUCTIONS: u64 = 0x1f << 55;
-    /// HDFGRTR_EL2, HDFGWTR_EL2: nBRBIDR (59) up to nPMSNEVFR_EL1 (62).
-    const DEBUG: u64 = 0xf << 59;
+    use fine_grained::{
+        DEBUG, DEBUG_2, HCRX, INSTRUCTIONS, INSTRUCTIONS_2, REGISTERS, REGISTERS_2,
+    };
     if features.hcx {
         msr!("s3_4_c1_c2_2", HCRX); // HCRX_EL2
     }
@@ -174,19 +166,30 @@ fn fine_grained_traps(features: &Features) {
         msr!("s3_4_c3_c1_6", 0); // HAFGRTR_EL2: activity monitors
     }
     if features.fgt2 {
-        msr!("s3_4_c3_c1_2", u64::MAX); // HFGRTR2_EL2
-        msr!("s3_4_c3_c1_3", u64::MAX); // HFGWTR2_EL2
-        msr!("s3_4_c3_c1_7", u64::MAX); // HFGITR2_EL2
-        msr!("s3_4_c3_c1_0", u64::MAX); // HDFGRTR2_EL2
-        msr!("s3_4_c3_c1_1", u64::MAX); // HDFGWTR2_EL2
+        msr!("s3_4_c3_c1_2", REGISTERS_2); // HFGRTR2_EL2
+        msr!("s3_4_c3_c1_3", REGISTERS_2); // HFGWTR2_EL2
+        msr!("s3_4_c3_c1_7", INSTRUCTIONS_2); // HFGITR2_EL2
+        msr!("s3_4_c3_c1_0", DEBUG_2); // HDFGRTR2_EL2
+        msr!("s3_4_c3_c1_1", DEBUG_2); // HDFGWTR2_EL2
     }
 }
 
-/// EL1 as a core finds it that has just been turned on (DEN 0022 6.4: MMU and caches off).
-fn start_state() {
+/// EL1 as a core finds it that has just been turned on (DEN 0022 6.4: MMU and caches off), with nothing on
+/// that a host which does not know the feature would not turn off.
+fn start_state(features: &Features) {
     msr!("sctlr_el1", SCTLR_EL1_START);
     msr!("cpacr_el1", 0);
     msr!("mdscr_el1", 0);
     msr!("contextidr_el1", 0);
     msr!("cntkctl_el1", 0);
+    if features.tcr2 {
+        msr!("s3_0_c2_c0_3", 0); // TCR2_EL1
+    }
+    if features.sctlr2 {
+        msr!("s3_0_c1_c0_3", 0); // SCTLR2_EL1
+    }
+    if features.gcs {
+        msr!("s3_0_c2_c5_0", 0); // GCSCR_EL1
+        msr!("s3_0_c2_c5_2", 0); // GCSCRE0_EL1
+    }
 }

@@ -93,10 +93,25 @@ impl Profiling {
     }
 }
 
+/// Whether a higher exception level leaves profiling to us; FEAT_SPE is there.
+fn samples_are_ours() -> bool {
+    // PMBIDR_EL1 can always be read, the others perhaps not.
+    mrs!("s3_0_c9_c10_7") & NOT_OURS == 0
+}
+
+/// PMSCR_EL2 of a core that starts: EL2 is not sampled; EL1 may sample physical addresses (PA) and the
+/// physical counter (PCT = 0b01), as on the bare machine.
+pub(crate) fn start_samples(features: &Features) {
+    const PA: u64 = 1 << 4;
+    const PCT: u64 = 1 << 6;
+    if features.spe && samples_are_ours() {
+        msr!("s3_4_c9_c9_0", PA | PCT);
+    }
+}
+
 /// PMSCR_EL1 and PMBLIMITR_EL1, if the buffer was on.
 fn stop_samples() -> Option<(u64, u64)> {
-    // PMBIDR_EL1 can always be read, the others perhaps not.
-    if mrs!("s3_0_c9_c10_7") & NOT_OURS != 0 {
+    if !samples_are_ours() {
         return None;
     }
     let limit = mrs!("s3_0_c9_c10_0");

@@ -47,15 +47,16 @@ pub(crate) use {mrs, msr};
 /// What a wrong one breaks is the isolation of EL1's worlds, which no type guards, not EL2's own
 /// memory. Not here, for that reason: what holds EL2's tables, its stack, its vectors, its masks.
 #[rustfmt::skip]
-const FOR_LOWER_LEVELS: [&str; 82] = [
+const FOR_LOWER_LEVELS: [&str; 89] = [
     // Stage 2, traps and identity.
-    "vtcr_el2", "vttbr_el2", "cptr_el2", "hstr_el2", "mdcr_el2", "vpidr_el2", "vmpidr_el2",
+    "vtcr_el2", "vttbr_el2", "cptr_el2", "hstr_el2", "hacr_el2", "mdcr_el2", "vpidr_el2",
+    "vmpidr_el2",
     // Where an exception to EL2 returns to: not to EL2, see `return_as`.
     "elr_el2",
     // The core's own controls, EL2's trace, streaming mode, FPMR.
     "actlr_el2", "s3_4_c1_c2_1", "s3_3_c4_c2_2", "s3_3_c4_c4_2",
-    // Timers; EL2 masks the interrupt of its own.
-    "cnthctl_el2", "cntvoff_el2", "cnthp_cval_el2", "cnthp_ctl_el2",
+    // Timers, CNTHV_CTL_EL2 the last one; EL2 masks the interrupts of its own.
+    "cnthctl_el2", "cntvoff_el2", "cnthp_cval_el2", "cnthp_ctl_el2", "s3_4_c14_c3_1",
     // Pointer authentication keys, low and high.
     "s3_0_c2_c1_0", "s3_0_c2_c1_1", "s3_0_c2_c1_2", "s3_0_c2_c1_3", "s3_0_c2_c2_0", "s3_0_c2_c2_1",
     "s3_0_c2_c2_2", "s3_0_c2_c2_3", "s3_0_c2_c3_0", "s3_0_c2_c3_1",
@@ -64,10 +65,12 @@ const FOR_LOWER_LEVELS: [&str; 82] = [
     // PMSCR_EL1, PMBLIMITR_EL1, TRFCR_EL1, TRBLIMITR_EL1.
     "s3_0_c9_c9_0", "s3_0_c9_c10_0", "s3_0_c1_c2_1", "s3_0_c9_c11_0",
     "pmcr_el0",
-    // BRBCR_EL1, BRBCR_EL2.
-    "s2_1_c9_c0_0", "s2_4_c9_c0_0",
+    // BRBCR_EL1, BRBCR_EL2, PMSCR_EL2.
+    "s2_1_c9_c0_0", "s2_4_c9_c0_0", "s3_4_c9_c9_0",
     // ZCR_EL2, SMCR_EL2, HCRX_EL2.
     "s3_4_c1_c2_0", "s3_4_c1_c2_6", "s3_4_c1_c2_2",
+    // TCR2_EL1, SCTLR2_EL1, GCSCR_EL1, GCSCRE0_EL1.
+    "s3_0_c2_c0_3", "s3_0_c1_c0_3", "s3_0_c2_c5_0", "s3_0_c2_c5_2",
     // LORC_EL1, MPAMHCR_EL2, MPAM2_EL2.
     "s3_0_c10_c4_3", "s3_4_c10_c4_0", "s3_4_c10_c5_0",
     // VDISR_EL2, VSESR_EL2.

@@ -145,7 +145,28 @@ fn what_is_hidden_is_undefined() {
         (3, 0, 9, 9, 0),   // PMSCR_EL1
         (3, 0, 15, 1, 0),  // IMPLEMENTATION DEFINED
         (3, 1, 11, 0, 2),  // IMPLEMENTATION DEFINED
+        (3, 0, 1, 0, 3),   // SCTLR2_EL1
+        (3, 0, 1, 2, 4),   // SMPRI_EL1
         (3, 0, 2, 0, 3),   // TCR2_EL1
+        (3, 0, 2, 5, 0),   // GCSCR_EL1
+        (3, 0, 2, 5, 1),   // GCSPR_EL1
+        (3, 0, 2, 5, 2),   // GCSCRE0_EL1
+        (3, 3, 2, 5, 1),   // GCSPR_EL0
+        (3, 3, 4, 4, 2),   // FPMR
+        (3, 0, 6, 0, 5),   // PFAR_EL1
+        (3, 0, 10, 2, 1),  // MAIR2_EL1
+        (3, 0, 10, 2, 2),  // PIRE0_EL1
+        (3, 0, 10, 2, 3),  // PIR_EL1
+        (3, 0, 10, 2, 4),  // POR_EL1
+        (3, 3, 10, 2, 4),  // POR_EL0
+        (3, 0, 10, 2, 5),  // S2POR_EL1
+        (3, 0, 10, 3, 1),  // AMAIR2_EL1
+        (3, 0, 10, 4, 4),  // MPAMIDR_EL1
+        (3, 0, 10, 5, 1),  // MPAM0_EL1
+        (3, 0, 10, 5, 3),  // MPAMSM_EL1
+        (3, 0, 13, 0, 3),  // RCWSMASK_EL1
+        (3, 0, 13, 0, 5),  // ACCDATA_EL1
+        (3, 0, 13, 0, 6),  // RCWMASK_EL1
         (3, 3, 13, 0, 5),  // TPIDR2_EL0
         (3, 1, 0, 0, 4),   // GMID_EL1
     ];
