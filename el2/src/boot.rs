@@ -449,7 +449,7 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
     let id = regs::id_registers();
     hypervisor::publish(Hypervisor {
         machine,
-        features,
+        features: features.with_controller(boot.board.gic.as_ref()),
         counters: Counters::new(),
         cpus,
         ownership: Ownership::new(pages),

@@ -2,6 +2,8 @@
 //!
 //! Source: Arm ARM (DDI 0487) D24.2, ID_AA64*_EL1. Two settings can be tested in one host run.
 
+use board::Gic;
+
 /// Raw identification registers.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct IdRegisters {
@@ -109,8 +111,10 @@ pub struct Features {
     pub pmu_v3p5: bool,
     /// FEAT_FPMR: modes of 8-bit floating point.
     pub fpmr: bool,
-    /// System-register interface of GICv3 or later.
+    /// System-register interface of GICv3 or later, to be used.
     pub gic_sysregs: bool,
+    /// The core has it, but the board's controller is a GICv2: see [`Features::with_controller`].
+    pub gic_legacy: bool,
     /// Data cache cleaning to PoU is not needed for instruction fetches.
     pub idc: bool,
     /// Instruction cache invalidation is not needed.
@@ -164,10 +168,29 @@ impl Features {
             pmu_v3p5: matches!(field(id.dfr0, 8), 6..=0xe),
             fpmr: field(id.pfr2, 32) != 0,
             gic_sysregs: field(id.pfr0, 24) != 0,
+            gic_legacy: false,
             idc: id.ctr & (1 << 28) != 0,
             dic: id.ctr & (1 << 29) != 0,
             dcache_line: line_size(id.ctr, 16),
             icache_line: line_size(id.ctr, 0),
+        }
+    }
+}
+
+impl Features {
+    /// What EL2 uses of them with this interrupt controller.
+    ///
+    /// Where the tree names a GICv2, a GICv3's registers of the core are not used: ICC_SRE_EL2.SRE would turn
+    /// off the memory-mapped interfaces that host, guests and EL2 have there. Firmware for a GICv2 may also
+    /// leave ICC_SRE_EL3.SRE clear: then SRE stays clear whatever EL2 writes, and ICH_HCR_EL2 and its like are
+    /// undefined, at EL2, too (Arm IHI 0069H 12.4, ICC_SRE_EL2, ICH_HCR_EL2).
+    #[must_use]
+    pub const fn with_controller(self, gic: Option<&Gic>) -> Self {
+        let has_both = self.gic_sysregs && matches!(gic, Some(Gic::V2 { .. }));
+        Self {
+            gic_sysregs: self.gic_sysregs && !has_both,
+            gic_legacy: has_both,
+            ..self
         }
     }
 }
@@ -393,6 +416,31 @@ mod tests {
         assert_eq!(core(|id| id.pfr0 |= 1 << 32), Some("sve"));
         assert_eq!(core(|id| id.dfr0 |= 1 << 44), Some("trbe"));
         assert_eq!(core(|id| id.ctr = 0x8443_c004), Some("dcache_line"));
+    }
+
+    #[test]
+    fn a_gicv2_is_not_turned_off_by_a_gicv3s_registers() {
+        let features = Features::decode(&IdRegisters {
+            pfr0: 1 << 24,
+            ..A72
+        });
+        let range = |start| board::AddrRange::with_size(start, 0x1000).unwrap();
+        let (gicd, gicc, gicr) = (range(0x1000), range(0x2000), range(0x3000));
+        let v2 = Gic::V2 {
+            gicd,
+            gicc,
+            gich: None,
+            gicv: None,
+        };
+        let v3 = Gic::V3 { gicd, gicr };
+        let uses = |gic| features.with_controller(gic).gic_sysregs;
+        assert!(!uses(Some(&v2)));
+        assert!(uses(Some(&v3)) && uses(None));
+        assert!(
+            !Features::decode(&A72)
+                .with_controller(Some(&v3))
+                .gic_sysregs
+        );
     }
 
     #[test]

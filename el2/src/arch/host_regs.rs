@@ -32,6 +32,8 @@ const SCTLR_EL1_START: u64 = 0x30d0_0800;
 
 /// ICC_SRE_EL2 for the host: SRE, DFB, DIB, and Enable, so that its ICC_SRE_EL1 does not trap.
 pub(crate) const SRE_HOST: u64 = 0xf;
+/// ICC_SRE_EL2 with a GICv2: Enable alone. A host that asks ICC_SRE_EL1 reads that the registers are off.
+const SRE_LEGACY: u64 = 0x8;
 
 /// The host's stage 2 for the registers.
 #[derive(Clone, Copy, Debug, Default)]
@@ -144,6 +146,9 @@ fn identity_and_time(features: &Features) {
         msr!("s3_4_c12_c9_5", SRE_HOST); // ICC_SRE_EL2
         isb();
         msr!("s3_4_c12_c11_0", 0); // ICH_HCR_EL2: no virtual interface
+    }
+    if features.gic_legacy {
+        msr!("s3_4_c12_c9_5", SRE_LEGACY);
     }
 }
 
