@@ -186,8 +186,8 @@ impl<T: GuestTable, H: HostReach, C: Contents> GuestPages<'_, '_, T, H, C> {
 
     /// Gives a page back to the host that this VM owns; the guest never finds anything there again.
     ///
-    /// A page that the guest shares is first its own again. So at every step that can fail its state
-    /// and the host's table agree, and it is in nobody's reach while it is wiped.
+    /// A page that the guest shares is first its own again, and then EL2's. So at every step that can fail its
+    /// state and both tables agree, and it is in nobody's reach while it is wiped.
     ///
     /// # Errors
     ///
@@ -200,16 +200,19 @@ impl<T: GuestTable, H: HostReach, C: Contents> GuestPages<'_, '_, T, H, C> {
         let holder = self
             .backings()
             .find(|(_, memory)| memory.contains_range(page));
-        if let Some((range, memory)) = holder {
+        let gfns = holder.map(|(range, memory)| {
             let skip = (page.start() - memory.start()) / PAGE_SIZE;
             let gfn = Gfn::try_new(range.start().get() + skip);
             let gfns = gfn.and_then(|gfn| GfnRange::from_base(gfn, 1));
-            self.withhold(gfns.ok_or(ErrorCode::Invalid)?, POISONED)?;
+            gfns.ok_or(ErrorCode::Invalid)
+        });
+        let gfns = gfns.transpose()?;
+        match self.ownership.take_from(page, self.index) {
+            Err(_) if self.shares(page) => return Err(ErrorCode::Again.into()),
+            taken => taken?,
         }
-        match self.give_to_host(page) {
-            Err(OwnershipError::NotShared(_)) if self.shares(page) => Err(ErrorCode::Again.into()),
-            given => Ok(given.map(|()| 0)?),
-        }
+        self.give_to_host(page, gfns, POISONED)?;
+        Ok(0)
     }
 
     /// Whether the guest shares these pages with the host.
@@ -257,28 +260,39 @@ impl<T: GuestTable, H: HostReach, C: Contents> GuestPages<'_, '_, T, H, C> {
                 self.contents.settle(memory);
             }
             MemoryCall::Relinquish => {
-                let owner = Owner::Guest(self.index);
-                if !self.ownership.pages().all_shared(memory, owner, false) {
-                    return Err(refused.into());
-                }
-                self.withhold(gfns, RELINQUISHED)?;
-                self.give_to_host(memory)?;
+                // Of all vCPUs that share them or give them away, too, one gets them, before anything of
+                // it is to be seen in the guest's table.
+                self.ownership.take_from(memory, self.index)?;
+                self.give_to_host(memory, Some(gfns), RELINQUISHED)?;
             }
         }
         Ok(pages)
     }
 
-    /// Wipes pages that the guest can't reach any more, and gives them to the host.
-    fn give_to_host(&self, pages: AddrRange) -> Result<(), OwnershipError> {
-        // EL2's before they are wiped: while they are the guest's another vCPU, or the host, may be
-        // giving them away, too, and what is wiped then would be somebody else's already.
-        self.ownership.take_from(pages, self.index)?;
-        self.contents.wipe(pages);
-        let given = self
-            .ownership
-            .give_back(self.host, pages, Owner::Hypervisor);
+    /// Puts a note in the place of pages that were just taken from the guest, wipes them, and gives them to
+    /// the host. While it wipes them they are EL2's: what others wiped then would be somebody else's already.
+    ///
+    /// Where a table is lacking they are the guest's again, for whoever repeats it. What the guest was giving
+    /// away is then zeros without a note; what was being taken from it has lost its contents, and the note stays.
+    fn give_to_host(
+        &self,
+        pages: AddrRange,
+        gfns: Option<GfnRange>,
+        note: u64,
+    ) -> Result<(), Refusal> {
+        let noted = gfns.map_or(Ok(()), |gfns| self.withhold(gfns, note));
+        let given = noted.and_then(|()| {
+            self.contents.wipe(pages);
+            let given = self
+                .ownership
+                .give_back(self.host, pages, Owner::Hypervisor);
+            if let (Err(_), Some(gfns), RELINQUISHED) = (&given, gfns, note) {
+                let released = self.memory.release(gfns);
+                debug_assert!(released.is_ok(), "the note goes by the entries it came in");
+            }
+            Ok(given?)
+        });
         if given.is_err() {
-            // For whoever repeats it.
             self.ownership.hand_over(pages, self.index)?;
         }
         given

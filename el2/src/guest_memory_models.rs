@@ -308,6 +308,12 @@ impl World {
                 });
                 let has = leaf == Some(true);
                 assert!(!has || owner == Owner::Guest(guest), "{guest} has a leaf");
+                let note = self.with(guest, |_, pages| pages.note(ipa(number), 1));
+                let is_its_own = owner == Owner::Guest(guest);
+                assert!(
+                    !is_its_own || note.flatten().is_none(),
+                    "{guest} owns what it has lost"
+                );
             }
         }
     }

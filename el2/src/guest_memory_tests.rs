@@ -5,7 +5,7 @@ use core::sync::atomic::AtomicU32;
 use std::vec::Vec;
 
 use board::RangeList;
-use memslot::fault::Access;
+use memslot::fault::{Access, FaultKind, FaultOutcome, Stage2Fault};
 use memslot::frames::FrameSource;
 use memslot::policy::ArmCaches;
 use memslot::slot::{Memslot, SlotFlags, SlotKind};
@@ -264,4 +264,63 @@ fn what_a_guest_shares_is_not_taken_as_its_own() {
             .all_shared(page, Owner::Guest(GUEST), true)
     );
     world.finish();
+}
+
+/// What the guest could not give away, because the host's tables were lacking, is its own as before: it may
+/// share it instead, and reaches it.
+#[test]
+fn a_relinquish_that_lacks_tables_leaves_no_note() {
+    let ground = Ground::new();
+    let ownership = ground.ownership();
+    let world = World::new(&ground, &ownership);
+    let call = |call, pages| world.with(&idle(), |p| p.call(call, 2 * PAGE_SIZE, pages));
+    ground.hosts.allow_allocations(Some(0));
+    let refused = call(MemoryCall::Relinquish, 4);
+    assert!(
+        matches!(refused, Moved::After(Exit::NeedHeap { .. })),
+        "{refused:?}"
+    );
+    ground.hosts.allow_allocations(None);
+    let note = world.with(&idle(), |p| p.note(2 * PAGE_SIZE, 4));
+    assert_eq!(note, None);
+    assert_eq!(call(MemoryCall::Share, 1), Moved::Pages(1));
+    assert_eq!(call(MemoryCall::Unshare, 1), Moved::Pages(1));
+    assert_eq!(call(MemoryCall::Relinquish, 4), Moved::Pages(4));
+    assert!(ownership.pages().all_owned_by(range(2, 4), Owner::Host));
+    world.finish();
+}
+
+/// A page that is being taken by force has lost its contents: where the last step lacks tables, the guest
+/// does not find zeros there, but an abort. One that is refused before has lost nothing.
+#[test]
+fn a_forced_reclaim_that_lacks_tables_shows_the_guest_no_zeros() {
+    for (hosts_left, guests_left, poisoned) in [(0, 9, true), (9, 0, false)] {
+        let ground = Ground::new();
+        let ownership = ground.ownership();
+        let world = World::new(&ground, &ownership);
+        let fault = Stage2Fault {
+            ipa: Ipa::new(2 * PAGE_SIZE),
+            access: Access::Write,
+            kind: FaultKind::Translation,
+        };
+        // The guest maps all of it by one block, which the note has to cut.
+        let mapped = world.memory.handle_fault(&fault, &()).unwrap();
+        assert_eq!(mapped, FaultOutcome::Resolved);
+        ground.hosts.allow_allocations(Some(hosts_left));
+        ground.guests.allow_allocations(Some(guests_left));
+        let contents = idle();
+        let taken = world.with(&contents, |p| p.reclaim_page(range(2, 1)));
+        assert!(taken.is_err());
+        assert_eq!(contents.saw.get().is_some(), poisoned, "wiped");
+        assert_eq!(
+            world.with(&idle(), |p| p.is_poisoned(2 * PAGE_SIZE)),
+            poisoned
+        );
+        assert!(
+            ownership
+                .pages()
+                .all_owned_by(range(2, 1), Owner::Guest(GUEST))
+        );
+        world.finish();
+    }
 }
