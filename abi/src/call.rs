@@ -52,7 +52,8 @@ calls! {
     VmReserve = 0xc600_0110,
     /// `x1`: handle, reserved; `x2`: address and `x3`: pages, at most 512, donated to the VM for its
     /// state and tables; `x4`: [`crate::VmConfig`]. Gives the number of pages that were used at once.
-    /// [`crate::ErrorCode::NoMemory`] if they are too few: nothing was donated then.
+    /// [`crate::ErrorCode::NoMemory`] if they are too few: nothing was donated then. Where no VM can be made
+    /// of them, and EL2 lacks the heap to give them back, they wait for [`Call::VmReclaim`].
     VmCreate = 0xc600_0111,
     /// `x1`: handle, `x2`: address, `x3`: pages, at most 512. Donates more pages to the VM.
     VmTopUp = 0xc600_0112,

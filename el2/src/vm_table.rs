@@ -107,8 +107,8 @@ enum Entry<V, L> {
     Dead {
         /// As above.
         donated: Donations,
-        /// What was left to do, done: dropped when all memory is back.
-        _done: L,
+        /// What was left to do, done: dropped when all memory is back. `None` if there never was a VM.
+        _done: Option<L>,
     },
 }
 
@@ -205,7 +205,9 @@ impl<V: Teardown, const N: usize> VmTable<V, N> {
     /// # Errors
     ///
     /// [`ErrorCode::Exists`] if the handle is not reserved, [`ErrorCode::NoMemory`],
-    /// [`ErrorCode::Busy`], as [`Estate::donate`]; [`ErrorCode::Invalid`] if nothing can be built.
+    /// [`ErrorCode::Busy`], as [`Estate::donate`]; [`ErrorCode::Invalid`] if nothing can be built. Where
+    /// the host's tables are lacking for giving the memory back then, it waits to be reclaimed, as that of a
+    /// VM that was.
     pub fn create<R>(
         &self,
         estate: &Estate<'_, '_, impl HostReach, impl Contents>,
@@ -229,7 +231,12 @@ impl<V: Teardown, const N: usize> VmTable<V, N> {
         estate.donate(memory)?;
         donated.add_state(memory);
         let Some((vm, built)) = build(index) else {
-            estate.take_back(&mut donated)?;
+            let back = estate.take_back(&mut donated);
+            if !donated.is_empty() {
+                let _done = None;
+                *entry = Entry::Dead { donated, _done };
+            }
+            back?;
             return Err(ErrorCode::Invalid.into());
         };
         let donated = Mutex::new(donated);
@@ -328,7 +335,7 @@ impl<V: Teardown, const N: usize> VmTable<V, N> {
         ownership.end_all_leases(index);
         *entry = Entry::Dead {
             donated,
-            _done: left,
+            _done: Some(left),
         };
         Ok(0)
     }

@@ -5,6 +5,7 @@ use std::cell::Cell;
 use std::vec::Vec;
 
 use board::RangeList;
+use stage2::MapError;
 
 use super::*;
 use crate::host_map::HostMapError;
@@ -14,7 +15,11 @@ use crate::sync::AtomicU32;
 /// RAM: from 0, as on a Raspberry Pi.
 const PAGES: u64 = 1024;
 
-struct Host;
+#[derive(Default)]
+struct Host {
+    /// Giving back lacks a table.
+    lacks_tables: Cell<bool>,
+}
 
 impl HostReach for Host {
     fn take_away(&self, _: AddrRange, _: Owner) -> Result<(), HostMapError> {
@@ -22,6 +27,9 @@ impl HostReach for Host {
     }
 
     fn give_back(&self, _: AddrRange) -> Result<(), HostMapError> {
+        if self.lacks_tables.get() {
+            return Err(MapError::NoMemory { needed: 1 }.into());
+        }
         Ok(())
     }
 }
@@ -64,7 +72,7 @@ fn on_a_board(check: impl FnOnce(&Estate<'_, '_, Host, Wiped>)) {
     memory.insert(pages(0, PAGES), "ram").unwrap();
     check(&Estate {
         ownership: &Ownership::new(PageStates::new(memory, &words).unwrap()),
-        host: &Host,
+        host: &Host::default(),
         contents: &Wiped::default(),
     });
 }
@@ -137,6 +145,29 @@ fn memory_of_which_no_vm_can_be_built_goes_back_wiped() {
         // The handle is as it was.
         let created = vms.create(estate, handle, (pages(1, 2), 1), |_| Some((Vm, ())));
         assert_eq!(created, Ok(()));
+    });
+}
+
+/// Neither could it be built nor its memory be given back: that is not forgotten, and the handle not reused before.
+#[test]
+fn memory_that_could_not_go_back_at_once_is_reclaimed() {
+    on_a_board(|estate| {
+        let vms = VmTable::<Vm, 1>::new();
+        let handle = vms.reserve().unwrap();
+        estate.host.lacks_tables.set(true);
+        let create = || vms.create(estate, handle, (pages(1, 2), 1), |_| None::<(Vm, ())>);
+        assert_eq!(code(create()), Some(ErrorCode::NoHeap));
+        let owners = estate.ownership.pages();
+        assert!(owners.all_owned_by(pages(1, 2), Owner::Hypervisor));
+        assert_eq!(code(create()), Some(ErrorCode::Exists));
+        assert_eq!(code(vms.reclaim(estate, handle)), Some(ErrorCode::NoHeap));
+        assert_eq!(vms.reserve(), Err(ErrorCode::NoSpace));
+        estate.host.lacks_tables.set(false);
+        assert_eq!(vms.destroy(estate.ownership, handle), Ok(0));
+        assert_eq!(vms.reclaim(estate, handle), Ok(Some(pages(1, 2))));
+        assert!(owners.all_owned_by(pages(1, 2), Owner::Host));
+        assert_eq!(vms.reclaim(estate, handle), Ok(None));
+        assert_eq!(vms.reserve(), Ok(handle));
     });
 }
 
