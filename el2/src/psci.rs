@@ -325,6 +325,17 @@ mod tests {
         }
     }
 
+    /// EL2 has a memory overwrite request of its own, which the host can't take back; firmware's would be
+    /// the host's to turn off, and has addresses for arguments.
+    #[test]
+    fn mem_protect_is_neither_served_nor_listed_nor_forwarded() {
+        for id in [0x8400_0013, 0x8400_0014, 0xc400_0014] {
+            assert_eq!(decode(id, [1, 0x1000, 0]), Request::Unknown, "{id:#x}");
+            assert_eq!(features(id), PsciError::NotSupported.to_register());
+            assert_eq!(crate::smc::judge(0, id.into()), crate::smc::Verdict::Psci);
+        }
+    }
+
     #[test]
     fn a_core_goes_off_on_and_off_again() {
         let slot = PowerSlot::new();

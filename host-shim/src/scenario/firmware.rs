@@ -8,12 +8,16 @@ use crate::report::Report;
 
 const NOT_SUPPORTED: u64 = abi::SMCCC_NOT_SUPPORTED;
 
+/// MEM_PROTECT and MEM_PROTECT_CHECK_RANGE (DEN 0022 5.1).
+const MEM_PROTECT: [u32; 3] = [0x8400_0013, 0x8400_0014, 0xc400_0014];
+
 pub(super) fn run(_: &Machine, report: &mut Report) {
     report.check("psci_is_1_1_by_hvc_and_by_smc", psci_version());
     report.check("psci_features_lists_what_is_served", psci_features());
     report.check("psci_migrate_info_needs_no_migration", migrate());
     report.check("smccc_version_is_1_2", smccc_version());
     report.check("smc_outside_the_list_is_not_supported", refused());
+    report.check("memory_protection_is_not_the_hosts", mem_protect());
     report.check("smc_with_wide_id_is_not_supported", wide());
     report.check("smc_is_trapped_and_counted", counted());
     report.check("smc_on_the_list_is_answered", listed());
@@ -39,7 +43,8 @@ fn psci_features() -> Result<(), &'static str> {
     ] {
         expect(feature(id) == 0, "a served call is missing")?;
     }
-    for id in [0x8400_0005, 0xc400_000e, 0xc600_0100, 0] {
+    let not_served = [0x8400_0005, 0xc400_000e, 0xc600_0100, 0].into_iter();
+    for id in not_served.chain(MEM_PROTECT.map(u64::from)) {
         expect(
             feature(id) == NOT_SUPPORTED,
             "a call is listed that is not served",
@@ -61,6 +66,17 @@ fn smccc_version() -> Result<(), &'static str> {
         by(Conduit::Hvc) == 0x1_0002 && by(Conduit::Smc) == 0x1_0002,
         "it is not",
     )
+}
+
+/// Firmware that has it must not be told by the host whether a reset wipes memory.
+fn mem_protect() -> Result<(), &'static str> {
+    for id in MEM_PROTECT {
+        for conduit in [Conduit::Hvc, Conduit::Smc] {
+            let answer = raw(conduit, id, [0x4000_0000, 0x1000, 0])[0];
+            expect(answer == NOT_SUPPORTED, "one was answered")?;
+        }
+    }
+    Ok(())
 }
 
 /// FF-A, a SiP service, a trusted OS, an OEM service: nothing of that may reach firmware.
