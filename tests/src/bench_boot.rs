@@ -7,13 +7,13 @@
 mod report;
 
 use crate::emulate::{self, Boot};
-use crate::files;
 use crate::machine::{Clock, Entry, Gic, Machine};
 use crate::payload::{self, Payloads};
 use crate::process::Transcript;
 use crate::runner::Context;
-use crate::verdict;
+use crate::{files, output, verdict};
 use anyhow::{Context as _, Result, ensure};
+use std::io::Write as _;
 use std::process::ExitCode;
 
 /// Most that the hypervisor may add to the boot, in per cent.
@@ -70,7 +70,7 @@ pub fn run() -> Result<ExitCode> {
         .collect::<Result<Vec<_>>>()?;
     let image_kib = image.len().div_ceil(1024);
     let text = report::markdown(&measurements, image_kib);
-    print!("{text}");
+    write!(output::stdout(), "{text}")?;
     files::write(
         &files::root().join("docs/benchmarks/boot.md"),
         text.as_bytes(),
@@ -80,14 +80,12 @@ pub fn run() -> Result<ExitCode> {
         report::svg(&measurements).as_bytes(),
     )?;
     let met = measurements.iter().all(Measurement::meets_targets);
-    println!(
-        "\n{}",
-        if met {
-            "all targets met"
-        } else {
-            "a target was MISSED"
-        }
-    );
+    let verdict = if met {
+        "all targets met"
+    } else {
+        "a target was MISSED"
+    };
+    writeln!(output::stdout(), "\n{verdict}")?;
     Ok(if met {
         ExitCode::SUCCESS
     } else {
@@ -108,10 +106,11 @@ fn measure(cpu: &'static str, payloads: &Payloads) -> Result<Measurement> {
         folder: files::build("logs/bench-boot").join(cpu),
         patience: 1,
     };
-    println!(
+    writeln!(
+        output::stdout(),
         "{cpu}: booting bare at EL1, bare at EL2, and under the hypervisor, {} times each ...",
         SIZES.len()
-    );
+    )?;
     let (mut bare_el1, mut bare_el2, mut under) = (Vec::new(), Vec::new(), Vec::new());
     let (mut el2_boot, mut resident_kib) = (0, 0);
     for size in SIZES {

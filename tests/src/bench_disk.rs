@@ -11,8 +11,9 @@ use crate::fit::{self, Disk, Guest};
 use crate::machine::{Gic, Machine, disk_args, pci_disk_args};
 use crate::payload::{self, Payloads};
 use crate::runner::Context;
-use crate::{files, verdict};
+use crate::{files, output, verdict};
 use anyhow::{Context as _, Result};
+use std::io::Write as _;
 use std::process::ExitCode;
 
 /// The model that is measured.
@@ -107,7 +108,7 @@ pub fn run() -> Result<ExitCode> {
         .map(|setup| measure(setup, &payloads))
         .collect::<Result<Vec<_>>>()?;
     let text = report::markdown(&rows);
-    print!("{text}");
+    write!(output::stdout(), "{text}")?;
     files::write(
         &files::root().join("docs/benchmarks/disk.md"),
         text.as_bytes(),
@@ -116,7 +117,7 @@ pub fn run() -> Result<ExitCode> {
 }
 
 fn measure(setup: Setup, payloads: &Payloads) -> Result<Row> {
-    println!("{} ...", setup.title);
+    writeln!(output::stdout(), "{} ...", setup.title)?;
     let samples = samples(setup, payloads, "real", &[])?;
     let speed = samples.iter().map(|list| speed(list)).collect();
     let counts = matches!(setup.driver, Driver::Bare | Driver::Host);

@@ -12,9 +12,10 @@ use crate::fit::{self, Guest};
 use crate::machine::{Clock, Gic, Machine, edu_args};
 use crate::payload::{self, Payloads};
 use crate::runner::Context;
-use crate::{files, verdict};
+use crate::{files, output, verdict};
 use anyhow::{Context as _, Result, ensure};
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 /// Models that are measured.
@@ -293,7 +294,7 @@ pub fn run() -> Result<ExitCode> {
         .map(|cpu| measure(cpu, &payloads))
         .collect::<Result<Vec<_>>>()?;
     let text = report::markdown(&measurements);
-    print!("{text}");
+    write!(output::stdout(), "{text}")?;
     let folder = files::root().join("docs/benchmarks");
     files::write(&folder.join("target.md"), text.as_bytes())?;
     files::write(
@@ -306,7 +307,7 @@ pub fn run() -> Result<ExitCode> {
     } else {
         "a target was MISSED"
     };
-    println!("\n{verdict}");
+    writeln!(output::stdout(), "\n{verdict}")?;
     Ok(if met {
         ExitCode::SUCCESS
     } else {
@@ -319,7 +320,10 @@ fn measure(cpu: &'static str, payloads: &Payloads) -> Result<Measurement> {
         folder: files::build("logs/bench-target").join(cpu),
         patience: 1,
     };
-    println!("{cpu}: microbenchmarks, then Linux's boot, bare and as a guest ...");
+    writeln!(
+        output::stdout(),
+        "{cpu}: microbenchmarks, then Linux's boot, bare and as a guest ..."
+    )?;
     let locked = microbench(cpu, &context, "locked")?;
     let on_demand = microbench(cpu, &context, "on-demand")?;
     let protected = microbench(cpu, &context, "protected")?;

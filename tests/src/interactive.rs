@@ -4,7 +4,7 @@ use crate::emulate::{self, LINUX_ARGUMENTS};
 use crate::machine::{Board, Clock, Entry, Gic, Machine, QEMU, Software};
 use crate::payload::{self, Payloads};
 use crate::verdict;
-use crate::{device_tree, files, fit, machine, process};
+use crate::{device_tree, files, fit, machine, output, process};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use std::io::{IsTerminal, Read, Write};
@@ -114,37 +114,37 @@ pub fn run(settings: &Settings) -> Result<ExitCode> {
     } else {
         "Ctrl-A"
     };
-    println!("$ {QEMU} {}", process::quote(&args));
-    println!("(leave with {escape} x)\n");
+    let mut out = output::stdout();
+    writeln!(out, "$ {QEMU} {}", process::quote(&args))?;
+    writeln!(out, "(leave with {escape} x)\n")?;
     let last = converse(&args)?;
     // Our own host says in its last words how its guests, or its scenarios, went.
     if is_halt(&last) || settings.host == Host::Shim && !ended_well(&last) {
-        eprintln!("make run: the guests, or the host, did not end well");
+        output::complain("make run: the guests, or the host, did not end well");
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Runs QEMU with this terminal, passes its output on byte by byte, and gives the last line that is not empty. A machine
-/// that has halted is ended if nobody is there to do it.
+/// that has halted is ended if nobody is there to do it, one whose output nobody reads any more always.
 fn converse(args: &[String]) -> Result<String> {
     let mut qemu = Command::new(QEMU)
         .args(args)
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot start QEMU: run `make setup`")?;
-    let output = qemu.stdout.take().context("QEMU has no output")?;
+    let console = qemu.stdout.take().context("QEMU has no output")?;
     let attended = std::io::stdin().is_terminal();
-    let last = pass_on(output, &mut std::io::stdout().lock(), attended)?;
-    if !attended && is_halt(&last) {
+    let last = pass_on(console, &mut output::stdout(), attended);
+    let goes_on = last.as_ref().is_ok_and(|last| attended || !is_halt(last));
+    if !goes_on {
         // It may have ended all the same.
         let _ = qemu.kill();
-        qemu.wait()?;
-        return Ok(last);
     }
     let status = qemu.wait()?;
-    ensure!(status.success(), "QEMU ended with {status}");
-    Ok(last)
+    ensure!(!goes_on || status.success(), "QEMU ended with {status}");
+    last
 }
 
 /// Copies until the end, or, unless it is `attended`, until EL2 has halted; gives the last line that is not empty.

@@ -3,7 +3,7 @@
 //! * Files: [`image`] (ELF to flat image), [`kernel_image`] (Debian's kernel to a raw Image), [`initramfs`],
 //!   [`fit`], [`device_tree`], [`launcher`], [`sdcard`].
 //! * Emulator: [`machine`] describes one, [`process`] runs it under a time limit and keeps its console,
-//!   [`verdict`] says what must come out, [`runner`] runs many and reports.
+//!   [`verdict`] says what must come out, [`runner`] runs many and reports; [`output`] is where to.
 //! * [`suite`] lists the scenarios, [`bench_boot`] measures the boot, [`symbolise`] reads backtraces,
 //!   [`tcb`] counts what runs at EL2, [`smmu_trace`] reads what QEMU's SMMU did.
 //! * [`x86`]: the x86 machine's disk image and its emulator.
@@ -23,6 +23,7 @@ pub mod kernel_image;
 pub mod launcher;
 pub mod machine;
 pub mod map_svg;
+pub mod output;
 pub mod payload;
 pub mod process;
 pub mod runner;

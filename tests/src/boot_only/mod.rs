@@ -7,10 +7,11 @@ mod check;
 mod decode;
 mod graph;
 
-use crate::files;
+use crate::{files, output};
 use anyhow::{Result, bail};
 use graph::Graph;
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::Path;
 
 /// Writes `boot.text.ld` and `boot.tables.ld` into a folder, for the object file of EL2.
@@ -53,9 +54,10 @@ pub fn check(elf: &Path) -> Result<()> {
             violations.join("\n")
         );
     }
-    println!(
+    writeln!(
+        output::stdout(),
         "{}: {seen} references, none to what only boot needs",
         elf.display()
-    );
+    )?;
     Ok(())
 }

@@ -11,12 +11,13 @@ mod packages;
 mod report;
 mod source;
 
-use crate::{emulate, files};
+use crate::{emulate, files, output};
 use anyhow::{Result, bail, ensure};
 pub(crate) use conditions::Conditions;
 use inventory::Use;
 use packages::Crate;
 pub(crate) use source::{SourceFile, code_lines};
+use std::io::Write as _;
 use std::path::PathBuf;
 
 /// A use of `unsafe` and its file, from the root of the tree.
@@ -41,7 +42,7 @@ pub fn write() -> Result<()> {
     let readme = files::root().join("README.md");
     let text = report::with_row(&std::fs::read_to_string(&readme)?, &figures.row())?;
     files::write(&readme, text.as_bytes())?;
-    println!("{}", figures.row());
+    writeln!(output::stdout(), "{}", figures.row())?;
     Ok(())
 }
 
@@ -57,7 +58,11 @@ pub fn check() -> Result<()> {
         written == report::inventory(&found),
         "docs/unsafe.md is out of date: run `make tcb`"
     );
-    println!("{} uses of unsafe, each with its reason", found.len());
+    let count = found.len();
+    writeln!(
+        output::stdout(),
+        "{count} uses of unsafe, each with its reason"
+    )?;
     Ok(())
 }
 

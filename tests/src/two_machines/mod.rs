@@ -5,11 +5,12 @@
 
 mod functions;
 
-use crate::files;
+use crate::{files, output};
 use anyhow::{Context, Result, bail, ensure};
 use functions::Sources;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::PathBuf;
 
 /// Everything behind this line is written by [`write()`].
@@ -48,7 +49,7 @@ pub fn write() -> Result<()> {
     let lists = text.split(FIGURES).next().unwrap_or_default();
     let figures = figures(&events(lists)?)?;
     files::write(&page(), format!("{lists}{FIGURES}{figures}").as_bytes())?;
-    print!("{figures}");
+    write!(output::stdout(), "{figures}")?;
     Ok(())
 }
 

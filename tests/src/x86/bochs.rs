@@ -2,10 +2,9 @@
 
 use super::disk::{self, File};
 use super::linux::Linux;
-use crate::files;
 use crate::process::{self, Run, Transcript};
 use crate::runner::Context;
-use crate::verdict;
+use crate::{files, output, verdict};
 use anyhow::{Context as _, Result, ensure};
 use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -164,13 +163,13 @@ pub fn interactive(model: &str, cpus: u32, folder: &Path) -> Result<ExitCode> {
     // What stopped Bochs itself: a wrong model, a file. If the hypervisor did, it has said so on the console.
     let errors = std::fs::read_to_string(folder.join(ERRORS)).unwrap_or_default();
     for line in errors.lines().filter(|line| line.contains(">>PANIC<<")) {
-        eprintln!("make run-x86: Bochs: {line}");
+        output::complain(&format!("make run-x86: Bochs: {line}"));
     }
     Ok(ExitCode::FAILURE)
 }
 
 /// Runs Bochs, which connects its serial line to us, and passes what comes and goes on byte by byte. What Bochs itself
-/// says stays out of it.
+/// says stays out of it. A machine whose output nobody reads any more is ended.
 fn converse(arguments: &[String], listener: &TcpListener) -> Result<ExitStatus> {
     let mut bochs = Command::new(SHELL)
         .args(arguments)
@@ -182,7 +181,13 @@ fn converse(arguments: &[String], listener: &TcpListener) -> Result<ExitStatus> 
         let mut keys = line.try_clone()?;
         // Ends with the process: nothing else ends a read of standard input.
         std::thread::spawn(move || std::io::copy(&mut std::io::stdin().lock(), &mut keys));
-        pass_on(&mut line, &mut std::io::stdout().lock())?;
+        let shown = pass_on(&mut line, &mut output::stdout());
+        if shown.is_err() {
+            // It may have ended all the same.
+            let _ = bochs.kill();
+        }
+        let status = bochs.wait()?;
+        return shown.map(|()| status);
     }
     Ok(bochs.wait()?)
 }

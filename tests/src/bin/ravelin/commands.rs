@@ -11,7 +11,7 @@ use ravelin_tests::x86::disk::{self, File};
 use ravelin_tests::x86::kernel;
 use ravelin_tests::{
     bench_boot, bench_disk, bench_target, boot_only, device_tree, files, fit, image, interactive,
-    kernel_image, map_svg, sdcard, suite, tcb, two_machines,
+    kernel_image, map_svg, output, sdcard, suite, tcb, two_machines,
 };
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
@@ -130,7 +130,12 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
         Command::BootOnly(BootOnly::Divide { object, out }) => boot_only::divide(&object, &out)?,
         Command::BootOnly(BootOnly::Check { elf }) => boot_only::check(&elf)?,
         Command::Sdcard { board } => {
-            println!("{}: see README.txt there", sdcard::write(board)?.display())
+            let folder = sdcard::write(board)?;
+            writeln!(
+                output::stdout(),
+                "{}: see README.txt there",
+                folder.display()
+            )?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -139,12 +144,13 @@ pub(super) fn run(command: Command) -> Result<ExitCode> {
 /// Writes a file and says how large it is.
 fn report(out: &Path, bytes: &[u8]) -> Result<()> {
     files::write(out, bytes)?;
-    println!("{}: {} KiB", out.display(), bytes.len().div_ceil(1024));
+    let size = bytes.len().div_ceil(1024);
+    writeln!(output::stdout(), "{}: {size} KiB", out.display())?;
     Ok(())
 }
 
 fn symbolise(symboliser: &Symboliser) -> Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = output::stdout();
     for line in std::io::stdin().lock().lines() {
         writeln!(out, "{}", symboliser.annotate(&line?))?;
     }
@@ -192,9 +198,9 @@ fn edit_tree(settings: &DtbSettings) -> Result<()> {
 fn test(settings: &TestSettings) -> Result<ExitCode> {
     if settings.list {
         let all = suite::list(settings.suite, &Arc::new(Payloads::default()));
-        all.iter()
-            .filter(|s| s.name.contains(&settings.filter))
-            .for_each(|s| println!("{}", s.name));
+        for scenario in all.iter().filter(|s| s.name.contains(&settings.filter)) {
+            writeln!(output::stdout(), "{}", scenario.name)?;
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let options = Options {

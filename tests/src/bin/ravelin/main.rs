@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use ravelin_tests::device_tree::Damage;
 use ravelin_tests::sdcard::Card;
 use ravelin_tests::suite::Suite;
-use ravelin_tests::{emulate, interactive};
+use ravelin_tests::{emulate, interactive, output};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -122,8 +122,9 @@ enum Command {
 fn main() -> ExitCode {
     match commands::run(Cli::parse().command) {
         Ok(code) => code,
+        Err(error) if output::is_closed(&error) => ExitCode::from(output::CLOSED_STATUS),
         Err(error) => {
-            eprintln!("ravelin: error: {error:#}");
+            output::complain(&format!("ravelin: error: {error:#}"));
             ExitCode::FAILURE
         }
     }
