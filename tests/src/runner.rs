@@ -1,9 +1,10 @@
 //! Runs scenarios, two machines at a time, and reports one line for each.
 
 use anyhow::{Result, ensure};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Lines of the console that a failure shows.
@@ -82,11 +83,17 @@ impl Scenario {
     }
 }
 
-/// Runs those that the filter selects and prints one line for each, then `N passed, N failed`.
+/// Runs those that the filter selects and writes one line for each to `out`, with how many have ended by then; at the
+/// end the names of those that failed, and `N passed, N failed`.
 ///
 /// # Errors
-/// The filter selects nothing: an empty run must not look like success.
-pub fn run_all(scenarios: &[Scenario], options: &Options) -> Result<Report> {
+/// The filter selects nothing: an empty run must not look like success. Or `out` can't be written: no further scenario
+/// is begun then, and those that run come to their end.
+pub fn run_all(
+    scenarios: &[Scenario],
+    options: &Options,
+    out: &mut (impl Write + Send),
+) -> Result<Report> {
     let selected: Vec<_> = scenarios
         .iter()
         .filter(|s| s.name.contains(&options.filter))
@@ -98,28 +105,24 @@ pub fn run_all(scenarios: &[Scenario], options: &Options) -> Result<Report> {
     );
     let slots = Slots::new(options.jobs.max(1));
     let next = AtomicUsize::new(0);
-    let failed = AtomicUsize::new(0);
+    let results = Mutex::new(Results::new(selected.len(), out));
     std::thread::scope(|scope| {
         for _ in 0..options.jobs.max(1) {
             scope.spawn(|| {
-                while let Some(scenario) = selected.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if !run_one(scenario, options, &slots) {
-                        failed.fetch_add(1, Ordering::Relaxed);
-                    }
+                while locked(&results).written.is_ok()
+                    && let Some(scenario) = selected.get(next.fetch_add(1, Ordering::Relaxed))
+                {
+                    let outcome = run_one(scenario, options, &slots);
+                    locked(&results).add(&outcome);
                 }
             });
         }
     });
-    let failed = failed.into_inner();
-    let report = Report {
-        passed: selected.len() - failed,
-        failed,
-    };
-    println!("{} passed, {} failed", report.passed, report.failed);
-    Ok(report)
+    let results = results.into_inner();
+    results.unwrap_or_else(PoisonError::into_inner).close()
 }
 
-fn run_one(scenario: &Scenario, options: &Options, slots: &Slots) -> bool {
+fn run_one<'a>(scenario: &'a Scenario, options: &Options, slots: &Slots) -> Outcome<'a> {
     let _slot = slots.take(scenario.weight);
     let context = Context {
         folder: options.logs.join(&scenario.name),
@@ -128,17 +131,87 @@ fn run_one(scenario: &Scenario, options: &Options, slots: &Slots) -> bool {
     let start = Instant::now();
     let prepared = std::fs::create_dir_all(&context.folder).map_err(anyhow::Error::from);
     let result = prepared.and_then(|()| (scenario.body)(&context));
-    print(scenario, &context.folder, start.elapsed(), &result);
-    result.is_ok()
+    Outcome {
+        name: &scenario.name,
+        elapsed: start.elapsed(),
+        failure: result
+            .err()
+            .map(|error| format!("        {error:#}\n{}\n", last_lines(&context.folder))),
+    }
 }
 
-/// One print call, so that lines of two workers do not mix.
-fn print(scenario: &Scenario, folder: &Path, elapsed: Duration, result: &Result<()>) {
-    let line = format!("{:<58} {:>6.1} s", scenario.name, elapsed.as_secs_f64());
-    match result {
-        Ok(()) => println!("ok      {line}"),
-        Err(error) => println!("FAILED  {line}\n        {error:#}\n{}", last_lines(folder)),
+/// How one scenario went.
+struct Outcome<'a> {
+    name: &'a str,
+    elapsed: Duration,
+    /// Lines that say why it failed.
+    failure: Option<String>,
+}
+
+/// What has come out so far. One worker at a time has it, so that lines of two do not mix.
+struct Results<'a, W> {
+    total: usize,
+    ended: usize,
+    failed: Vec<&'a str>,
+    out: &'a mut W,
+    written: std::io::Result<()>,
+}
+
+impl<'a, W: Write> Results<'a, W> {
+    fn new(total: usize, out: &'a mut W) -> Self {
+        Self {
+            total,
+            ended: 0,
+            failed: Vec::new(),
+            out,
+            written: Ok(()),
+        }
     }
+
+    fn add(&mut self, outcome: &Outcome<'a>) {
+        self.ended += 1;
+        let (verdict, why) = match &outcome.failure {
+            None => ("ok", ""),
+            Some(why) => {
+                self.failed.push(outcome.name);
+                ("FAILED", why.as_str())
+            }
+        };
+        let (name, seconds) = (outcome.name, outcome.elapsed.as_secs_f64());
+        let (ended, total) = (self.ended, self.total);
+        let width = total.to_string().len();
+        self.write(&format!(
+            "{verdict:<6}  {name:<58} {seconds:>6.1} s  {ended:>width$} of {total}\n{why}"
+        ));
+    }
+
+    /// The closing lines. Those that failed may have scrolled by long before.
+    fn close(mut self) -> Result<Report> {
+        let failed = std::mem::take(&mut self.failed);
+        let report = Report {
+            passed: self.ended - failed.len(),
+            failed: failed.len(),
+        };
+        for name in failed {
+            self.write(&format!("failed: {name}\n"));
+        }
+        self.write(&format!(
+            "{} passed, {} failed\n",
+            report.passed, report.failed
+        ));
+        self.written?;
+        Ok(report)
+    }
+
+    fn write(&mut self, text: &str) {
+        if self.written.is_ok() {
+            self.written = self.out.write_all(text.as_bytes());
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The end of the newest log in the scenario's folder.
@@ -191,7 +264,7 @@ impl Slots {
     /// Waits until `count` slots (at most all) are free.
     fn take(&self, count: usize) -> Slot<'_> {
         let count = count.min(self.total);
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = locked(&self.free);
         while *free < count {
             free = self
                 .freed
@@ -205,11 +278,7 @@ impl Slots {
 
 impl Drop for Slot<'_> {
     fn drop(&mut self) {
-        *self
-            .slots
-            .free
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) += self.count;
+        *locked(&self.slots.free) += self.count;
         self.slots.freed.notify_all();
     }
 }
@@ -222,14 +291,23 @@ mod tests {
 
     /// Two at a time, those that `filter` selects; their logs go with them.
     fn run(scenarios: &[Scenario], filter: &str) -> Result<Report> {
+        run_into(scenarios, filter, 2, &mut std::io::sink())
+    }
+
+    fn run_into(
+        scenarios: &[Scenario],
+        filter: &str,
+        jobs: usize,
+        out: &mut (impl Write + Send),
+    ) -> Result<Report> {
         let logs = tempfile::tempdir()?;
         let options = Options {
-            jobs: 2,
+            jobs,
             filter: filter.into(),
             patience: 1,
             logs: logs.path().into(),
         };
-        run_all(scenarios, &options)
+        run_all(scenarios, &options, out)
     }
 
     /// A scenario whose "emulator" is a shell script.
@@ -305,5 +383,55 @@ mod tests {
         };
         let scenarios = [heavy("a"), heavy("b"), heavy("c")];
         assert_eq!(run(&scenarios, "").unwrap().failed, 0);
+    }
+
+    /// A scenario that does nothing but end so.
+    fn plain(name: &str, passes: bool) -> Scenario {
+        Scenario::new(name, move |_| {
+            ensure!(passes, "as asked");
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn each_line_says_how_many_have_ended() {
+        let scenarios: Vec<_> = (1..=10).map(|n| plain(&format!("n{n}"), true)).collect();
+        let mut out = Vec::new();
+        run_into(&scenarios, "", 1, &mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 11, "{text}");
+        assert!(lines[0].starts_with("ok      n1 ") && lines[0].ends_with(" s   1 of 10"));
+        assert!(lines[9].starts_with("ok      n10 ") && lines[9].ends_with(" s  10 of 10"));
+        assert_eq!(lines[10], "10 passed, 0 failed");
+    }
+
+    #[test]
+    fn what_failed_is_named_again_before_the_closing_line() {
+        let scenarios = [plain("a", true), plain("b", false), plain("c", true)];
+        let mut out = Vec::new();
+        run_into(&scenarios, "", 1, &mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert!(text.contains("\n        as asked\n"), "{text}");
+        assert!(
+            text.ends_with("3 of 3\nfailed: b\n2 passed, 1 failed\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn nothing_more_is_begun_when_nobody_reads() {
+        static BEGUN: AtomicUsize = AtomicUsize::new(0);
+        let count = |name: &str| {
+            Scenario::new(name, |_| {
+                BEGUN.fetch_add(1, Ordering::SeqCst);
+                Ok(())
+            })
+        };
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let scenarios = [count("a"), count("b"), count("c")];
+        assert!(run_into(&scenarios, "", 1, &mut writer).is_err());
+        assert_eq!(BEGUN.load(Ordering::SeqCst), 1);
     }
 }

@@ -210,7 +210,7 @@ fn test(settings: &TestSettings) -> Result<ExitCode> {
         logs: files::build("logs"),
     };
     let scenarios = suite::scenarios(settings.suite)?;
-    let report = runner::run_all(&scenarios, &options)?;
+    let report = runner::run_all(&scenarios, &options, &mut output::stdout())?;
     Ok(if report.failed == 0 {
         ExitCode::SUCCESS
     } else {
