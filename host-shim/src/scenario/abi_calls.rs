@@ -2,6 +2,7 @@
 
 use abi::{Call, Counter, ErrorCode};
 
+use super::kit::expect;
 use crate::call::{self, Conduit, raw};
 use crate::machine::Machine;
 use crate::report::Report;
@@ -86,8 +87,4 @@ fn fuzz() -> Result<(), &'static str> {
         }
     }
     version()
-}
-
-fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
-    if good { Ok(()) } else { Err(otherwise) }
 }

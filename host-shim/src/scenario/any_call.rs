@@ -4,7 +4,8 @@
 use abi::{Call, SlotWord, VmConfig};
 use board::{AddrRange, Gic, PAGE_SIZE};
 
-use super::guests::{Memory, converse, end, words};
+use super::guests::{Memory, converse};
+use super::kit::{end, words};
 use crate::arch::gic;
 use crate::machine::Machine;
 use crate::report::Report;

@@ -3,6 +3,7 @@
 use smccc::psci::{self, AffinityState, LowestAffinityLevel, error::Error};
 use smccc::{Hvc, Smc};
 
+use super::kit::expect;
 use crate::arch::cpu;
 use crate::machine::Machine;
 use crate::report::Report;
@@ -147,8 +148,4 @@ fn outside(machine: &Machine) -> Result<(), &'static str> {
 fn affinity_unknown() -> Result<(), &'static str> {
     let answer = psci::affinity_info::<Hvc>(0xff_00ff_ffff, LowestAffinityLevel::All);
     expect(answer == Err(Error::InvalidParameters), "it is not")
-}
-
-fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
-    if good { Ok(()) } else { Err(otherwise) }
 }

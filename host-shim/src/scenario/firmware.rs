@@ -2,6 +2,7 @@
 
 use abi::{Counter, Features};
 
+use super::kit::expect;
 use crate::call::{self, Conduit, raw};
 use crate::machine::Machine;
 use crate::report::Report;
@@ -121,8 +122,4 @@ fn listed() -> Result<(), &'static str> {
         firmware || refusal,
         "someone answered although there is no firmware",
     )
-}
-
-fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
-    if good { Ok(()) } else { Err(otherwise) }
 }

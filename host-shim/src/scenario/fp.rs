@@ -2,7 +2,8 @@
 
 use abi::Exit;
 
-use super::guests::{Memory, end, expect, words};
+use super::guests::Memory;
+use super::kit::{end, expect, words};
 use crate::arch::{fp, guest};
 use crate::report::Report;
 use crate::vm::Vm;

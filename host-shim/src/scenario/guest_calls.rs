@@ -4,7 +4,8 @@
 use abi::{DonationKind, Exit};
 use board::{AddrRange, PAGE_SIZE};
 
-use super::guests::{Memory, end, expect, words};
+use super::guests::Memory;
+use super::kit::{end, expect, words};
 use super::protection::{MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE};
 use super::remote::{self, RAM, Remote, Stopped};
 use crate::arch::{fault, mem};

@@ -3,6 +3,7 @@
 use abi::{Call, ErrorCode, Exit, SlotState, SlotWord, VmConfig, VmCounter};
 use board::{AddrRange, PAGE_SIZE, Placement, highest_free};
 
+use super::kit::{code, end, expect, words};
 use crate::arch::{cpu, guest, mem, walks};
 use crate::machine::Machine;
 use crate::report::Report;
@@ -83,32 +84,6 @@ impl Memory {
     pub(super) fn load(&self) {
         let code = guest::hello();
         mem::bytes_mut(self.ram)[..code.len()].copy_from_slice(code);
-    }
-}
-
-pub(super) fn words<T>(result: Result<T, Refused>) -> Result<T, &'static str> {
-    result.map_err(|refused| match refused.code {
-        ErrorCode::NotPermitted => "a call was refused: not permitted",
-        ErrorCode::NotFound => "a call was refused: not found",
-        ErrorCode::Again => "a call was refused: again",
-        ErrorCode::NoMemory => "a call was refused: no memory",
-        ErrorCode::Busy => "a call was refused: busy",
-        ErrorCode::Exists => "a call was refused: exists",
-        ErrorCode::Invalid => "a call was refused: invalid",
-        ErrorCode::NoSpace => "a call was refused: no space",
-        ErrorCode::NoHeap => "a call was refused: no heap",
-        ErrorCode::Mismatch => "a call was refused: mismatch",
-        _ => "a call was refused",
-    })
-}
-
-/// Destroys a VM and takes everything back.
-pub(super) fn end(vm: Vm) -> Result<(), &'static str> {
-    words(vm.destroy())?;
-    while words(vm.reclaim())?.is_some() {}
-    match vm.reclaim() {
-        Err(refused) if refused.code == ErrorCode::Invalid => Ok(()),
-        _ => Err("a handle that was given back is still one"),
     }
 }
 
@@ -234,7 +209,6 @@ fn wiped(memory: &Memory) -> Result<(), &'static str> {
 }
 
 fn refusals(memory: &Memory) -> Result<(), &'static str> {
-    let code = |result: Result<(), Refused>| result.err().map(|refused| refused.code);
     let vm = words(memory.vm())?;
     let again = code(vm.create_slot(SLOT, RAM, memory.ram));
     let donated = code(vm.top_up(memory.ram));
@@ -242,7 +216,7 @@ fn refusals(memory: &Memory) -> Result<(), &'static str> {
     let first = AddrRange::with_size(0, PAGE_SIZE).and_then(|page| code(vm.top_up(page)));
     let twice = code(vm.create_vcpu(0));
     let beyond = code(vm.create_vcpu(1));
-    let missing = vm.run(1, 0, false).err().map(|refused| refused.code);
+    let missing = code(vm.run(1, 0, false));
     end(vm)?;
     expect(
         again == Some(ErrorCode::Exists),
@@ -271,7 +245,7 @@ fn deleted(memory: &Memory) -> Result<(), &'static str> {
     memory.load();
     let vm = words(memory.vm())?;
     words(vm.lock_slot(0))?;
-    let locked = vm.delete_slot(0).err().map(|refused| refused.code);
+    let locked = code(vm.delete_slot(0));
     let ran = converse(vm);
     words(vm.reset())?;
     words(vm.unlock_slot(0))?;
@@ -366,8 +340,4 @@ fn access_flag(memory: &Memory) -> Result<(), &'static str> {
     expect(ready == wrote(0, 0), "the guest does not start")?;
     expect(dirty == Ok(1 << 16), "not the table alone was written")?;
     expect(set == wrote(8, 0x400), "the flag is not set")
-}
-
-pub(super) fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
-    if good { Ok(()) } else { Err(otherwise) }
 }

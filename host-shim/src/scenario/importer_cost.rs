@@ -5,7 +5,8 @@ use abi::{DonationKind, Features, SlotWord};
 use board::{AddrRange, PAGE_SIZE};
 
 use super::dma::Setup;
-use super::guests::{self, end, words};
+use super::guests;
+use super::kit::{end, words};
 use super::payload::{Event, Guest, RAM_SLOT, instructions};
 use super::remote::{self, CODE_PAGES, RAM};
 use crate::arch::gic;

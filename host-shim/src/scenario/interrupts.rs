@@ -9,7 +9,8 @@ use abi::{Exit, SlotWord, VmConfig};
 use board::Gic;
 use spin::Mutex;
 
-use super::guests::{Memory, end, expect, words};
+use super::guests::Memory;
+use super::kit::{end, expect, words};
 use crate::arch::{cpu, gic, guest, mem, mpidr, ticks_per_second};
 use crate::machine::Machine;
 use crate::report::Report;

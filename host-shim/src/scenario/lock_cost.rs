@@ -4,7 +4,7 @@
 use abi::{DonationKind, SlotWord, VmConfig};
 use board::{AddrRange, PAGE_SIZE, Placement, highest_free};
 
-use super::guests::{end, words};
+use super::kit::{end, words};
 use super::payload::instructions;
 use crate::arch::{gic, mem};
 use crate::console::line;

@@ -3,6 +3,7 @@
 use abi::{Counter, Features};
 use board::AddrRange;
 
+use super::kit::expect;
 use crate::arch::{fault, mem, mmu};
 use crate::call;
 use crate::machine::Machine;
@@ -81,8 +82,4 @@ fn device_fetch(machine: &Machine) -> Result<(), &'static str> {
         fault.is_some_and(|f| f.class == 0x21),
         "no instruction abort",
     )
-}
-
-fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
-    if good { Ok(()) } else { Err(otherwise) }
 }

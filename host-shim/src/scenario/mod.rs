@@ -12,6 +12,7 @@ mod guests;
 mod importer_cost;
 mod interrupts;
 mod isolation;
+mod kit;
 mod lock_cost;
 mod memory;
 mod neighbours;

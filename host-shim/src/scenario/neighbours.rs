@@ -5,7 +5,8 @@
 use abi::{Call, DonationKind, Exit, SlotWord, VmConfig};
 use board::{AddrRange, PAGE_SIZE};
 
-use super::guests::{Memory, end, expect, words};
+use super::guests::Memory;
+use super::kit::{end, expect, words};
 use super::protection::{MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE};
 use super::remote::{self, CODE_PAGES, RAM, Remote, Stopped};
 use crate::arch::{guest, mem};

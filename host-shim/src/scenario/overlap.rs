@@ -5,7 +5,7 @@ use abi::{ErrorCode, SlotWord, VmConfig};
 use board::{AddrRange, PAGE_SIZE};
 use vmm::platform::RAM;
 
-use super::guests::{end, expect, words};
+use super::kit::{code, end, expect, words};
 use super::payload::{Event, Guest, Memory, RAM_SIZE, RAM_SLOT};
 use crate::arch::{guest, mem};
 use crate::report::Report;
@@ -36,9 +36,9 @@ fn converse(guest: &mut Guest, memory: &Memory) -> Result<(), &'static str> {
     }
     // Side by side they can be, and one can't be moved onto another.
     create(guest.vm, memory, end).map_err(|_| "slots can't be side by side")?;
-    let moved = guest.vm.move_slot(1, end - PAGE_SIZE).err();
+    let moved = code(guest.vm.move_slot(1, end - PAGE_SIZE));
     expect(
-        moved.map(|refused| refused.code) == Some(ErrorCode::Exists),
+        moved == Some(ErrorCode::Exists),
         "a slot was moved onto another",
     )?;
     words(guest.vm.delete_slot(1))?;

@@ -7,7 +7,7 @@ use spin::Once;
 use vmm::platform::{RAM, UART};
 use vmm::{image, tree};
 
-use super::guests::{end, words};
+use super::kit::{end, words};
 use crate::arch::{heap, mem, ticks_per_second};
 use crate::console::line;
 use crate::machine::Machine;

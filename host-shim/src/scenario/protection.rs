@@ -5,14 +5,15 @@ use abi::{Counter, DonationKind, ErrorCode, Exit, SlotWord, VmConfig};
 use board::{AddrRange, PAGE_SIZE};
 use sha2::{Digest, Sha256};
 
-use super::guests::{Memory, end, words};
+use super::guests::Memory;
+use super::kit::{code, end, expect, words};
 use super::remote::{self, CODE_PAGES, RAM, Remote, Stopped};
 use crate::arch::fault;
 use crate::arch::{guest, mem};
 use crate::call;
 use crate::machine::Machine;
 use crate::report::Report;
-use crate::vm::{self, Refused, Vm};
+use crate::vm::{self, Vm};
 
 /// KVM's vendor calls (Linux, `Documentation/virt/kvm/arm/hypercalls.rst`).
 pub(super) const HYP_MEMINFO: u32 = 0xc600_0002;
@@ -62,14 +63,6 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
     }
     super::guest_calls::run(&memory, report);
     super::neighbours::run(&memory, machine.el2, report);
-}
-
-pub(super) fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
-    if good { Ok(()) } else { Err(otherwise) }
-}
-
-fn code<T>(result: Result<T, Refused>) -> Option<ErrorCode> {
-    result.err().map(|refused| refused.code)
 }
 
 /// The host's address of a page of the guest.

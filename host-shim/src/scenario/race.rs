@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use abi::{ErrorCode, Exit, Features, SlotState, VmConfig, VmCounter};
 use vmm::platform::RAM;
 
-use super::guests::{end, expect, words};
+use super::kit::{end, expect, words};
 use super::payload::{Memory, RAM_SIZE, RAM_SLOT};
 use crate::arch::{cpu, gic, mem, mpidr, ticks_per_second};
 use crate::machine::Machine;

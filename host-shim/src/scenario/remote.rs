@@ -3,7 +3,8 @@
 use abi::{DonationKind, Exit, SlotWord, VmConfig};
 use board::PAGE_SIZE;
 
-use super::guests::{Memory, words};
+use super::guests::Memory;
+use super::kit::words;
 use crate::arch::{guest, mem};
 use crate::vm::Vm;
 

@@ -6,15 +6,16 @@
 use abi::{DonationKind, ErrorCode, SlotWord, VmConfig};
 use board::{AddrRange, PAGE_SIZE};
 
-use super::guests::{Memory, end, words};
-use super::protection::{PAGE, SECRET, expect, host_address, refused_everywhere};
+use super::guests::Memory;
+use super::kit::{code, end, expect, words};
+use super::protection::{PAGE, SECRET, host_address, refused_everywhere};
 use super::remote::{self, RAM, Remote};
 use crate::arch::{fault, guest, mem};
 use crate::call;
 use crate::console::line;
 use crate::machine::Machine;
 use crate::report::Report;
-use crate::vm::{self, Refused, Vm};
+use crate::vm::{self, Vm};
 
 /// In the reserved page while the steps run.
 const RUNNING: u64 = 0x7265_7365_7421_2121;
@@ -113,7 +114,6 @@ const fn slot() -> SlotWord {
 }
 
 fn not_donated(memory: &Memory, page: AddrRange) -> Result<(), &'static str> {
-    let code = |result: Result<(), Refused>| result.err().map(|refused| refused.code);
     let vm = words(Vm::create(config(true), memory.state))?;
     words(vm.create_slot(slot(), RAM, page))?;
     let refused = [

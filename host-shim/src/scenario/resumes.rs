@@ -3,7 +3,8 @@
 
 use abi::Exit;
 
-use super::guests::{Memory, end, expect, words};
+use super::guests::Memory;
+use super::kit::{end, expect, words};
 use super::remote::{self, RAM};
 use crate::arch::hostile;
 use crate::report::Report;

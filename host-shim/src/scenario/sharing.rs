@@ -4,11 +4,12 @@
 use abi::{ErrorCode, Exit, SlotWord, VmCounter};
 use board::{AddrRange, PAGE_SIZE};
 
-use super::guests::{Memory, end, expect, words};
+use super::guests::Memory;
+use super::kit::{code, end, expect, words};
 use super::remote::{self, RAM, Remote, Stopped};
 use crate::arch::{guest, mem};
 use crate::report::Report;
-use crate::vm::{Refused, Vm};
+use crate::vm::Vm;
 
 /// The slot of the guest's memory, and its flag for a dirty log.
 const SLOT: u16 = 0;
@@ -37,10 +38,6 @@ pub(super) fn run(memory: &Memory, report: &mut Report) {
     for (name, check) in CHECKS {
         report.check(name, check(memory));
     }
-}
-
-fn code<T>(result: Result<T, Refused>) -> Option<ErrorCode> {
-    result.err().map(|refused| refused.code)
 }
 
 const fn ipa(page: u64) -> u64 {

@@ -6,7 +6,7 @@
 use abi::{ErrorCode, Exit, SlotState, SlotWord, VmConfig, VmCounter};
 use board::{AddrRange, Gic, PAGE_SIZE};
 
-use super::guests::{end, expect, words};
+use super::kit::{code, end, expect, words};
 use super::payload::Memory;
 use crate::arch::{gic, guest, mem, ticks_per_second};
 use crate::machine::Machine;
@@ -56,10 +56,6 @@ const NOT_CUT: &str = "it was not cut short";
 struct Steps<'a> {
     gic: &'a Gic,
     memory: &'a Memory,
-}
-
-fn code<T>(result: Result<T, Refused>) -> Option<ErrorCode> {
-    result.err().map(|refused| refused.code)
 }
 
 fn cleans() -> bool {

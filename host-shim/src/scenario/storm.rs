@@ -14,9 +14,9 @@ use smccc::Hvc;
 use smccc::psci::{self, AffinityState, LowestAffinityLevel};
 use spin::Once;
 
-use super::guests::{Memory, end, words};
+use super::guests::Memory;
+use super::kit::{end, expect, words};
 use super::own_turn::{self, Turn};
-use super::protection::expect;
 use super::remote::{self, CODE_PAGES, RAM};
 use crate::arch::{cpu, fault, gic, guest, ticks_per_second};
 use crate::console::line;

@@ -3,7 +3,7 @@
 
 use board::{AddrRange, PAGE_SIZE};
 
-use super::guests::{end, words};
+use super::kit::{end, words};
 use super::payload::{Event, Guest, Memory, RAM_SIZE, instructions};
 use crate::arch::gic;
 use crate::console::line;

@@ -8,7 +8,8 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use abi::{ErrorCode, Exit};
 
-use super::guests::{Memory, end, expect};
+use super::guests::Memory;
+use super::kit::{code, end, expect};
 use super::remote::{self, RAM};
 use crate::arch::{cpu, gic, hostile, mem, mpidr, ticks_per_second};
 use crate::console::line;
@@ -104,7 +105,7 @@ fn while_it_runs(vm: Vm, page: AddrRange) -> Result<(), &'static str> {
         };
         refused += u32::from(codes.iter().all(busy));
     }
-    let started = vm.start_vcpu(0, RAM, 0).err().map(|refused| refused.code);
+    let started = code(vm.start_vcpu(0, RAM, 0));
     // Else the other core was out of the guest for a moment.
     let inside = LEFT.load(Ordering::Acquire) == left;
     let_go(page);

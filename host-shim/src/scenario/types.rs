@@ -6,7 +6,7 @@
 use abi::{Features, SlotWord};
 use vmm::platform::RAM;
 
-use super::guests::{end, words};
+use super::kit::{end, words};
 use super::payload::{Event, Guest, Memory, RAM_SIZE, RAM_SLOT, device_page};
 use crate::console::line;
 use crate::machine::Machine;

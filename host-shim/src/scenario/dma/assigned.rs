@@ -9,7 +9,7 @@ use vmm::platform::RAM;
 use super::setup::{Faults, Setup, faults};
 use crate::arch::{gic, mem, ticks_per_second};
 use crate::edu::{self, Direction, Edu, MAX_BYTES};
-use crate::scenario::guests::{end, expect, words};
+use crate::scenario::kit::{end, expect, words};
 use crate::scenario::payload::{Event, Guest, RAM_SLOT, device_page};
 use crate::vm::{self, Vm};
 

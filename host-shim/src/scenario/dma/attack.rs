@@ -7,7 +7,7 @@ use super::setup::{Setup, faults};
 use crate::arch::mem;
 use crate::call;
 use crate::edu::{Direction, Edu};
-use crate::scenario::guests::{end, expect, words};
+use crate::scenario::kit::{end, expect, words};
 use crate::scenario::remote::{self, RAM};
 
 /// Bytes of each transfer.

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use super::setup::Setup;
 use crate::arch::{gic, guest, mem, ticks};
 use crate::edu::{self, Direction};
-use crate::scenario::guests::{end, expect, words};
+use crate::scenario::kit::{end, expect, words};
 use crate::scenario::remote::{self, CODE_PAGES, RAM, Remote};
 use crate::vm::Vm;
 

@@ -14,7 +14,7 @@ mod taken;
 
 use abi::{ErrorCode, Features};
 
-use super::guests::expect;
+use super::kit::{code, expect};
 use crate::machine::Machine;
 use crate::report::Report;
 use crate::vm::{self, Vm};
@@ -72,16 +72,12 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
 
 fn no_iommu() -> Result<(), &'static str> {
     for function in [0, 8, 0xffff] {
-        let taken = vm::take_device(function).err().map(|refused| refused.code);
-        let given = vm::give_device(function).err().map(|refused| refused.code);
-        let faults = vm::device_faults(function).err();
-        let faults = faults.map(|refused| refused.code);
+        let taken = code(vm::take_device(function));
+        let given = code(vm::give_device(function));
+        let faults = code(vm::device_faults(function));
         let nobody = Vm::from_handle(NO_VM);
-        let [attached, detached] = [
-            nobody.attach_device(function, true),
-            nobody.detach_device(function),
-        ]
-        .map(|result| result.err().map(|refused| refused.code));
+        let attached = code(nobody.attach_device(function, true));
+        let detached = code(nobody.detach_device(function));
         let expected = Some(ErrorCode::NotFound);
         expect(
             [taken, given, faults, attached, detached] == [expected; 5],

@@ -7,7 +7,7 @@ use board::{AddrRange, PAGE_SIZE};
 use super::setup::{Setup, faults};
 use crate::arch::mem;
 use crate::edu::{Direction, Edu, MAX_BYTES};
-use crate::scenario::guests::{end, expect, words};
+use crate::scenario::kit::{end, expect, words};
 use crate::scenario::payload::RAM_SLOT;
 use crate::scenario::remote::RAM;
 use crate::vm::{self, Vm};

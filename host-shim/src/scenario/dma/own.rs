@@ -5,7 +5,7 @@ use board::AddrRange;
 use super::setup::Setup;
 use crate::arch::mem;
 use crate::edu::{Direction, MAX_BYTES};
-use crate::scenario::guests::expect;
+use crate::scenario::kit::expect;
 
 /// Lets every device read a pattern of its own, and write it elsewhere.
 pub(super) fn reached(setup: &Setup<'_>) -> Result<(), &'static str> {

@@ -8,7 +8,7 @@ use super::setup::{Setup, faults};
 use crate::arch::{gic, mem, ticks};
 use crate::console::line;
 use crate::edu::{self, Direction};
-use crate::scenario::guests::{end, expect, words};
+use crate::scenario::kit::{end, expect, words};
 use crate::scenario::protection::MEM_RELINQUISH;
 use crate::scenario::remote::{self, RAM, Remote};
 use abi::DonationKind;

@@ -9,7 +9,8 @@ use crate::console::line;
 use crate::edu::{self, DELAY, Direction, Edu};
 use crate::machine::Machine;
 use crate::pci::Pci;
-use crate::scenario::guests::{self, words};
+use crate::scenario::guests;
+use crate::scenario::kit::words;
 use crate::scenario::payload;
 use crate::vm;
 

@@ -6,7 +6,7 @@ use super::setup::{Setup, faults};
 use crate::arch::ticks;
 use crate::call;
 use crate::edu::{Direction, MAX_BYTES};
-use crate::scenario::guests::expect;
+use crate::scenario::kit::expect;
 
 /// Rounds: each is thousands of refused accesses, many more than a queue of events holds.
 const ROUNDS: usize = 10;

@@ -7,17 +7,13 @@ use vmm::pci::Function;
 use super::setup::Setup;
 use crate::arch::mem;
 use crate::edu::{Direction, MAX_BYTES};
-use crate::scenario::guests::{end, expect, words};
+use crate::scenario::kit::{code, end, expect, words};
 use crate::scenario::payload::RAM_SLOT;
 use crate::scenario::remote::{self, RAM};
-use crate::vm::{self, Refused, Vm};
+use crate::vm::{self, Vm};
 
 const CANARY: u8 = 0xc3;
 const BLANK: u8 = 0x77;
-
-fn code(result: Result<(), Refused>) -> Option<ErrorCode> {
-    result.err().map(|refused| refused.code)
-}
 
 fn uniform(page: AddrRange, byte: u8) -> bool {
     let moved = mem::bytes(page).iter().take(MAX_BYTES as usize);

@@ -1,0 +1,42 @@
+//! What the scenarios share.
+
+use abi::ErrorCode;
+
+use crate::vm::{Refused, Vm};
+
+/// Passes if it is so; else says what is wrong.
+pub(super) fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {
+    if good { Ok(()) } else { Err(otherwise) }
+}
+
+/// The error code of a call that must be refused; `None` if it was not.
+pub(super) fn code<T>(result: Result<T, Refused>) -> Option<ErrorCode> {
+    result.err().map(|refused| refused.code)
+}
+
+/// In words, why a call was refused that must not be.
+pub(super) fn words<T>(result: Result<T, Refused>) -> Result<T, &'static str> {
+    result.map_err(|refused| match refused.code {
+        ErrorCode::NotPermitted => "a call was refused: not permitted",
+        ErrorCode::NotFound => "a call was refused: not found",
+        ErrorCode::Again => "a call was refused: again",
+        ErrorCode::NoMemory => "a call was refused: no memory",
+        ErrorCode::Busy => "a call was refused: busy",
+        ErrorCode::Exists => "a call was refused: exists",
+        ErrorCode::Invalid => "a call was refused: invalid",
+        ErrorCode::NoSpace => "a call was refused: no space",
+        ErrorCode::NoHeap => "a call was refused: no heap",
+        ErrorCode::Mismatch => "a call was refused: mismatch",
+        _ => "a call was refused",
+    })
+}
+
+/// Destroys a VM and takes everything back.
+pub(super) fn end(vm: Vm) -> Result<(), &'static str> {
+    words(vm.destroy())?;
+    while words(vm.reclaim())?.is_some() {}
+    match vm.reclaim() {
+        Err(refused) if refused.code == ErrorCode::Invalid => Ok(()),
+        _ => Err("a handle that was given back is still one"),
+    }
+}
