@@ -5,7 +5,7 @@ use abi::{Call, SlotWord, VmConfig};
 use board::{AddrRange, Gic, PAGE_SIZE};
 
 use super::guests::{Memory, converse};
-use super::kit::{end, words};
+use super::kit::{config, end, words};
 use crate::arch::gic;
 use crate::machine::Machine;
 use crate::report::Report;
@@ -125,8 +125,7 @@ fn mixtures(machine: &Machine, memory: &Memory, gic: &Gic) -> Result<(), &'stati
         if matches!(id, Call::VmCreate) && random(2) == 0 {
             let config = VmConfig {
                 vcpus: 2,
-                protected: random(2) == 0,
-                devices: false,
+                ..config(random(2) == 0)
             };
             let (start, pages) = (memory.state.start(), memory.state.size() / PAGE_SIZE);
             args = [args[0], start, pages, config.bits(), 0, 0];

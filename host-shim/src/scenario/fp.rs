@@ -1,6 +1,7 @@
 //! FP and SIMD registers: nothing of the host's reaches a guest, nothing of a guest's the host.
 
 use abi::Exit;
+use vmm::platform::UART;
 
 use super::guests::Memory;
 use super::kit::{end, expect, words};
@@ -8,7 +9,6 @@ use crate::arch::{fp, guest};
 use crate::report::Report;
 use crate::vm::Vm;
 
-const UART: u64 = 0x0900_0000;
 /// What the host has in its registers, and each one's number.
 const HOSTS: u64 = 0x4057_0000_0000_0000;
 

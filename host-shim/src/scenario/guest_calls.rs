@@ -3,11 +3,12 @@
 
 use abi::{DonationKind, Exit};
 use board::{AddrRange, PAGE_SIZE};
+use vmm::platform::{RAM, UART};
 
 use super::guests::Memory;
 use super::kit::{end, expect, words};
 use super::protection::{MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE};
-use super::remote::{self, RAM, Remote, Stopped};
+use super::remote::{self, Remote, Stopped};
 use crate::arch::{fault, mem};
 use crate::report::Report;
 
@@ -16,7 +17,6 @@ const GUARD_RANGE_MAP: u32 = 0xc600_000a;
 const GUARD_RANGE_UNMAP: u32 = 0xc600_000b;
 /// INVALID_PARAMETER (DEN 0028 7.1).
 const INVALID: u64 = u64::MAX - 2;
-const UART: u64 = 0x0900_0000;
 /// Where the host has more devices.
 const DEVICES: u64 = 0x0a00_0000;
 /// Most separate ranges of guarded pages.

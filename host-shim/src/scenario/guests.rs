@@ -1,32 +1,19 @@
 //! VMs: their life, and what a small guest sees.
 
-use abi::{Call, ErrorCode, Exit, SlotState, SlotWord, VmConfig, VmCounter};
+use abi::{Call, ErrorCode, Exit, SlotState, SlotWord, VmCounter};
 use board::{AddrRange, PAGE_SIZE, Placement, highest_free};
+use vmm::platform::{RAM, UART};
 
-use super::kit::{code, end, expect, words};
+use super::kit::{RAM_SLOT, code, config, end, expect, slot, words};
 use crate::arch::{cpu, guest, mem, walks};
 use crate::machine::Machine;
 use crate::report::Report;
 use crate::vm::{Refused, Vm, call};
 
-/// Where the guest's memory starts, as on QEMU's virt.
-const RAM: u64 = 0x4000_0000;
 /// Bytes of the guest's memory.
 const RAM_SIZE: u64 = 2 << 20;
 /// Donated to a VM: its objects and a few tables.
 const STATE_SIZE: u64 = 128 * PAGE_SIZE;
-const UART: u64 = 0x0900_0000;
-
-const SLOT: SlotWord = SlotWord {
-    id: 0,
-    device: false,
-    flags: 0,
-};
-const CONFIG: VmConfig = VmConfig {
-    vcpus: 1,
-    protected: false,
-    devices: false,
-};
 
 pub(super) fn run(machine: &Machine, report: &mut Report) {
     let Some(memory) = Memory::find(machine) else {
@@ -74,8 +61,8 @@ impl Memory {
 
     /// A VM with one slot, and the small guest in it.
     pub(super) fn vm(&self) -> Result<Vm, Refused> {
-        let vm = Vm::create(CONFIG, self.state)?;
-        vm.create_slot(SLOT, RAM, self.ram)?;
+        let vm = Vm::create(config(false), self.state)?;
+        vm.create_slot(RAM_SLOT, RAM, self.ram)?;
         vm.create_vcpu(0)?;
         vm.start_vcpu(0, RAM, 0x1234)?;
         Ok(vm)
@@ -210,9 +197,9 @@ fn wiped(memory: &Memory) -> Result<(), &'static str> {
 
 fn refusals(memory: &Memory) -> Result<(), &'static str> {
     let vm = words(memory.vm())?;
-    let again = code(vm.create_slot(SLOT, RAM, memory.ram));
+    let again = code(vm.create_slot(RAM_SLOT, RAM, memory.ram));
     let donated = code(vm.top_up(memory.ram));
-    let el2s = code(vm.create_slot(SlotWord { id: 1, ..SLOT }, 0, memory.state));
+    let el2s = code(vm.create_slot(slot(1), 0, memory.state));
     let first = AddrRange::with_size(0, PAGE_SIZE).and_then(|page| code(vm.top_up(page)));
     let twice = code(vm.create_vcpu(0));
     let beyond = code(vm.create_vcpu(1));
@@ -296,8 +283,8 @@ fn lost_tables(memory: &Memory) -> Result<(), &'static str> {
     let nowhere = AddrRange::with_size(NOWHERE, PAGE_SIZE).ok_or("wrapping address")?;
     let code = walks::lost_tables();
     mem::bytes_mut(memory.ram)[..code.len()].copy_from_slice(code);
-    let vm = words(Vm::create(CONFIG, memory.state))?;
-    words(vm.create_slot(SLOT, RAM, memory.ram))?;
+    let vm = words(Vm::create(config(false), memory.state))?;
+    words(vm.create_slot(RAM_SLOT, RAM, memory.ram))?;
     words(vm.create_slot(DEVICE, TABLES, nowhere))?;
     words(vm.create_vcpu(0))?;
     words(vm.start_vcpu(0, RAM, TABLES))?;
@@ -319,10 +306,13 @@ fn lost_tables(memory: &Memory) -> Result<(), &'static str> {
 /// The core sets an access flag in a table whose page logs writes, and is protected: the fault is one
 /// of a walk that was for a load, and yet the page has to become writable.
 fn access_flag(memory: &Memory) -> Result<(), &'static str> {
-    const LOGGED: SlotWord = SlotWord { flags: 1, ..SLOT };
+    const LOGGED: SlotWord = SlotWord {
+        flags: 1,
+        ..RAM_SLOT
+    };
     let code = walks::access_flag();
     mem::bytes_mut(memory.ram)[..code.len()].copy_from_slice(code);
-    let vm = words(Vm::create(CONFIG, memory.state))?;
+    let vm = words(Vm::create(config(false), memory.state))?;
     words(vm.create_slot(LOGGED, RAM, memory.ram))?;
     words(vm.create_vcpu(0))?;
     words(vm.start_vcpu(0, RAM, 0))?;

@@ -3,12 +3,13 @@
 
 use abi::{DonationKind, Features, SlotWord};
 use board::{AddrRange, PAGE_SIZE};
+use vmm::platform::RAM;
 
 use super::dma::Setup;
 use super::guests;
-use super::kit::{end, words};
-use super::payload::{Event, Guest, RAM_SLOT, instructions};
-use super::remote::{self, CODE_PAGES, RAM};
+use super::kit::{RAM_SLOT, end, slot, words};
+use super::payload::{Event, Guest, instructions};
+use super::remote::{self, CODE_PAGES};
 use crate::arch::gic;
 use crate::console::line;
 use crate::machine::Machine;
@@ -16,11 +17,7 @@ use crate::report::Report;
 use crate::vm;
 
 /// A slot of 2 MiB besides the VM's RAM, and where it is.
-const SLOT: SlotWord = SlotWord {
-    id: 1,
-    device: false,
-    flags: 0,
-};
+const SLOT: SlotWord = slot(1);
 const IPA: u64 = 0x5000_0000;
 
 pub(super) fn run(machine: &Machine, report: &mut Report) {

@@ -5,32 +5,20 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use abi::{Exit, SlotWord, VmConfig};
+use abi::Exit;
 use board::Gic;
 use spin::Mutex;
+use vmm::platform::{RAM, UART};
 
 use super::guests::Memory;
-use super::kit::{end, expect, words};
+use super::kit::{RAM_SLOT, config, end, expect, words};
 use crate::arch::{cpu, gic, guest, mem, mpidr, ticks_per_second};
 use crate::machine::Machine;
 use crate::report::Report;
 use crate::vm::Vm;
 
-/// Where the guest's memory starts, and its device is.
-const RAM: u64 = 0x4000_0000;
-const UART: u64 = 0x0900_0000;
 /// The shared interrupt that the guest waits for.
 const LINE: u32 = 40;
-const SLOT: SlotWord = SlotWord {
-    id: 0,
-    device: false,
-    flags: 0,
-};
-const CONFIG: VmConfig = VmConfig {
-    vcpus: 1,
-    protected: false,
-    devices: false,
-};
 /// Seconds that a guest may take for its next word: more than its own patience.
 const PATIENCE: u64 = 20;
 /// Times as long as it should (1/64 s) that a wait may take, on an emulator that has little time: half of
@@ -86,8 +74,8 @@ fn round(machine: &Machine, memory: &Memory, gic: &Gic) -> Told {
         Gic::V2 { .. } => 2,
         Gic::V3 { .. } => 3,
     };
-    let vm = words(Vm::create(CONFIG, memory.state))?;
-    words(vm.create_slot(SLOT, RAM, memory.ram))?;
+    let vm = words(Vm::create(config(false), memory.state))?;
+    words(vm.create_slot(RAM_SLOT, RAM, memory.ram))?;
     words(vm.create_vcpu(0))?;
     words(vm.start_vcpu(0, RAM, version))?;
     *GIVEN.lock() = Some((vm, *gic));

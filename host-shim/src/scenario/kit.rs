@@ -1,8 +1,29 @@
 //! What the scenarios share.
 
-use abi::ErrorCode;
+use abi::{ErrorCode, SlotWord, VmConfig};
 
 use crate::vm::{Refused, Vm};
+
+/// The slot of a guest's RAM.
+pub(super) const RAM_SLOT: SlotWord = slot(0);
+
+/// A slot of memory, with this number, in which writes are not logged.
+pub(super) const fn slot(id: u16) -> SlotWord {
+    SlotWord {
+        id,
+        device: false,
+        flags: 0,
+    }
+}
+
+/// A VM of one vCPU that no device can be attached to.
+pub(super) const fn config(protected: bool) -> VmConfig {
+    VmConfig {
+        vcpus: 1,
+        protected,
+        devices: false,
+    }
+}
 
 /// Passes if it is so; else says what is wrong.
 pub(super) fn expect(good: bool, otherwise: &'static str) -> Result<(), &'static str> {

@@ -1,10 +1,10 @@
 //! What locking costs, for `make bench-target`: `bench NAME VALUE`, in ticks of the counter, which
 //! under QEMU's `-icount shift=0` are instructions at 1 GHz. Not a part of `all`.
 
-use abi::{DonationKind, SlotWord, VmConfig};
+use abi::DonationKind;
 use board::{AddrRange, PAGE_SIZE, Placement, highest_free};
 
-use super::kit::{end, words};
+use super::kit::{RAM_SLOT, config, end, words};
 use super::payload::instructions;
 use crate::arch::{gic, mem};
 use crate::console::line;
@@ -82,18 +82,8 @@ fn wiping(ram: AddrRange) -> Result<u64, &'static str> {
 
 /// Gives a protected guest all of `ram`; the instructions for each page.
 fn donated(ram: AddrRange, state: AddrRange, kind: DonationKind) -> Result<u64, &'static str> {
-    let config = VmConfig {
-        vcpus: 1,
-        protected: true,
-        devices: false,
-    };
-    let word = SlotWord {
-        id: 0,
-        device: false,
-        flags: 0,
-    };
-    let vm = words(Vm::create(config, state))?;
-    words(vm.create_slot(word, IPA, ram))?;
+    let vm = words(Vm::create(config(true), state))?;
+    words(vm.create_slot(RAM_SLOT, IPA, ram))?;
     let step = kind.max_pages();
     let mut calls = (IPA..IPA + ram.size()).step_by((step * PAGE_SIZE) as usize);
     let before = gic::now();
@@ -114,24 +104,14 @@ fn measure(machine: &Machine, shift: u64, blocks: bool) -> Result<(), &'static s
         .ok_or("it takes 1 GiB of free memory in one piece, aligned to its size")?;
     let part = |at: u64, size: u64| AddrRange::with_size(range.start() + at, size).ok_or("wraps");
     let (ram, state) = (part(shift, RAM)?, part(shift + RAM, STATE)?);
-    let config = VmConfig {
-        vcpus: 1,
-        protected: false,
-        devices: false,
-    };
-    let vm = words(Vm::create(config, state))?;
+    let vm = words(Vm::create(config(false), state))?;
     let result = lock(vm, ram, blocks, shift == 0);
     end(vm)?;
     result
 }
 
 fn lock(vm: Vm, ram: AddrRange, blocks: bool, aligned: bool) -> Result<(), &'static str> {
-    let word = SlotWord {
-        id: 0,
-        device: false,
-        flags: 0,
-    };
-    words(vm.create_slot(word, IPA, ram))?;
+    words(vm.create_slot(RAM_SLOT, IPA, ram))?;
     if !blocks {
         let more = AddrRange::with_size(ram.end() + STATE, STATE).ok_or("wraps")?;
         words(vm.top_up(more))?;

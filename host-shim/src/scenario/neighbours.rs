@@ -2,13 +2,14 @@
 //! physical ones, by loads, stores and its calls. And a VM whose tables are made of pages full of what
 //! could be descriptors.
 
-use abi::{Call, DonationKind, Exit, SlotWord, VmConfig};
+use abi::{Call, DonationKind, Exit, SlotWord};
 use board::{AddrRange, PAGE_SIZE};
+use vmm::platform::RAM;
 
 use super::guests::Memory;
-use super::kit::{end, expect, words};
+use super::kit::{RAM_SLOT, config, end, expect, slot, words};
 use super::protection::{MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE};
-use super::remote::{self, CODE_PAGES, RAM, Remote, Stopped};
+use super::remote::{self, CODE_PAGES, Remote, Stopped};
 use crate::arch::{guest, mem};
 use crate::console::line;
 use crate::report::Report;
@@ -16,12 +17,7 @@ use crate::vm::Vm;
 
 /// Where the second guest has more memory, and the first nothing.
 const ELSEWHERE: u64 = 0x6000_0000;
-const ELSEWHERE_SLOT: SlotWord = SlotWord { id: 1, ..RAM_SLOT };
-const RAM_SLOT: SlotWord = SlotWord {
-    id: 0,
-    device: false,
-    flags: 0,
-};
+const ELSEWHERE_SLOT: SlotWord = slot(1);
 /// Where each keeps what it knows; the same address in both.
 const PAGE: u64 = RAM + 16 * PAGE_SIZE;
 const SECRETS: [u64; 2] = [0x5ec2_e7aa_1111_1111, 0x5ec2_e7bb_2222_2222];
@@ -58,18 +54,13 @@ fn half(memory: &Memory, number: u64) -> Result<Memory, &'static str> {
 
 /// One guest by remote control; the second one has the upper half of its memory elsewhere.
 fn guest(memory: &Memory, protected: bool, second: bool) -> Result<Remote, &'static str> {
-    let config = VmConfig {
-        vcpus: 1,
-        protected,
-        devices: false,
-    };
     let code = guest::remote();
     let ram = mem::bytes_mut(memory.ram);
     ram.fill(0);
     let place = ram.get_mut(..code.len()).ok_or("the code does not fit")?;
     place.copy_from_slice(code);
     mem::clean_invalidate_to_poc(memory.ram);
-    let vm = words(Vm::create(config, memory.state))?;
+    let vm = words(Vm::create(config(protected), memory.state))?;
     let size = memory.ram.size() / 2;
     let (first, rest) = (
         AddrRange::with_size(memory.ram.start(), size).ok_or("wraps")?,

@@ -1,12 +1,12 @@
 //! Slots that overlap in a guest's addresses while it lives: those of one VM are refused, those of
 //! two VMs have nothing to do with each other; the guest runs on.
 
-use abi::{ErrorCode, SlotWord, VmConfig};
+use abi::ErrorCode;
 use board::{AddrRange, PAGE_SIZE};
 use vmm::platform::RAM;
 
-use super::kit::{code, end, expect, words};
-use super::payload::{Event, Guest, Memory, RAM_SIZE, RAM_SLOT};
+use super::kit::{RAM_SLOT, code, config, end, expect, slot, words};
+use super::payload::{Event, Guest, Memory, RAM_SIZE};
 use crate::arch::{guest, mem};
 use crate::report::Report;
 use crate::vm::Vm;
@@ -51,14 +51,9 @@ fn converse(guest: &mut Guest, memory: &Memory) -> Result<(), &'static str> {
 
 /// Another VM at the same addresses sees its own memory.
 fn another_vm(memory: &Memory) -> Result<(), &'static str> {
-    let config = VmConfig {
-        vcpus: 1,
-        protected: false,
-        devices: false,
-    };
     let code = guest::hello();
     mem::bytes_mut(memory.other)[..code.len()].copy_from_slice(code);
-    let vm = words(Vm::create(config, memory.more_state))?;
+    let vm = words(Vm::create(config(false), memory.more_state))?;
     let result = words(vm.create_slot(RAM_SLOT, RAM, memory.other))
         .and_then(|()| words(vm.create_vcpu(0)))
         .and_then(|()| words(vm.start_vcpu(0, RAM, 0x1234)))
@@ -69,13 +64,8 @@ fn another_vm(memory: &Memory) -> Result<(), &'static str> {
 
 /// A slot of two pages.
 fn create(vm: Vm, memory: &Memory, ipa: u64) -> Result<(), ErrorCode> {
-    let word = SlotWord {
-        id: 1,
-        device: false,
-        flags: 0,
-    };
     let pages = AddrRange::with_size(memory.other.start(), 2 * PAGE_SIZE);
     let pages = pages.ok_or(ErrorCode::Invalid)?;
-    vm.create_slot(word, ipa, pages)
+    vm.create_slot(slot(1), ipa, pages)
         .map_err(|refused| refused.code)
 }

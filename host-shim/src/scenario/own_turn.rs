@@ -2,10 +2,12 @@
 //! do what they like with theirs: here each answer is determined by what the core itself did before, so it is
 //! compared, the code, too.
 
-use abi::{Call, DonationKind, ErrorCode, Exit, SlotWord, VmConfig};
+use abi::{Call, DonationKind, ErrorCode, Exit};
 use board::{Gic, PAGE_SIZE};
+use vmm::platform::RAM;
 
-use super::remote::{CODE_PAGES, RAM};
+use super::kit::{RAM_SLOT, config};
+use super::remote::CODE_PAGES;
 use crate::arch::{fault, gic, guest};
 use crate::vm::{Vm, call};
 
@@ -13,11 +15,6 @@ use crate::vm::{Vm, call};
 pub(super) const PAGES: u64 = STATE_PAGES + RAM_PAGES;
 const STATE_PAGES: u64 = 22;
 const RAM_PAGES: u64 = 8;
-const SLOT: SlotWord = SlotWord {
-    id: 0,
-    device: false,
-    flags: 0,
-};
 /// A word that the guest stores; nobody else may ever see it.
 const SECRET: u64 = 0x5ec2_e7de;
 /// Repetitions of a call that another core's calls hold up, and runs of a guest.
@@ -157,12 +154,7 @@ impl Script<'_> {
         self.vm(Call::VcpuRun, [0; 4], none)?;
         self.vm(Call::VmSeal, [RAM, 0, 0, 0], none)?;
         self.vm(Call::MemoryDonate, [RAM, 1, 0, 0], none)?;
-        let config = VmConfig {
-            vcpus: 1,
-            protected: true,
-            devices: false,
-        };
-        let create = [self.state, STATE_PAGES, config.bits(), 0];
+        let create = [self.state, STATE_PAGES, config(true).bits(), 0];
         self.vm(Call::VmCreate, create, Ok(()))?;
         self.vm(Call::VmCreate, create, Err(ErrorCode::Exists))?;
         self.vm(Call::VmReclaim, [0; 4], Err(ErrorCode::Invalid))
@@ -170,7 +162,7 @@ impl Script<'_> {
 
     fn build(&mut self) -> Result<(), Stop> {
         let (ram, refused) = (self.ram, Err(ErrorCode::NotPermitted));
-        let slot = [SLOT.bits(), RAM, RAM_PAGES, ram];
+        let slot = [RAM_SLOT.bits(), RAM, RAM_PAGES, ram];
         self.vm(Call::SlotCreate, slot, Ok(()))?;
         self.vm(Call::SlotCreate, slot, refused)?;
         self.vm(Call::VcpuCreate, [0; 4], Ok(()))?;

@@ -1,13 +1,13 @@
 //! A VM that runs the payload which is linked in (`tests/guests/payload`) while the host changes
 //! what is around it: the guest reads [`MAILBOX`], and the host does something before it answers.
 
-use abi::{ErrorCode, Exit, SlotWord, VmConfig};
+use abi::{ErrorCode, Exit, VmConfig};
 use board::{AddrRange, Gic, PAGE_SIZE, Placement, highest_free};
 use spin::Once;
 use vmm::platform::{RAM, UART};
 use vmm::{image, tree};
 
-use super::kit::{end, words};
+use super::kit::{RAM_SLOT, config, end, words};
 use crate::arch::{heap, mem, ticks_per_second};
 use crate::console::line;
 use crate::machine::Machine;
@@ -20,18 +20,6 @@ pub(super) const RAM_SIZE: u64 = 16 << 20;
 const BLOCK: u64 = 2 << 20;
 /// Bytes of the heap that the device tree is built in.
 const HEAP: u64 = 0x1_0000;
-/// The slot of the guest's RAM.
-pub(super) const RAM_SLOT: SlotWord = SlotWord {
-    id: 0,
-    device: false,
-    flags: 0,
-};
-
-const CONFIG: VmConfig = VmConfig {
-    vcpus: 1,
-    protected: false,
-    devices: false,
-};
 
 /// Free memory for such VMs, one after the other.
 pub(super) struct Memory {
@@ -103,7 +91,7 @@ impl Guest {
     ) -> Result<Self, &'static str> {
         let config = VmConfig {
             devices: true,
-            ..CONFIG
+            ..config(false)
         };
         Self::create_as(config, memory, memory.ram, bootargs)
     }
@@ -114,7 +102,7 @@ impl Guest {
         ram: AddrRange,
         bootargs: &str,
     ) -> Result<Self, &'static str> {
-        Self::create_as(CONFIG, memory, ram, bootargs)
+        Self::create_as(config(false), memory, ram, bootargs)
     }
 
     fn create_as(

@@ -1,13 +1,14 @@
 //! A host that wants to know what a protected guest knows, or to change it: every way that there is
 //! without taking the guest's device away, each with its refusal; and a guest that tries the same.
 
-use abi::{Counter, DonationKind, ErrorCode, Exit, SlotWord, VmConfig};
+use abi::{Counter, DonationKind, ErrorCode, Exit, SlotWord};
 use board::{AddrRange, PAGE_SIZE};
 use sha2::{Digest, Sha256};
+use vmm::platform::RAM;
 
 use super::guests::Memory;
-use super::kit::{code, end, expect, words};
-use super::remote::{self, CODE_PAGES, RAM, Remote, Stopped};
+use super::kit::{RAM_SLOT, code, config, end, expect, slot, words};
+use super::remote::{self, CODE_PAGES, Remote, Stopped};
 use crate::arch::fault;
 use crate::arch::{guest, mem};
 use crate::call;
@@ -113,9 +114,8 @@ fn out_of_reach(memory: &Memory) -> Result<(), &'static str> {
 fn no_device(memory: &Memory) -> Result<(), &'static str> {
     let vm = words(Vm::create(config(true), memory.state))?;
     let slot = SlotWord {
-        id: 0,
-        device: false,
         flags: 2,
+        ..RAM_SLOT
     };
     let created = code(vm.create_slot(slot, RAM, memory.ram));
     if created.is_some() {
@@ -158,13 +158,8 @@ fn nobody_else(memory: &Memory) -> Result<(), &'static str> {
         code(other.create_reserved(config(false), page)),
         code(guest.vm.donate_memory(PAGE, 1, DonationKind::Zeros)),
     ];
-    let word = SlotWord {
-        id: 0,
-        device: false,
-        flags: 0,
-    };
     words(other.create_reserved(config(false), more))?;
-    let lent = code(other.create_slot(word, RAM, page));
+    let lent = code(other.create_slot(RAM_SLOT, RAM, page));
     let other_refused = [lent, code(other.top_up(page))];
     end(other)?;
     guest.store(PAGE, SECRET)?;
@@ -186,31 +181,17 @@ fn nobody_else(memory: &Memory) -> Result<(), &'static str> {
     expect(kept == SECRET, "the guest's page has changed")
 }
 
-const fn config(protected: bool) -> VmConfig {
-    VmConfig {
-        vcpus: 1,
-        protected,
-        devices: false,
-    }
-}
-
 fn sealed(memory: &Memory) -> Result<(), &'static str> {
     let mut guest = remote::protected(memory)?;
     let vm = guest.vm;
-    let word = SlotWord {
-        id: 1,
-        device: false,
-        flags: 0,
-    };
     let spare = AddrRange::with_size(memory.state.end(), PAGE_SIZE).ok_or("no page")?;
     let refused = [
-        code(vm.create_slot(word, 0x8000_0000, spare)),
+        code(vm.create_slot(slot(1), 0x8000_0000, spare)),
         code(vm.delete_slot(0)),
         code(vm.move_slot(0, 0x8000_0000)),
         code(vm.set_slot_flags(SlotWord {
-            id: 0,
             flags: 2,
-            ..word
+            ..RAM_SLOT
         })),
         code(vm.lock_slot(0)),
         code(vm.unlock_slot(0)),

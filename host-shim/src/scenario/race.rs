@@ -7,8 +7,8 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use abi::{ErrorCode, Exit, Features, SlotState, VmConfig, VmCounter};
 use vmm::platform::RAM;
 
-use super::kit::{end, expect, words};
-use super::payload::{Memory, RAM_SIZE, RAM_SLOT};
+use super::kit::{RAM_SLOT, config, end, expect, words};
+use super::payload::{Memory, RAM_SIZE};
 use crate::arch::{cpu, gic, mem, mpidr, ticks_per_second};
 use crate::machine::Machine;
 use crate::report::Report;
@@ -37,8 +37,7 @@ pub(super) fn run(machine: &Machine, memory: &Memory, report: &mut Report) {
 fn races(machine: &Machine, memory: &Memory) -> Result<(), &'static str> {
     let config = VmConfig {
         vcpus: 2,
-        protected: false,
-        devices: false,
+        ..config(false)
     };
     let vm = words(Vm::create(config, memory.state))?;
     let result = prepare(vm, memory).and_then(|()| with_other_core(machine, vm));

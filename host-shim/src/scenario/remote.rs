@@ -1,21 +1,14 @@
 //! A guest by remote control: the scenario says which call it makes and which address it touches.
 
-use abi::{DonationKind, Exit, SlotWord, VmConfig};
+use abi::{DonationKind, Exit};
 use board::PAGE_SIZE;
+use vmm::platform::{RAM, UART};
 
 use super::guests::Memory;
-use super::kit::words;
+use super::kit::{RAM_SLOT, config, words};
 use crate::arch::{guest, mem};
 use crate::vm::Vm;
 
-/// Where the guest's memory starts, as on QEMU's virt.
-pub(super) const RAM: u64 = 0x4000_0000;
-const UART: u64 = 0x0900_0000;
-const SLOT: SlotWord = SlotWord {
-    id: 0,
-    device: false,
-    flags: 0,
-};
 /// Runs that may end for the host's own interrupts during one command.
 const PATIENCE: u32 = 10_000;
 
@@ -59,13 +52,8 @@ pub(super) fn ready(memory: &Memory, code: &[u8], protected: bool) -> Result<Vm,
         .get_mut(..code.len())
         .ok_or("the code does not fit")?
         .copy_from_slice(code);
-    let config = VmConfig {
-        vcpus: 1,
-        protected,
-        devices: false,
-    };
-    let vm = words(Vm::create(config, memory.state))?;
-    words(vm.create_slot(SLOT, RAM, memory.ram))?;
+    let vm = words(Vm::create(config(protected), memory.state))?;
+    words(vm.create_slot(RAM_SLOT, RAM, memory.ram))?;
     words(vm.create_vcpu(0))?;
     if protected {
         words(vm.donate_memory(RAM, CODE_PAGES, DonationKind::Contents))?;
@@ -210,11 +198,6 @@ fn unsealed_with(
     code: &[u8],
     expected: Option<[u64; 4]>,
 ) -> Result<Vm, &'static str> {
-    let config = VmConfig {
-        vcpus: 1,
-        protected: true,
-        devices: false,
-    };
     let ram = mem::bytes_mut(memory.ram);
     ram.fill(0x77);
     let (place, rest) = ram
@@ -223,11 +206,11 @@ fn unsealed_with(
     place.copy_from_slice(code);
     let page = (CODE_PAGES * PAGE_SIZE) as usize - code.len();
     rest.iter_mut().take(page).for_each(|byte| *byte = 0);
-    let vm = words(Vm::create(config, memory.state))?;
+    let vm = words(Vm::create(config(true), memory.state))?;
     if let Some(expected) = expected {
         words(vm.expect(expected))?;
     }
-    words(vm.create_slot(SLOT, RAM, memory.ram))?;
+    words(vm.create_slot(RAM_SLOT, RAM, memory.ram))?;
     words(vm.create_vcpu(0))?;
     words(vm.donate_memory(RAM, CODE_PAGES, DonationKind::Contents))?;
     Ok(vm)

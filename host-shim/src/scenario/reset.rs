@@ -3,13 +3,14 @@
 //! What step it is stands in memory that the board has reserved, which EL2 never wipes: the machine's last
 //! reserved range that may be mapped. The runner puts it into the device tree.
 
-use abi::{DonationKind, ErrorCode, SlotWord, VmConfig};
+use abi::{DonationKind, ErrorCode};
 use board::{AddrRange, PAGE_SIZE};
+use vmm::platform::RAM;
 
 use super::guests::Memory;
-use super::kit::{code, end, expect, words};
+use super::kit::{RAM_SLOT, code, config, end, expect, words};
 use super::protection::{PAGE, SECRET, host_address, refused_everywhere};
-use super::remote::{self, RAM, Remote};
+use super::remote::{self, Remote};
 use crate::arch::{fault, guest, mem};
 use crate::call;
 use crate::console::line;
@@ -97,25 +98,9 @@ fn store(page: AddrRange, values: [u64; 2]) {
     mem::clean_invalidate_to_poc(page);
 }
 
-const fn config(protected: bool) -> VmConfig {
-    VmConfig {
-        vcpus: 1,
-        protected,
-        devices: false,
-    }
-}
-
-const fn slot() -> SlotWord {
-    SlotWord {
-        id: 0,
-        device: false,
-        flags: 0,
-    }
-}
-
 fn not_donated(memory: &Memory, page: AddrRange) -> Result<(), &'static str> {
     let vm = words(Vm::create(config(true), memory.state))?;
-    words(vm.create_slot(slot(), RAM, page))?;
+    words(vm.create_slot(RAM_SLOT, RAM, page))?;
     let refused = [
         code(vm::donate_heap(page)),
         code(vm.top_up(page)),

@@ -2,15 +2,15 @@
 //! for it, in that load's width, and nothing else. Where no load waits it reaches nothing.
 
 use abi::Exit;
+use vmm::platform::{RAM, UART};
 
 use super::guests::Memory;
 use super::kit::{end, expect, words};
-use super::remote::{self, RAM};
+use super::remote;
 use crate::arch::hostile;
 use crate::report::Report;
 use crate::vm::Vm;
 
-const UART: u64 = 0x0900_0000;
 /// Said at every resume: the lower 8, 16 and 32 bits are negative.
 const FORGED: u64 = 0x8899_aabb_ccdd_eef0;
 /// `x0` of a start, by [`Memory::vm`].

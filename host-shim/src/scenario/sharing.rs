@@ -3,10 +3,11 @@
 
 use abi::{ErrorCode, Exit, SlotWord, VmCounter};
 use board::{AddrRange, PAGE_SIZE};
+use vmm::platform::RAM;
 
 use super::guests::Memory;
-use super::kit::{code, end, expect, words};
-use super::remote::{self, RAM, Remote, Stopped};
+use super::kit::{code, end, expect, slot, words};
+use super::remote::{self, Remote, Stopped};
 use crate::arch::{guest, mem};
 use crate::report::Report;
 use crate::vm::Vm;
@@ -57,9 +58,8 @@ fn with_guest(
     let vm = words(memory.vm())?;
     let mut guest = Remote::new(vm);
     let logged = SlotWord {
-        id: SLOT,
-        device: false,
         flags: LOG,
+        ..slot(SLOT)
     };
     let checked = words(vm.set_slot_flags(logged)).and_then(|()| check(&mut guest));
     end(vm)?;

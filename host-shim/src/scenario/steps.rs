@@ -3,10 +3,10 @@
 //! The host's timer has fired and is not acknowledged: so each call does exactly one step, and what
 //! else the host tries between two steps meets a VM that is half done.
 
-use abi::{ErrorCode, Exit, SlotState, SlotWord, VmConfig, VmCounter};
+use abi::{ErrorCode, Exit, SlotState, SlotWord, VmCounter};
 use board::{AddrRange, Gic, PAGE_SIZE};
 
-use super::kit::{code, end, expect, words};
+use super::kit::{RAM_SLOT, code, config, end, expect, words};
 use super::payload::Memory;
 use crate::arch::{gic, guest, mem, ticks_per_second};
 use crate::machine::Machine;
@@ -17,12 +17,10 @@ use crate::vm::{Refused, Vm};
 const STEP: u64 = 2 << 20;
 /// The slot lies around this boundary: up to here pages are mapped in one step.
 const BOUNDARY: u64 = 0x4400_0000;
-const SLOT: SlotWord = SlotWord {
-    id: 0,
-    device: false,
-    flags: 0,
+const LOGGED: SlotWord = SlotWord {
+    flags: 1,
+    ..RAM_SLOT
 };
-const LOGGED: SlotWord = SlotWord { flags: 1, ..SLOT };
 /// A leaf of 1 GiB in a guest's own table: inner shareable, accessed, MAIR's first.
 const BLOCK: u64 = 0x701;
 
@@ -77,13 +75,8 @@ impl Steps<'_> {
     }
 
     fn vm(&self) -> Result<Vm, &'static str> {
-        let config = VmConfig {
-            vcpus: 1,
-            protected: false,
-            devices: false,
-        };
-        let vm = words(Vm::create(config, self.memory.state))?;
-        words(vm.create_slot(SLOT, self.ipa(), self.ram()))?;
+        let vm = words(Vm::create(config(false), self.memory.state))?;
+        words(vm.create_slot(RAM_SLOT, self.ipa(), self.ram()))?;
         words(vm.create_vcpu(0))?;
         Ok(vm)
     }
@@ -233,7 +226,7 @@ impl Steps<'_> {
             let state = words(vm.slot_state(0))?;
             expect(state == Some(SlotState::Unfinished), "it is whole")?;
             Self::others_are_busy(vm)?;
-            let taken = code(vm.create_slot(SLOT, self.ipa(), self.ram()));
+            let taken = code(vm.create_slot(RAM_SLOT, self.ipa(), self.ram()));
             expect(taken == Some(ErrorCode::Busy), "its place was given away")?;
             let leased = code(vm.top_up(self.part_of_ram()?));
             expect(leased == Some(ErrorCode::Busy), "its memory was given away")?;
@@ -246,7 +239,7 @@ impl Steps<'_> {
             let gone = code(vm.delete_step(0));
             expect(gone == Some(ErrorCode::NotFound), "it was deleted twice")
         })??;
-        words(vm.create_slot(SLOT, self.ipa(), self.ram()))
+        words(vm.create_slot(RAM_SLOT, self.ipa(), self.ram()))
     }
 
     fn part_of_ram(&self) -> Result<AddrRange, &'static str> {
@@ -282,7 +275,7 @@ impl Steps<'_> {
             let first = code(vm.flags_step(LOGGED));
             expect(first == Some(ErrorCode::Again), "it was not cut short")?;
             Self::others_are_busy(vm)?;
-            words(vm.flags_step(SLOT))?;
+            words(vm.flags_step(RAM_SLOT))?;
             let none = code(vm.dirty(0, 0));
             expect(none == Some(ErrorCode::Invalid), "it was not taken back")?;
             let again = code(vm.flags_step(LOGGED));

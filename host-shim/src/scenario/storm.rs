@@ -8,16 +8,17 @@
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use abi::{Call, DonationKind, Exit, SlotWord, VmConfig};
+use abi::{Call, DonationKind, Exit, VmConfig};
 use board::{AddrRange, Gic, PAGE_SIZE};
 use smccc::Hvc;
 use smccc::psci::{self, AffinityState, LowestAffinityLevel};
 use spin::Once;
+use vmm::platform::RAM;
 
 use super::guests::Memory;
-use super::kit::{end, expect, words};
+use super::kit::{RAM_SLOT, config, end, expect, words};
 use super::own_turn::{self, Turn};
-use super::remote::{self, CODE_PAGES, RAM};
+use super::remote::{self, CODE_PAGES};
 use crate::arch::{cpu, fault, gic, guest, ticks_per_second};
 use crate::console::line;
 use crate::machine::Machine;
@@ -286,14 +287,9 @@ fn build(storm: &Storm, random: &mut Random) {
     let protected = n < ALWAYS_PROTECTED || random.below(4) != 0;
     let config = VmConfig {
         vcpus: 2,
-        protected,
-        devices: false,
+        ..config(protected)
     };
-    let word = SlotWord {
-        id: 0,
-        device: false,
-        flags: 0,
-    };
+    let word = RAM_SLOT;
     for (place, bytes) in (ram..).step_by(8).zip(guest::storm().chunks(8)) {
         let mut word = [0; 8];
         for (to, from) in word.iter_mut().zip(bytes) {

@@ -7,10 +7,11 @@
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use abi::{ErrorCode, Exit};
+use vmm::platform::{RAM, UART};
 
 use super::guests::Memory;
 use super::kit::{code, end, expect};
-use super::remote::{self, RAM};
+use super::remote;
 use crate::arch::{cpu, gic, hostile, mem, mpidr, ticks_per_second};
 use crate::console::line;
 use crate::machine::Machine;
@@ -18,7 +19,6 @@ use crate::report::Report;
 use crate::vm::Vm;
 use board::{AddrRange, PAGE_SIZE};
 
-const UART: u64 = 0x0900_0000;
 /// Where the guest says that it runs; a cache line behind, the host lets it go.
 const WORDS: u64 = 0x4000;
 const LET_GO: u64 = 64;

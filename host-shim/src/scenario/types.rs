@@ -6,8 +6,8 @@
 use abi::{Features, SlotWord};
 use vmm::platform::RAM;
 
-use super::kit::{end, words};
-use super::payload::{Event, Guest, Memory, RAM_SIZE, RAM_SLOT, device_page};
+use super::kit::{RAM_SLOT, end, words};
+use super::payload::{Event, Guest, Memory, RAM_SIZE, device_page};
 use crate::console::line;
 use crate::machine::Machine;
 use crate::report::Report;

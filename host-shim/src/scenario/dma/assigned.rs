@@ -9,8 +9,8 @@ use vmm::platform::RAM;
 use super::setup::{Faults, Setup, faults};
 use crate::arch::{gic, mem, ticks_per_second};
 use crate::edu::{self, Direction, Edu, MAX_BYTES};
-use crate::scenario::kit::{end, expect, words};
-use crate::scenario::payload::{Event, Guest, RAM_SLOT, device_page};
+use crate::scenario::kit::{RAM_SLOT, end, expect, slot, words};
+use crate::scenario::payload::{Event, Guest, device_page};
 use crate::vm::{self, Vm};
 
 const ARGUMENTS: &str = "run=edu";
@@ -24,15 +24,10 @@ const SPARE: u64 = 0x5000_0000;
 const ELSEWHERE: u64 = 0x5800_0000;
 /// Where the VM has nothing.
 const HOLE: u64 = 0x6000_0000;
-const SPARE_SLOT: SlotWord = SlotWord {
-    id: 1,
-    device: false,
-    flags: 0,
-};
+const SPARE_SLOT: SlotWord = slot(1);
 const REGISTER_SLOT: SlotWord = SlotWord {
-    id: 2,
     device: true,
-    flags: 0,
+    ..slot(2)
 };
 const BLANK: u8 = 0x77;
 /// Times that the spare memory goes while a transfer is due.

@@ -2,13 +2,14 @@
 
 use alloc::vec::Vec;
 use board::PAGE_SIZE;
+use vmm::platform::RAM;
 
 use super::setup::{Setup, faults};
 use crate::arch::mem;
 use crate::call;
 use crate::edu::{Direction, Edu};
 use crate::scenario::kit::{end, expect, words};
-use crate::scenario::remote::{self, RAM};
+use crate::scenario::remote;
 
 /// Bytes of each transfer.
 const BYTES: u64 = 64;

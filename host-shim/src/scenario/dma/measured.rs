@@ -4,12 +4,13 @@
 use abi::DonationKind;
 use board::{AddrRange, PAGE_SIZE};
 use sha2::{Digest, Sha256};
+use vmm::platform::RAM;
 
 use super::setup::Setup;
 use crate::arch::{gic, guest, mem, ticks};
 use crate::edu::{self, Direction};
 use crate::scenario::kit::{end, expect, words};
-use crate::scenario::remote::{self, CODE_PAGES, RAM, Remote};
+use crate::scenario::remote::{self, CODE_PAGES, Remote};
 use crate::vm::Vm;
 
 /// VMs that are measured.

@@ -3,13 +3,12 @@
 
 use abi::VmConfig;
 use board::{AddrRange, PAGE_SIZE};
+use vmm::platform::RAM;
 
 use super::setup::{Setup, faults};
 use crate::arch::mem;
 use crate::edu::{Direction, Edu, MAX_BYTES};
-use crate::scenario::kit::{end, expect, words};
-use crate::scenario::payload::RAM_SLOT;
-use crate::scenario::remote::RAM;
+use crate::scenario::kit::{RAM_SLOT, config, end, expect, words};
 use crate::vm::{self, Vm};
 
 /// Bytes of each VM's memory.
@@ -44,9 +43,8 @@ fn with_neighbour(
     story: impl FnOnce(&Neighbour) -> Result<(), &'static str>,
 ) -> Result<(), &'static str> {
     let config = VmConfig {
-        vcpus: 1,
-        protected: false,
         devices: true,
+        ..config(false)
     };
     let function = device.function().requester();
     let vm = words(Vm::create(config, state))?;

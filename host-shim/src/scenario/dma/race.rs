@@ -3,6 +3,7 @@
 
 use alloc::vec::Vec;
 use board::PAGE_SIZE;
+use vmm::platform::RAM;
 
 use super::setup::{Setup, faults};
 use crate::arch::{gic, mem, ticks};
@@ -10,7 +11,7 @@ use crate::console::line;
 use crate::edu::{self, Direction};
 use crate::scenario::kit::{end, expect, words};
 use crate::scenario::protection::MEM_RELINQUISH;
-use crate::scenario::remote::{self, RAM, Remote};
+use crate::scenario::remote::{self, Remote};
 use abi::DonationKind;
 
 /// Pages that are donated in all.

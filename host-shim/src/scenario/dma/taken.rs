@@ -3,13 +3,13 @@
 use abi::{Call, ErrorCode, Features, VmConfig};
 use board::AddrRange;
 use vmm::pci::Function;
+use vmm::platform::RAM;
 
 use super::setup::Setup;
 use crate::arch::mem;
 use crate::edu::{Direction, MAX_BYTES};
-use crate::scenario::kit::{code, end, expect, words};
-use crate::scenario::payload::RAM_SLOT;
-use crate::scenario::remote::{self, RAM};
+use crate::scenario::kit::{RAM_SLOT, code, config, end, expect, words};
+use crate::scenario::remote;
 use crate::vm::{self, Vm};
 
 const CANARY: u8 = 0xc3;
@@ -50,9 +50,8 @@ pub(super) fn aborts(setup: &Setup<'_>) -> Result<(), &'static str> {
 pub(super) fn refusals(setup: &Setup<'_>) -> Result<(), &'static str> {
     let function = setup.devices[0].function().requester();
     let config = VmConfig {
-        vcpus: 1,
-        protected: false,
         devices: true,
+        ..config(false)
     };
     let vm = words(Vm::create(config, setup.guest.state))?;
     let result = of_a_vm(setup, vm, function);
@@ -96,12 +95,7 @@ fn absurd(vm: Vm) -> Result<(), &'static str> {
 
 /// The IOMMU of the emulator knows no forced write-back: it can't walk tables that rely on it.
 fn of_a_forced_vm(setup: &Setup<'_>, function: u16) -> Result<(), &'static str> {
-    let config = VmConfig {
-        vcpus: 1,
-        protected: false,
-        devices: false,
-    };
-    let vm = words(Vm::create(config, setup.guest.state))?;
+    let vm = words(Vm::create(config(false), setup.guest.state))?;
     words(vm::take_device(function))?;
     let attached = words(vm.create_slot(RAM_SLOT, RAM, setup.guest.ram))
         .and_then(|()| words(vm.lock_slot(RAM_SLOT.id)))
