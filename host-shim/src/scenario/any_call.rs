@@ -67,7 +67,7 @@ fn about_a_vm(call: Call) -> bool {
 /// One argument after the other is something that it can't be, on a VM that is complete; then it
 /// still runs. What would end the VM, or run it, is left to the mixtures.
 fn each_argument(machine: &Machine, memory: &Memory) -> Result<(), &'static str> {
-    memory.load();
+    memory.load()?;
     let vm = words(memory.vm())?;
     let harmless = |call: &&Call| {
         about_a_vm(**call)
@@ -164,7 +164,7 @@ fn mixtures(machine: &Machine, memory: &Memory, gic: &Gic) -> Result<(), &'stati
     while gic::take(gic).is_some() {}
     clear()?;
     let vm = words(memory.vm())?;
-    memory.load();
+    memory.load()?;
     let result = converse(vm);
     end(vm)?;
     result

@@ -4,7 +4,7 @@ use abi::{Call, ErrorCode, Exit, SlotState, SlotWord, VmCounter};
 use board::{AddrRange, PAGE_SIZE, Placement, highest_free};
 use vmm::platform::{RAM, UART};
 
-use super::kit::{RAM_SLOT, code, config, end, expect, slot, words};
+use super::kit::{RAM_SLOT, code, config, end, expect, load, slot, words};
 use crate::arch::{cpu, guest, mem, walks};
 use crate::machine::Machine;
 use crate::report::Report;
@@ -68,9 +68,9 @@ impl Memory {
         Ok(vm)
     }
 
-    pub(super) fn load(&self) {
-        let code = guest::hello();
-        mem::bytes_mut(self.ram)[..code.len()].copy_from_slice(code);
+    /// Puts the small guest there.
+    pub(super) fn load(&self) -> Result<(), &'static str> {
+        load(self.ram, guest::hello())
     }
 }
 
@@ -129,7 +129,7 @@ pub(super) fn converse(vm: Vm) -> Result<(), &'static str> {
 }
 
 fn hello(memory: &Memory) -> Result<(), &'static str> {
-    memory.load();
+    memory.load()?;
     let vm = words(memory.vm())?;
     let result = converse(vm);
     end(vm)?;
@@ -139,8 +139,7 @@ fn hello(memory: &Memory) -> Result<(), &'static str> {
 /// A guest that uses FP, and loses its registers by its own wish, loses only its own.
 fn suspended(memory: &Memory) -> Result<(), &'static str> {
     const MINE: u64 = 0x1234_5678_9abc_def0;
-    let code = guest::suspend();
-    mem::bytes_mut(memory.ram)[..code.len()].copy_from_slice(code);
+    load(memory.ram, guest::suspend())?;
     let vm = words(memory.vm())?;
     cpu::set_d8(MINE);
     let mut kept = true;
@@ -166,7 +165,7 @@ fn flushed_once(memory: &Memory) -> Result<(), &'static str> {
     words(vm.lock_slot(0))?;
     let at_lock = words(vm.counter(VmCounter::LinesFlushed))?;
     let dirty = words(vm.slot_state(0))?;
-    memory.load();
+    memory.load()?;
     let result = converse(vm);
     let at_end = words(vm.counter(VmCounter::LinesFlushed))?;
     let clean = words(vm.slot_state(0))?;
@@ -229,7 +228,7 @@ fn refusals(memory: &Memory) -> Result<(), &'static str> {
 
 /// Memory of a slot can be donated when the slot is gone, and comes back wiped with the VM.
 fn deleted(memory: &Memory) -> Result<(), &'static str> {
-    memory.load();
+    memory.load()?;
     let vm = words(memory.vm())?;
     words(vm.lock_slot(0))?;
     let locked = code(vm.delete_slot(0));
@@ -248,7 +247,7 @@ fn deleted(memory: &Memory) -> Result<(), &'static str> {
 /// VMIDs are used again: no translation of the one before may be left.
 fn many(memory: &Memory) -> Result<(), &'static str> {
     for round in 0..20 {
-        memory.load();
+        memory.load()?;
         let vm = words(memory.vm())?;
         let result = converse(vm);
         end(vm)?;
@@ -281,8 +280,7 @@ fn lost_tables(memory: &Memory) -> Result<(), &'static str> {
         flags: 1 << 4,
     };
     let nowhere = AddrRange::with_size(NOWHERE, PAGE_SIZE).ok_or("wrapping address")?;
-    let code = walks::lost_tables();
-    mem::bytes_mut(memory.ram)[..code.len()].copy_from_slice(code);
+    load(memory.ram, walks::lost_tables())?;
     let vm = words(Vm::create(config(false), memory.state))?;
     words(vm.create_slot(RAM_SLOT, RAM, memory.ram))?;
     words(vm.create_slot(DEVICE, TABLES, nowhere))?;
@@ -310,8 +308,7 @@ fn access_flag(memory: &Memory) -> Result<(), &'static str> {
         flags: 1,
         ..RAM_SLOT
     };
-    let code = walks::access_flag();
-    mem::bytes_mut(memory.ram)[..code.len()].copy_from_slice(code);
+    load(memory.ram, walks::access_flag())?;
     let vm = words(Vm::create(config(false), memory.state))?;
     words(vm.create_slot(LOGGED, RAM, memory.ram))?;
     words(vm.create_vcpu(0))?;

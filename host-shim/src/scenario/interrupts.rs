@@ -11,8 +11,8 @@ use spin::Mutex;
 use vmm::platform::{RAM, UART};
 
 use super::guests::Memory;
-use super::kit::{RAM_SLOT, config, end, expect, words};
-use crate::arch::{cpu, gic, guest, mem, mpidr, ticks_per_second};
+use super::kit::{RAM_SLOT, config, end, expect, load, words};
+use crate::arch::{cpu, gic, guest, mpidr, ticks_per_second};
 use crate::machine::Machine;
 use crate::report::Report;
 use crate::vm::Vm;
@@ -68,8 +68,7 @@ fn round(machine: &Machine, memory: &Memory, gic: &Gic) -> Told {
     let Some((number, core)) = others.next_back() else {
         return Ok(None);
     };
-    let code = guest::interrupts();
-    mem::bytes_mut(memory.ram)[..code.len()].copy_from_slice(code);
+    load(memory.ram, guest::interrupts())?;
     let version = match gic {
         Gic::V2 { .. } => 2,
         Gic::V3 { .. } => 3,

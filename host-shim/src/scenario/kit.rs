@@ -1,7 +1,9 @@
 //! What the scenarios share.
 
 use abi::{ErrorCode, SlotWord, VmConfig};
+use board::AddrRange;
 
+use crate::arch::mem;
 use crate::vm::{Refused, Vm};
 
 /// The slot of a guest's RAM.
@@ -23,6 +25,13 @@ pub(super) const fn config(protected: bool) -> VmConfig {
         protected,
         devices: false,
     }
+}
+
+/// Puts code at the start of a guest's memory. Without forced write-back it is EL2 that cleans it out of the caches.
+pub(super) fn load(memory: AddrRange, code: &[u8]) -> Result<(), &'static str> {
+    let place = mem::bytes_mut(memory).get_mut(..code.len());
+    place.ok_or("the code does not fit")?.copy_from_slice(code);
+    Ok(())
 }
 
 /// Passes if it is so; else says what is wrong.

@@ -7,7 +7,7 @@ use board::{AddrRange, PAGE_SIZE};
 use vmm::platform::RAM;
 
 use super::guests::Memory;
-use super::kit::{RAM_SLOT, config, end, expect, slot, words};
+use super::kit::{RAM_SLOT, config, end, expect, load, slot, words};
 use super::protection::{MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE};
 use super::remote::{self, CODE_PAGES, Remote, Stopped};
 use crate::arch::{guest, mem};
@@ -54,11 +54,8 @@ fn half(memory: &Memory, number: u64) -> Result<Memory, &'static str> {
 
 /// One guest by remote control; the second one has the upper half of its memory elsewhere.
 fn guest(memory: &Memory, protected: bool, second: bool) -> Result<Remote, &'static str> {
-    let code = guest::remote();
-    let ram = mem::bytes_mut(memory.ram);
-    ram.fill(0);
-    let place = ram.get_mut(..code.len()).ok_or("the code does not fit")?;
-    place.copy_from_slice(code);
+    mem::bytes_mut(memory.ram).fill(0);
+    load(memory.ram, guest::remote())?;
     mem::clean_invalidate_to_poc(memory.ram);
     let vm = words(Vm::create(config(protected), memory.state))?;
     let size = memory.ram.size() / 2;

@@ -5,9 +5,9 @@ use abi::ErrorCode;
 use board::{AddrRange, PAGE_SIZE};
 use vmm::platform::RAM;
 
-use super::kit::{RAM_SLOT, code, config, end, expect, slot, words};
+use super::kit::{RAM_SLOT, code, config, end, expect, load, slot, words};
 use super::payload::{Event, Guest, Memory, RAM_SIZE};
-use crate::arch::{guest, mem};
+use crate::arch::guest;
 use crate::report::Report;
 use crate::vm::Vm;
 
@@ -51,8 +51,7 @@ fn converse(guest: &mut Guest, memory: &Memory) -> Result<(), &'static str> {
 
 /// Another VM at the same addresses sees its own memory.
 fn another_vm(memory: &Memory) -> Result<(), &'static str> {
-    let code = guest::hello();
-    mem::bytes_mut(memory.other)[..code.len()].copy_from_slice(code);
+    load(memory.other, guest::hello())?;
     let vm = words(Vm::create(config(false), memory.more_state))?;
     let result = words(vm.create_slot(RAM_SLOT, RAM, memory.other))
         .and_then(|()| words(vm.create_vcpu(0)))

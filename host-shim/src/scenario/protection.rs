@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use vmm::platform::RAM;
 
 use super::guests::Memory;
-use super::kit::{RAM_SLOT, code, config, end, expect, slot, words};
+use super::kit::{RAM_SLOT, code, config, end, expect, load, slot, words};
 use super::remote::{self, CODE_PAGES, Remote, Stopped};
 use crate::arch::fault;
 use crate::arch::{guest, mem};
@@ -122,10 +122,8 @@ fn no_device(memory: &Memory) -> Result<(), &'static str> {
         end(vm)?;
         return Ok(());
     }
-    let code = guest::remote();
-    let ram = mem::bytes_mut(memory.ram);
-    ram.fill(0);
-    ram[..code.len()].copy_from_slice(code);
+    mem::bytes_mut(memory.ram).fill(0);
+    load(memory.ram, guest::remote())?;
     words(vm.create_vcpu(0))?;
     words(vm.donate_memory(RAM, CODE_PAGES, DonationKind::Contents))?;
     let rest = memory.ram.size() / PAGE_SIZE - CODE_PAGES;
@@ -541,14 +539,8 @@ fn beyond(memory: &Memory) -> Result<(), &'static str> {
 }
 
 fn plain(memory: &Memory) -> Result<(), &'static str> {
-    let code = guest::remote();
-    let place = mem::bytes_mut(memory.ram);
-    place
-        .get_mut(..code.len())
-        .ok_or("the code does not fit")?
-        .copy_from_slice(code);
-    let vm = words(memory.vm())?;
-    let mut guest = Remote::new(vm);
+    let mut guest = remote::plain(memory)?;
+    let vm = guest.vm;
     let mut known = 0;
     for id in HYP_MEMINFO..HYP_MEMINFO + 10 {
         known += u32::from(guest.call(id, [PAGE, 0, 0])?[0] != NOT_SUPPORTED);
@@ -559,7 +551,7 @@ fn plain(memory: &Memory) -> Result<(), &'static str> {
     end(vm)?;
     expect(known == 0, "it has")?;
     let refused = Some(ErrorCode::NotPermitted);
-    let codes = [donated, sealed].map(|result| result.err().map(|r| r.code));
+    let codes = [donated, sealed].map(code);
     expect(
         codes == [refused; 2],
         "the host protects what is not protected",

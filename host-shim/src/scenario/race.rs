@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use abi::{ErrorCode, Exit, Features, SlotState, VmConfig, VmCounter};
 use vmm::platform::RAM;
 
-use super::kit::{RAM_SLOT, config, end, expect, words};
+use super::kit::{RAM_SLOT, config, end, expect, load, words};
 use super::payload::{Memory, RAM_SIZE};
 use crate::arch::{cpu, gic, mem, mpidr, ticks_per_second};
 use crate::machine::Machine;
@@ -52,8 +52,7 @@ fn prepare(vm: Vm, memory: &Memory) -> Result<(), &'static str> {
     words(vm.lock_slot(RAM_SLOT.id))?;
     // After the lock: what is flushed must have this in it.
     let code = CODE.map(u32::to_le_bytes);
-    mem::bytes_mut(memory.ram)[..12].copy_from_slice(code.as_flattened());
-    Ok(())
+    load(memory.ram, code.as_flattened())
 }
 
 /// Has another core, if there is one, run the second vCPU in each round.

@@ -5,7 +5,7 @@ use board::PAGE_SIZE;
 use vmm::platform::{RAM, UART};
 
 use super::guests::Memory;
-use super::kit::{RAM_SLOT, config, words};
+use super::kit::{RAM_SLOT, config, load, words};
 use crate::arch::{guest, mem};
 use crate::vm::Vm;
 
@@ -48,10 +48,7 @@ impl From<Stopped> for &'static str {
 
 /// A VM of one vCPU, ready to run this code at [`RAM`].
 pub(super) fn ready(memory: &Memory, code: &[u8], protected: bool) -> Result<Vm, &'static str> {
-    mem::bytes_mut(memory.ram)
-        .get_mut(..code.len())
-        .ok_or("the code does not fit")?
-        .copy_from_slice(code);
+    load(memory.ram, code)?;
     let vm = words(Vm::create(config(protected), memory.state))?;
     words(vm.create_slot(RAM_SLOT, RAM, memory.ram))?;
     words(vm.create_vcpu(0))?;
@@ -171,20 +168,6 @@ pub(super) fn unsealed(memory: &Memory) -> Result<Vm, &'static str> {
     unsealed_expecting(memory, None)
 }
 
-/// Any VM of this code at the start of its memory, protected or not: ready to run.
-pub(super) fn with_code(memory: &Memory, code: &[u8], protected: bool) -> Result<Vm, &'static str> {
-    if protected {
-        let vm = unsealed_with(memory, code, None)?;
-        return complete(memory, vm);
-    }
-    let ram = mem::bytes_mut(memory.ram);
-    let place = ram.get_mut(..code.len()).ok_or("the code does not fit")?;
-    place.copy_from_slice(code);
-    // The guest reads it past the caches.
-    mem::clean_invalidate_to_poc(memory.ram);
-    words(memory.vm())
-}
-
 /// The same, with a measurement that it must have.
 pub(super) fn unsealed_expecting(
     memory: &Memory,
@@ -227,4 +210,22 @@ fn complete(memory: &Memory, vm: Vm) -> Result<Vm, &'static str> {
     words(vm.donate_memory(RAM + CODE_PAGES * PAGE_SIZE, rest, DonationKind::Zeros))?;
     words(vm.seal(RAM, 0))?;
     Ok(vm)
+}
+
+/// Any VM of this code at the start of its memory, protected or not: ready to run.
+pub(super) fn with_code(memory: &Memory, code: &[u8], protected: bool) -> Result<Vm, &'static str> {
+    if protected {
+        let vm = unsealed_with(memory, code, None)?;
+        return complete(memory, vm);
+    }
+    load(memory.ram, code)?;
+    // The guest reads it past the caches.
+    mem::clean_invalidate_to_poc(memory.ram);
+    words(memory.vm())
+}
+
+/// A guest that is not protected, ready to run.
+pub(super) fn plain(memory: &Memory) -> Result<Remote, &'static str> {
+    load(memory.ram, guest::remote())?;
+    words(memory.vm()).map(Remote::new)
 }

@@ -10,8 +10,8 @@ use vmm::platform::RAM;
 use super::guests::Memory;
 use super::kit::{RAM_SLOT, code, config, end, expect, words};
 use super::protection::{PAGE, SECRET, host_address, refused_everywhere};
-use super::remote::{self, Remote};
-use crate::arch::{fault, guest, mem};
+use super::remote;
+use crate::arch::{fault, mem};
 use crate::call;
 use crate::console::line;
 use crate::machine::Machine;
@@ -156,10 +156,7 @@ fn kept(memory: &Memory, _: AddrRange) -> Result<(), &'static str> {
 
 /// Leaves a guest that is not protected.
 fn open(memory: &Memory, _: AddrRange) -> Result<(), &'static str> {
-    let code = guest::remote();
-    let place = mem::bytes_mut(memory.ram).get_mut(..code.len());
-    place.ok_or("the code does not fit")?.copy_from_slice(code);
-    Ok(Remote::new(words(memory.vm())?).store(PAGE, MARK)?)
+    Ok(remote::plain(memory)?.store(PAGE, MARK)?)
 }
 
 /// Leaves a guest that is gone, but has not given all back.

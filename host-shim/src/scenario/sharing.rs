@@ -8,7 +8,7 @@ use vmm::platform::RAM;
 use super::guests::Memory;
 use super::kit::{code, end, expect, slot, words};
 use super::remote::{self, Remote, Stopped};
-use crate::arch::{guest, mem};
+use crate::arch::mem;
 use crate::report::Report;
 use crate::vm::Vm;
 
@@ -50,13 +50,8 @@ fn with_guest(
     memory: &Memory,
     check: impl FnOnce(&mut Remote) -> Result<(), &'static str>,
 ) -> Result<(), &'static str> {
-    let code = guest::remote();
-    mem::bytes_mut(memory.ram)
-        .get_mut(..code.len())
-        .ok_or("the code does not fit")?
-        .copy_from_slice(code);
-    let vm = words(memory.vm())?;
-    let mut guest = Remote::new(vm);
+    let mut guest = remote::plain(memory)?;
+    let vm = guest.vm;
     let logged = SlotWord {
         flags: LOG,
         ..slot(SLOT)

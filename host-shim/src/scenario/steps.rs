@@ -6,7 +6,7 @@
 use abi::{ErrorCode, Exit, SlotState, SlotWord, VmCounter};
 use board::{AddrRange, Gic, PAGE_SIZE};
 
-use super::kit::{RAM_SLOT, code, config, end, expect, words};
+use super::kit::{RAM_SLOT, code, config, end, expect, load, words};
 use super::payload::Memory;
 use crate::arch::{gic, guest, mem, ticks_per_second};
 use crate::machine::Machine;
@@ -416,8 +416,8 @@ impl Steps<'_> {
     /// The guest turns its caches on; the host's timer fires while EL2 cleans all of its memory.
     fn flush(&self, vm: Vm) -> Result<(), &'static str> {
         const TABLE: usize = 0x1000;
-        let (code, ram) = (guest::caches(), mem::bytes_mut(self.ram()));
-        ram[..code.len()].copy_from_slice(code);
+        load(self.ram(), guest::caches())?;
+        let ram = mem::bytes_mut(self.ram());
         ram[TABLE..2 * TABLE].fill(0);
         let block = (self.ipa() & !0x3fff_ffff) | BLOCK;
         ram[TABLE + 8..TABLE + 16].copy_from_slice(&block.to_le_bytes());

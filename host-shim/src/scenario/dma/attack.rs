@@ -89,7 +89,7 @@ pub(super) fn protected(setup: &Setup<'_>) -> Result<(), &'static str> {
 
 /// Pages that were donated to a VM for its state.
 pub(super) fn state(setup: &Setup<'_>) -> Result<(), &'static str> {
-    setup.guest.load();
+    setup.guest.load()?;
     let vm = words(setup.guest.vm())?;
     let state = setup.guest.state;
     let targets: Vec<u64> = (state.start()..state.end())
