@@ -46,6 +46,13 @@ pub(crate) fn read(address: u64) -> Result<Machine, BoardError> {
 }
 
 impl Machine {
+    /// Cores other than this one, which may be started: number and affinity.
+    pub(crate) fn other_cores(&self) -> impl DoubleEndedIterator<Item = (usize, u64)> {
+        let me = arch::mpidr();
+        let cores = self.board.cpus.iter().map(|core| core.mpidr);
+        cores.enumerate().filter(move |(_, mpidr)| *mpidr != me)
+    }
+
     /// Whether EL2 offers this.
     pub(crate) const fn has(&self, feature: Features) -> bool {
         self.features.contains(feature)

@@ -32,21 +32,12 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
     );
 }
 
-/// Cores other than this one that may be started: number and affinity.
-fn others(machine: &Machine) -> impl Iterator<Item = (usize, u64)> {
-    let me = crate::arch::mpidr();
-    let alive = machine.board.cpus.iter().enumerate();
-    alive
-        .map(|(number, cpu)| (number, cpu.mpidr))
-        .filter(move |(_, mpidr)| *mpidr != me)
-}
-
 fn rounds(machine: &Machine) -> Result<(), &'static str> {
     for _ in 0..ROUNDS {
-        for (number, mpidr) in others(machine) {
+        for (number, mpidr) in machine.other_cores() {
             cpu::turn_on(number, mpidr, machine.settings)?;
         }
-        for (number, mpidr) in others(machine) {
+        for (number, mpidr) in machine.other_cores() {
             cpu::turn_off(number, mpidr)?;
         }
     }
@@ -70,7 +61,7 @@ fn power_down(machine: &Machine) -> Result<(), &'static str> {
     let Some(gic) = &machine.board.gic else {
         return Err("no GIC that is known");
     };
-    for (number, mpidr) in others(machine) {
+    for (number, mpidr) in machine.other_cores() {
         cpu::turn_on(number, mpidr, machine.settings)?;
         cpu::power_down(number, gic)?;
         cpu::power_down(number, gic)?;
@@ -121,7 +112,7 @@ fn into_el2(machine: &Machine) -> Result<(), &'static str> {
     let Some(el2) = machine.el2 else {
         return Err("the device tree does not say where EL2 is");
     };
-    for (_, mpidr) in others(machine) {
+    for (_, mpidr) in machine.other_cores() {
         for entry in [el2.start(), el2.end() - 4, el2.start() + 0x1000] {
             let answer = psci::cpu_on::<Hvc>(mpidr, entry, 0);
             expect(answer == Err(Error::InvalidAddress), "it is not")?;
@@ -136,7 +127,7 @@ fn into_el2(machine: &Machine) -> Result<(), &'static str> {
 }
 
 fn outside(machine: &Machine) -> Result<(), &'static str> {
-    for (_, mpidr) in others(machine) {
+    for (_, mpidr) in machine.other_cores() {
         for entry in [u64::MAX, 1 << 47, cpu::entry() + 1] {
             let answer = psci::cpu_on::<Hvc>(mpidr, entry, 0);
             expect(answer == Err(Error::InvalidAddress), "it is not")?;

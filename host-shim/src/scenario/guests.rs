@@ -1,14 +1,14 @@
 //! VMs: their life, and what a small guest sees.
 
-use abi::{Call, ErrorCode, Exit, SlotState, SlotWord, VmCounter};
+use abi::{ErrorCode, Exit, SlotState, SlotWord, VmCounter};
 use board::{AddrRange, PAGE_SIZE, Placement, highest_free};
 use vmm::platform::{RAM, UART};
 
-use super::kit::{RAM_SLOT, code, config, end, expect, load, slot, words};
+use super::kit::{RAM_SLOT, code, config, end, expect, load, slot, words, wrote};
 use crate::arch::{cpu, guest, mem, walks};
 use crate::machine::Machine;
 use crate::report::Report;
-use crate::vm::{Refused, Vm, call};
+use crate::vm::{Refused, Vm};
 
 /// Bytes of the guest's memory.
 const RAM_SIZE: u64 = 2 << 20;
@@ -288,16 +288,12 @@ fn lost_tables(memory: &Memory) -> Result<(), &'static str> {
     words(vm.start_vcpu(0, RAM, TABLES))?;
     let exits = [(); 3].map(|()| next_exit(vm));
     end(vm)?;
-    let wrote = |at, value| {
-        Ok(Exit::MmioWrite {
-            ipa: UART + at,
-            size: 8,
-            value,
-        })
-    };
     // INVALID_PARAMETER of SMCCC.
-    expect(exits[0] == wrote(0, u64::MAX - 2), "not refused")?;
-    expect(exits[1] == wrote(8, 0xee), "a thread register has changed")?;
+    expect(exits[0] == Ok(wrote(0, u64::MAX - 2)), "not refused")?;
+    expect(
+        exits[1] == Ok(wrote(8, 0xee)),
+        "a thread register has changed",
+    )?;
     expect(exits[2] == Ok(Exit::SystemOff), "it does not go on")
 }
 
@@ -314,17 +310,10 @@ fn access_flag(memory: &Memory) -> Result<(), &'static str> {
     words(vm.create_vcpu(0))?;
     words(vm.start_vcpu(0, RAM, 0))?;
     let ready = next_exit(vm);
-    let dirty = call(Call::SlotDirty, [vm.handle(), 0, 0, 0, 0, 0]).map(|answer| answer[1]);
+    let dirty = vm.dirty(0, 0);
     let set = next_exit(vm);
     end(vm)?;
-    let wrote = |at, value| {
-        Ok(Exit::MmioWrite {
-            ipa: UART + at,
-            size: 8,
-            value,
-        })
-    };
-    expect(ready == wrote(0, 0), "the guest does not start")?;
+    expect(ready == Ok(wrote(0, 0)), "the guest does not start")?;
     expect(dirty == Ok(1 << 16), "not the table alone was written")?;
-    expect(set == wrote(8, 0x400), "the flag is not set")
+    expect(set == Ok(wrote(8, 0x400)), "the flag is not set")
 }

@@ -12,7 +12,7 @@ use vmm::platform::{RAM, UART};
 
 use super::guests::Memory;
 use super::kit::{RAM_SLOT, config, end, expect, load, words};
-use crate::arch::{cpu, gic, guest, mpidr, ticks_per_second};
+use crate::arch::{cpu, gic, guest, ticks_per_second};
 use crate::machine::Machine;
 use crate::report::Report;
 use crate::vm::Vm;
@@ -63,9 +63,7 @@ fn wakes(told: Told) -> Result<(), &'static str> {
 
 /// Turns another core on, on which the guest runs, and off. Nothing on a machine without one.
 fn round(machine: &Machine, memory: &Memory, gic: &Gic) -> Told {
-    let cores = machine.board.cpus.iter().enumerate();
-    let mut others = cores.filter(|(_, core)| core.mpidr != mpidr());
-    let Some((number, core)) = others.next_back() else {
+    let Some((number, mpidr)) = machine.other_cores().next_back() else {
         return Ok(None);
     };
     load(memory.ram, guest::interrupts())?;
@@ -82,9 +80,9 @@ fn round(machine: &Machine, memory: &Memory, gic: &Gic) -> Told {
     for word in &WORDS {
         word.store(0, Ordering::Relaxed);
     }
-    cpu::start(number, core.mpidr, machine.settings, other_core)?;
+    cpu::start(number, mpidr, machine.settings, other_core)?;
     let result = beside(vm);
-    cpu::wait_for_off(core.mpidr)?;
+    cpu::wait_for_off(mpidr)?;
     end(vm)?;
     result.map(|()| Some([0, 1, 2, 3].map(|n: usize| WORDS[n].load(Ordering::Relaxed))))
 }

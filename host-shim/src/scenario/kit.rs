@@ -1,7 +1,8 @@
 //! What the scenarios share.
 
-use abi::{ErrorCode, SlotWord, VmConfig};
+use abi::{ErrorCode, Exit, SlotWord, VmConfig};
 use board::AddrRange;
+use vmm::platform::UART;
 
 use crate::arch::mem;
 use crate::vm::{Refused, Vm};
@@ -32,6 +33,15 @@ pub(super) fn load(memory: AddrRange, code: &[u8]) -> Result<(), &'static str> {
     let place = mem::bytes_mut(memory).get_mut(..code.len());
     place.ok_or("the code does not fit")?.copy_from_slice(code);
     Ok(())
+}
+
+/// A guest's store of a doubleword to its UART, this far behind its start.
+pub(super) const fn wrote(at: u64, value: u64) -> Exit {
+    Exit::MmioWrite {
+        ipa: UART + at,
+        size: 8,
+        value,
+    }
 }
 
 /// Passes if it is so; else says what is wrong.

@@ -9,7 +9,7 @@ use vmm::platform::RAM;
 
 use super::kit::{RAM_SLOT, config, end, expect, load, words};
 use super::payload::{Memory, RAM_SIZE};
-use crate::arch::{cpu, gic, mem, mpidr, ticks_per_second};
+use crate::arch::{cpu, gic, mem, ticks_per_second};
 use crate::machine::Machine;
 use crate::report::Report;
 use crate::vm::Vm;
@@ -57,22 +57,20 @@ fn prepare(vm: Vm, memory: &Memory) -> Result<(), &'static str> {
 
 /// Has another core, if there is one, run the second vCPU in each round.
 fn with_other_core(machine: &Machine, vm: Vm) -> Result<(), &'static str> {
-    let cores = machine.board.cpus.iter().enumerate();
-    let mut others = cores.filter(|(_, core)| core.mpidr != mpidr());
-    let Some((number, core)) = others.next() else {
+    let Some((number, mpidr)) = machine.other_cores().next() else {
         return rounds(machine, vm, || run_to_off(vm, 1));
     };
     HANDLE.store(vm.handle(), Ordering::Relaxed);
     TURN.store(0, Ordering::Relaxed);
     DONE.store(0, Ordering::Relaxed);
-    cpu::start(number, core.mpidr, machine.settings, other_core)?;
+    cpu::start(number, mpidr, machine.settings, other_core)?;
     let mut done = 0;
     let result = rounds(machine, vm, || {
         done += 1;
         wait_for(&DONE, done)
     });
     TURN.store(END, Ordering::Release);
-    cpu::wait_for_off(core.mpidr)?;
+    cpu::wait_for_off(mpidr)?;
     result
 }
 

@@ -97,13 +97,7 @@ fn storm(machine: &Machine, attacks: u32) -> Result<(), &'static str> {
         .board
         .gic
         .ok_or("no interrupt controller that is known")?;
-    let me = crate::arch::mpidr();
-    let others = || {
-        let cpus = machine.board.cpus.iter().enumerate();
-        cpus.map(|(number, cpu)| (number, cpu.mpidr))
-            .filter(move |(_, mpidr)| *mpidr != me)
-    };
-    let cores = others().count() as u32 + 1;
+    let cores = machine.other_cores().count() as u32 + 1;
     let storm = STORM.call_once(|| Storm {
         gic,
         ram: memory.ram,
@@ -124,13 +118,13 @@ fn storm(machine: &Machine, attacks: u32) -> Result<(), &'static str> {
         wrong_step: AtomicU64::new(0),
         wrong_answer: AtomicU64::new(0),
     });
-    for (number, mpidr) in others() {
+    for (number, mpidr) in machine.other_cores() {
         cpu::start(number, mpidr, machine.settings, secondary)?;
     }
     attack(storm, 1);
     let deadline = gic::now() + PATIENCE * ticks_per_second();
     let all_off = || {
-        others().all(|(_, mpidr)| {
+        machine.other_cores().all(|(_, mpidr)| {
             let info = psci::affinity_info::<Hvc>(mpidr, LowestAffinityLevel::All);
             info == Ok(AffinityState::Off)
         })

@@ -12,7 +12,7 @@ use vmm::platform::{RAM, UART};
 use super::guests::Memory;
 use super::kit::{code, end, expect};
 use super::remote;
-use crate::arch::{cpu, gic, hostile, mem, mpidr, ticks_per_second};
+use crate::arch::{cpu, gic, hostile, mem, ticks_per_second};
 use crate::console::line;
 use crate::machine::Machine;
 use crate::report::Report;
@@ -64,20 +64,18 @@ pub(super) fn run(machine: &Machine, memory: &Memory, report: &mut Report) {
 }
 
 fn on_two_cores(machine: &Machine, memory: &Memory) -> Result<(), &'static str> {
-    let cores = machine.board.cpus.iter().enumerate();
-    let mut others = cores.filter(|(_, core)| core.mpidr != mpidr());
-    let Some((number, core)) = others.next() else {
+    let Some((number, mpidr)) = machine.other_cores().next() else {
         return Ok(());
     };
     let words_page = AddrRange::with_size(memory.ram.start() + WORDS, PAGE_SIZE).ok_or("wraps")?;
     mem::bytes_mut(words_page).fill(0);
     let vm = remote::with_code(memory, hostile::counter(), false)?;
     HANDLE.store(vm.handle(), Ordering::Relaxed);
-    cpu::start(number, core.mpidr, machine.settings, other_core)?;
+    cpu::start(number, mpidr, machine.settings, other_core)?;
     let result = while_it_runs(vm, words_page).and_then(|()| in_turns(vm));
     let_go(words_page);
     STOP.store(true, Ordering::Release);
-    cpu::wait_for_off(core.mpidr)?;
+    cpu::wait_for_off(mpidr)?;
     end(vm)?;
     result.and_then(|()| verdict())
 }
