@@ -1,7 +1,6 @@
 //! A guest of a few instructions, for the scenarios.
 
 use core::arch::global_asm;
-use core::slice;
 
 global_asm!(
     r#"
@@ -294,68 +293,25 @@ guest_interrupts_end:
 "#
 );
 
-unsafe extern "C" {
-    static guest_hello: u8;
-    static guest_hello_end: u8;
-    static guest_suspend: u8;
-    static guest_suspend_end: u8;
-    static guest_caches: u8;
-    static guest_caches_end: u8;
-    static guest_fp: u8;
-    static guest_fp_end: u8;
-    static guest_remote: u8;
-    static guest_remote_end: u8;
-    static guest_storm: u8;
-    static guest_storm_end: u8;
-    static guest_interrupts: u8;
-    static guest_interrupts_end: u8;
-}
+guests! {
+    /// It waits for interrupts, and tells its device which ones came; `x0` is the version of its GIC.
+    interrupts: guest_interrupts, guest_interrupts_end;
 
-/// It waits for interrupts, and tells its device which ones came; `x0` is the version of its GIC.
-pub(crate) fn interrupts() -> &'static [u8] {
-    let (start, end) = (&raw const guest_interrupts, &raw const guest_interrupts_end);
-    // SAFETY: the two symbols enclose the code, in read-only data.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
-}
+    /// It does what its device tells it to, until that says off.
+    remote: guest_remote, guest_remote_end;
 
-/// It does what its device tells it to, until that says off.
-pub(crate) fn remote() -> &'static [u8] {
-    let (start, end) = (&raw const guest_remote, &raw const guest_remote_end);
-    // SAFETY: the two symbols enclose the code, in read-only data.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
-}
+    /// It does a thing with its memory for each word that its device says.
+    storm: guest_storm, guest_storm_end;
 
-/// It does a thing with its memory for each word that its device says.
-pub(crate) fn storm() -> &'static [u8] {
-    let (start, end) = (&raw const guest_storm, &raw const guest_storm_end);
-    // SAFETY: the two symbols enclose the code, in read-only data.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
-}
+    /// It tells what it finds in its FP registers, and whether they survive.
+    fp: guest_fp, guest_fp_end;
 
-/// It tells what it finds in its FP registers, and whether they survive.
-pub(crate) fn fp() -> &'static [u8] {
-    let (start, end) = (&raw const guest_fp, &raw const guest_fp_end);
-    // SAFETY: the two symbols enclose the code, in read-only data.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
-}
+    /// It turns its caches on, by the table of one level that `x0` names, and powers off.
+    caches: guest_caches, guest_caches_end;
 
-/// It turns its caches on, by the table of one level that `x0` names, and powers off.
-pub(crate) fn caches() -> &'static [u8] {
-    let (start, end) = (&raw const guest_caches, &raw const guest_caches_end);
-    // SAFETY: the two symbols enclose the code, in read-only data.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
-}
+    /// It uses FP and suspends itself.
+    suspend: guest_suspend, guest_suspend_end;
 
-/// It uses FP and suspends itself.
-pub(crate) fn suspend() -> &'static [u8] {
-    let (start, end) = (&raw const guest_suspend, &raw const guest_suspend_end);
-    // SAFETY: the two symbols enclose the code, in read-only data.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
-}
-
-/// It writes and reads a device at 0x0900_0000, asks for PSCI's version, uses FP, powers off.
-pub(crate) fn hello() -> &'static [u8] {
-    let (start, end) = (&raw const guest_hello, &raw const guest_hello_end);
-    // SAFETY: the two symbols enclose the code, in read-only data.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
+    /// It writes and reads a device at 0x0900_0000, asks for PSCI's version, uses FP, powers off.
+    hello: guest_hello, guest_hello_end;
 }

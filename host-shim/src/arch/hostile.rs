@@ -1,7 +1,6 @@
 //! Guests that look whether the host's attacks on a run reach them.
 
 use core::arch::global_asm;
-use core::slice;
 
 global_asm!(
     r#"
@@ -104,23 +103,10 @@ guest_counter_end:
 "#
 );
 
-unsafe extern "C" {
-    static guest_resume: u8;
-    static guest_resume_end: u8;
-    static guest_counter: u8;
-    static guest_counter_end: u8;
-}
+guests! {
+    /// It tells what its loads gave, and whether registers changed that no load names.
+    resume: guest_resume, guest_resume_end;
 
-/// It tells what its loads gave, and whether registers changed that no load names.
-pub(crate) fn resume() -> &'static [u8] {
-    let (start, end) = (&raw const guest_resume, &raw const guest_resume_end);
-    // SAFETY: the two symbols enclose the code, in read-only data.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
-}
-
-/// It counts its exits.
-pub(crate) fn counter() -> &'static [u8] {
-    let (start, end) = (&raw const guest_counter, &raw const guest_counter_end);
-    // SAFETY: the two symbols enclose the code, in read-only data.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
+    /// It counts its exits.
+    counter: guest_counter, guest_counter_end;
 }

@@ -4,6 +4,21 @@
 //! that is not RAM as device memory: it has nothing to protect, and its scenarios must be able to
 //! try every access.
 
+/// Functions that give a guest's code, each with the labels before and behind it, which are in read-only data.
+macro_rules! guests {
+    ($($(#[$doc:meta])+ $name:ident: $start:ident, $end:ident;)+) => {
+        unsafe extern "C" {
+            $(static $start: u8; static $end: u8;)+
+        }
+        $($(#[$doc])+
+        pub(crate) fn $name() -> &'static [u8] {
+            let (start, end) = (&raw const $start, &raw const $end);
+            // SAFETY: the two symbols enclose the code, in read-only data.
+            unsafe { core::slice::from_raw_parts(start, end.addr() - start.addr()) }
+        })+
+    };
+}
+
 pub(crate) mod counters;
 pub(crate) mod cpu;
 pub(crate) mod disk;

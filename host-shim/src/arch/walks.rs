@@ -1,7 +1,6 @@
 //! Guests with translation tables where a walk meets trouble, for the scenarios.
 
 use core::arch::global_asm;
-use core::slice;
 
 global_asm!(
     r#"
@@ -100,27 +99,12 @@ guest_access_flag_end:
 "#
 );
 
-unsafe extern "C" {
-    static guest_lost_tables: u8;
-    static guest_lost_tables_end: u8;
-    static guest_access_flag: u8;
-    static guest_access_flag_end: u8;
-}
+guests! {
+    /// It has translation tables at the address in `x0`, asks EL2 to translate by them, writes the answer
+    /// and its thread registers to the device, powers off.
+    lost_tables: guest_lost_tables, guest_lost_tables_end;
 
-/// It has translation tables at the address in `x0`, asks EL2 to translate by them, writes the answer
-/// and its thread registers to the device, powers off.
-pub(crate) fn lost_tables() -> &'static [u8] {
-    let start = &raw const guest_lost_tables;
-    let end = &raw const guest_lost_tables_end;
-    // SAFETY: the two symbols enclose the code, in read-only data.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
-}
-
-/// It lets the core set an access flag in its table, between two writes to the device; the second is
-/// the flag.
-pub(crate) fn access_flag() -> &'static [u8] {
-    let start = &raw const guest_access_flag;
-    let end = &raw const guest_access_flag_end;
-    // SAFETY: as above.
-    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }
+    /// It lets the core set an access flag in its table, between two writes to the device; the second is
+    /// the flag.
+    access_flag: guest_access_flag, guest_access_flag_end;
 }
