@@ -8,7 +8,7 @@ use core::fmt;
 use thiserror::Error;
 
 use super::queue::{Queue, QueueError, Request};
-use super::transport::{Device, Progress};
+use super::transport::{Device, Progress, one};
 use super::{BadAddress, GuestMemory, Host};
 
 /// Bytes of a sector.
@@ -283,16 +283,7 @@ impl Device for Block {
         memory: &dyn GuestMemory,
         _: &mut dyn Host,
     ) -> Result<Progress, QueueError> {
-        let Some(request) = queue.next(memory)? else {
-            return Ok(Progress::Done);
-        };
-        let head = request.head;
-        let written = self.serve(request, memory)?;
-        queue.complete(memory, head, written)?;
-        if queue.next(memory)?.is_some() {
-            return Ok(Progress::More);
-        }
-        Ok(Progress::Done)
+        one(queue, memory, |request| self.serve(request, memory))
     }
 
     fn reset(&mut self) {}

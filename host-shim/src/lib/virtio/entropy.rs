@@ -1,7 +1,7 @@
 //! The entropy device (VIRTIO 1.2, section 5.4).
 
 use super::queue::{Queue, QueueError};
-use super::transport::{Device, Progress};
+use super::transport::{Device, Progress, one};
 use super::{GuestMemory, Host};
 
 /// Most bytes that one request gets; a driver that wants more asks again.
@@ -22,19 +22,12 @@ impl Device for Entropy {
         memory: &dyn GuestMemory,
         host: &mut dyn Host,
     ) -> Result<Progress, QueueError> {
-        let Some(request) = queue.next(memory)? else {
-            return Ok(Progress::Done);
-        };
-        let mut bytes = [0; MOST];
-        host.random(&mut bytes);
-        let written = request.writable.write(memory, 0, &bytes)?;
-        let head = request.head;
-        queue.complete(memory, head, written as u64)?;
-        // One request at a time: the others wait their turn with the guest's other devices.
-        if queue.next(memory)?.is_some() {
-            return Ok(Progress::More);
-        }
-        Ok(Progress::Done)
+        one(queue, memory, |request| {
+            let mut bytes = [0; MOST];
+            host.random(&mut bytes);
+            let written = request.writable.write(memory, 0, &bytes)?;
+            Ok(written as u64)
+        })
     }
 
     fn reset(&mut self) {}

@@ -97,15 +97,8 @@ impl Queue {
     #[must_use]
     pub fn new() -> Self {
         Self {
-            size: 0,
-            ready: false,
-            descriptors: 0,
-            available: 0,
-            used: 0,
-            next_available: 0,
-            next_used: 0,
-            signal: false,
             segments: Vec::with_capacity(QUEUE_SIZE.into()),
+            ..Self::empty()
         }
     }
 

@@ -3,8 +3,8 @@
 use alloc::vec::Vec;
 use core::fmt;
 
-use super::queue::{QUEUE_SIZE, Queue, QueueError};
-use super::{GuestMemory, Host};
+use super::queue::{QUEUE_SIZE, Queue, QueueError, Request};
+use super::{BadAddress, GuestMemory, Host};
 
 const MAGIC: u64 = 0x7472_6976;
 const VERSION: u64 = 2;
@@ -90,6 +90,25 @@ pub trait Device: fmt::Debug + Send {
 
     /// The driver has reset the device.
     fn reset(&mut self);
+}
+
+/// Serves one request, if there is one; `serve` gives the bytes that it wrote. The others wait their turn with the
+/// guest's other devices.
+pub(super) fn one(
+    queue: &mut Queue,
+    memory: &dyn GuestMemory,
+    serve: impl FnOnce(Request<'_>) -> Result<u64, BadAddress>,
+) -> Result<Progress, QueueError> {
+    let Some(request) = queue.next(memory)? else {
+        return Ok(Progress::Done);
+    };
+    let head = request.head;
+    let written = serve(request)?;
+    queue.complete(memory, head, written)?;
+    if queue.next(memory)?.is_some() {
+        return Ok(Progress::More);
+    }
+    Ok(Progress::Done)
 }
 
 /// A device behind its registers.
