@@ -8,6 +8,7 @@ use board::dtoolkit::fdt::{Fdt, FdtNode};
 use board::dtoolkit::fdt_mut::FdtMut;
 use board::dtoolkit::{Node, Property};
 use board::{AddrRange, Placement, lowest_free};
+use vmm::image;
 
 use crate::arch::{cpu, mem};
 use crate::console::line;
@@ -104,20 +105,7 @@ fn data<'a>(fit: Fdt<'a>, name: &str) -> Option<&'a [u8]> {
 
 /// Copies the kernel to the lowest free memory; gives its entry.
 fn load_kernel(machine: &Machine, kernel: &[u8]) -> Result<u64, &'static str> {
-    let header = kernel.get(..64).ok_or("the kernel is no arm64 Image")?;
-    if header.get(56..60) != Some(b"ARM\x64") {
-        return Err("the kernel is no arm64 Image");
-    }
-    let field = |at: usize| {
-        header
-            .get(at..at + 8)?
-            .try_into()
-            .ok()
-            .map(u64::from_le_bytes)
-    };
-    let (offset, size) = field(8)
-        .zip(field(16))
-        .ok_or("the kernel is no arm64 Image")?;
+    let (offset, size) = image::header(kernel).ok_or("the kernel is no arm64 Image")?;
     let size = size.max(kernel.len() as u64);
     let want = Placement {
         size: offset

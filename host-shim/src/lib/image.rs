@@ -35,9 +35,10 @@ pub struct Layout {
     pub ramdisk: u64,
 }
 
-/// `(text_offset, image_size)` of an arm64 Image (Linux's arm64 boot protocol); `None` for other
-/// files.
-fn header(kernel: &[u8]) -> Option<(u64, u64)> {
+/// `(text_offset, image_size)` of an arm64 Image (Linux's arm64 boot protocol), in bytes as the file says them;
+/// `None` for other files.
+#[must_use]
+pub fn header(kernel: &[u8]) -> Option<(u64, u64)> {
     let header = kernel.get(..64)?;
     if header.get(56..60)? != b"ARM\x64" {
         return None;
