@@ -80,17 +80,18 @@ pub fn run() -> Result<ExitCode> {
         report::svg(&measurements).as_bytes(),
     )?;
     let met = measurements.iter().all(Measurement::meets_targets);
-    let verdict = if met {
-        "all targets met"
+    verdict(met)
+}
+
+/// Says whether all targets were met, in words and by the exit status.
+pub(crate) fn verdict(met: bool) -> Result<ExitCode> {
+    let (words, code) = if met {
+        ("all targets met", ExitCode::SUCCESS)
     } else {
-        "a target was MISSED"
+        ("a target was MISSED", ExitCode::FAILURE)
     };
-    writeln!(output::stdout(), "\n{verdict}")?;
-    Ok(if met {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    writeln!(output::stdout(), "\n{words}")?;
+    Ok(code)
 }
 
 /// Linux's boot moves by up to three percent with where things lie in memory, bare or not: each machine is booted

@@ -6,7 +6,7 @@
 mod report;
 mod same_wipe;
 
-use crate::bench_boot::{in_instructions, median, ticks};
+use crate::bench_boot::{in_instructions, median, ticks, verdict};
 use crate::emulate::{Boot, LINUX_ARGUMENTS, PATIENT};
 use crate::fit::{self, Guest};
 use crate::machine::{Clock, Gic, Machine, edu_args};
@@ -302,17 +302,7 @@ pub fn run() -> Result<ExitCode> {
         report::svg(&measurements).as_bytes(),
     )?;
     let met = measurements.iter().all(Measurement::meets_targets);
-    let verdict = if met {
-        "all targets met"
-    } else {
-        "a target was MISSED"
-    };
-    writeln!(output::stdout(), "\n{verdict}")?;
-    Ok(if met {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    verdict(met)
 }
 
 fn measure(cpu: &'static str, payloads: &Payloads) -> Result<Measurement> {
