@@ -17,7 +17,7 @@ use stage2::arm::{ArmCache, ArmCacheFacts, ArmTlb, ArmTlbFacts, FetchPolicy, Lev
 use stage2::testing::{Event, FakeArm, FakeMachine, Mutation, Site};
 use stage2::{
     Aging, Annotation, CacheMaintenance, FaultRequest, ForceWriteBack, Granule, Importer,
-    InvalidateListener, Ipa, IpaRange, LeafAttrs, Level, MapRequest, Pa, PaRange, Perms, RangeOps,
+    InvalidateListener, Ipa, IpaRange, LeafAttrs, Level, Pa, PaRange, Perms, RangeOps,
     TlbCaps, TlbInvalidate,
 };
 

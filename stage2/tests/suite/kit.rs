@@ -76,6 +76,21 @@ pub(crate) fn map(space: &mut Space<'_>, ipa: u64, size: u64, pa: u64) -> MapOut
     space.map(&request(ipa, size, pa)).expect("a valid set-up")
 }
 
+/// The same with these attributes.
+pub(crate) fn map_as(
+    space: &mut Space<'_>,
+    attrs: LeafAttrs,
+    ipa: u64,
+    size: u64,
+    pa: u64,
+) -> MapOutcome {
+    let request = MapRequest {
+        attrs,
+        ..request(ipa, size, pa)
+    };
+    space.map(&request).expect("a valid set-up")
+}
+
 pub(crate) fn map_pages(space: &mut Space<'_>, ipa: u64, size: u64, pa: u64) -> MapOutcome {
     space
         .map(&request(ipa, size, pa).with_blocks(Blocks::Never))

@@ -171,12 +171,7 @@ fn memory_type_changes_through_an_invalid_entry() {
     map(&mut space, 0, PAGE, 0x1000);
     assert_eq!(leaf_at(&machine, 0).mem, 7);
     let forced = LeafAttrs::forced_write_back(Perms::RWX);
-    space
-        .map(&MapRequest {
-            attrs: forced,
-            ..request(0, PAGE, 0x1000)
-        })
-        .unwrap();
+    map_as(&mut space, forced, 0, PAGE, 0x1000);
     assert_eq!(leaf_at(&machine, 0).mem, 6);
     assert_clean(&machine);
     map(&mut space, 0, PAGE, 0x1000);

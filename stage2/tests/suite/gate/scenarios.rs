@@ -31,21 +31,11 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         fwb: ForceWriteBack::On,
         run: |space, machine, wrong| {
             let forced = LeafAttrs::forced_write_back(Perms::RWX);
-            space
-                .map(&MapRequest {
-                    attrs: forced,
-                    ..request(0, PAGE, 0x1000)
-                })
-                .unwrap();
+            map_as(space, forced, 0, PAGE, 0x1000);
             end(machine, wrong);
             map(space, 0, PAGE, 0x1000);
             end(machine, wrong);
-            space
-                .map(&MapRequest {
-                    attrs: forced,
-                    ..request(0, PAGE, 0x1000)
-                })
-                .unwrap();
+            map_as(space, forced, 0, PAGE, 0x1000);
             end(machine, wrong);
             space.zap_all();
             end(machine, wrong);
@@ -75,16 +65,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         name: "permissions",
         fwb: ForceWriteBack::Off,
         run: |space, machine, wrong| {
-            let with = |perms| MapRequest {
-                attrs: LeafAttrs::normal(perms),
-                ..request(0, PAGE, 0x1000)
-            };
-            space.map(&with(Perms::RW)).unwrap();
-            end(machine, wrong);
-            space.map(&with(Perms::READ | Perms::EXEC)).unwrap();
-            end(machine, wrong);
-            space.map(&with(Perms::RWX)).unwrap();
-            end(machine, wrong);
+            for perms in [Perms::RW, Perms::READ | Perms::EXEC, Perms::RWX] {
+                map_as(space, LeafAttrs::normal(perms), 0, PAGE, 0x1000);
+                end(machine, wrong);
+            }
             space.write_protect(range(0, PAGE)).unwrap();
             end(machine, wrong);
         },
@@ -96,11 +80,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
             map(space, 0, PAGE, 0x1000);
             end(machine, wrong);
             let sw = stage2::SwBits::try_new(3).unwrap();
-            let marked = MapRequest {
-                attrs: normal().with_sw(sw),
-                ..request(0, PAGE, 0x1000)
-            };
-            space.map(&marked).unwrap();
+            map_as(space, normal().with_sw(sw), 0, PAGE, 0x1000);
             end(machine, wrong);
             let raw = machine.snapshot().into_values().flatten();
             let seen = raw
@@ -141,20 +121,11 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         fwb: ForceWriteBack::On,
         run: |space, machine, wrong| {
             let forced = LeafAttrs::forced_write_back(Perms::RW);
-            let two = MapRequest {
-                attrs: forced,
-                ..request(0, 2 * PAGE, 0x1000)
-            };
-            space.map(&two).unwrap();
+            map_as(space, forced, 0, 2 * PAGE, 0x1000);
             end(machine, wrong);
             space.unmap(range(0, PAGE)).unwrap();
             end(machine, wrong);
-            space
-                .map(&MapRequest {
-                    attrs: forced,
-                    ..request(BLOCK, BLOCK, BLOCK)
-                })
-                .unwrap();
+            map_as(space, forced, BLOCK, BLOCK, BLOCK);
             end(machine, wrong);
             space.unmap(range(BLOCK + PAGE, PAGE)).unwrap();
             end(machine, wrong);
@@ -225,12 +196,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         fwb: ForceWriteBack::On,
         run: |space, machine, wrong| {
             let forced = LeafAttrs::forced_write_back(Perms::RW);
-            space
-                .map(&MapRequest {
-                    attrs: forced,
-                    ..request(0, PAGE, 0x1000)
-                })
-                .unwrap();
+            map_as(space, forced, 0, PAGE, 0x1000);
             space.zap_all();
             end(machine, wrong);
         },
@@ -250,12 +216,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
             wrong.extend((space.fault(&block) != Ok(mapped)).then(|| "no block".into()));
             end(machine, wrong);
             let read = LeafAttrs::normal(Perms::READ);
-            space
-                .map(&MapRequest {
-                    attrs: read,
-                    ..request(GIB, PAGE, GIB)
-                })
-                .unwrap();
+            map_as(space, read, GIB, PAGE, GIB);
             end(machine, wrong);
             space.relax_perms(Ipa::new(GIB), Perms::EXEC).unwrap();
             end(machine, wrong);
@@ -324,12 +285,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
             map(space, 0, BLOCK, GIB);
             end(machine, wrong);
             let forced = LeafAttrs::forced_write_back(Perms::RW);
-            space
-                .map(&MapRequest {
-                    attrs: forced,
-                    ..request(PAGE, PAGE, GIB + PAGE)
-                })
-                .unwrap();
+            map_as(space, forced, PAGE, PAGE, GIB + PAGE);
             end(machine, wrong);
         },
     },
