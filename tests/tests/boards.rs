@@ -80,6 +80,30 @@ fn place_el2(board: &Board<'_>) -> AddrRange {
     highest_free(&board.memory, &board.reserved, want).unwrap()
 }
 
+fn read(blob: &[u8]) -> Board<'_> {
+    Board::read(&Tree::new(blob).unwrap()).unwrap()
+}
+
+/// Distributor, CPU interface, and their two parts for a hypervisor.
+fn gic(board: &Board<'_>) -> [AddrRange; 4] {
+    let Some(Gic::V2 {
+        gicd,
+        gicc,
+        gich,
+        gicv,
+    }) = board.gic
+    else {
+        panic!("not a GICv2: {:?}", board.gic);
+    };
+    [gicd, gicc, gich.unwrap(), gicv.unwrap()]
+}
+
+/// Affinity of each CPU, and how it is started.
+fn cpus(board: &Board<'_>) -> Vec<(u64, StartMethod)> {
+    let cpus = board.cpus.iter();
+    cpus.map(|cpu| (cpu.mpidr, cpu.start)).collect()
+}
+
 #[test]
 fn pi4_file_as_shipped_has_no_memory_and_that_is_said() {
     let blob = debian("bcm2711-rpi-4-b.dtb");
@@ -90,7 +114,7 @@ fn pi4_file_as_shipped_has_no_memory_and_that_is_said() {
 #[test]
 fn pi4_console_is_translated_through_the_soc_bus() {
     let blob = pi4();
-    let board = Board::read(&Tree::new(&blob).unwrap()).unwrap();
+    let board = read(&blob);
     // stdout-path = "serial1": the mini UART, bus address 0x7e215040.
     assert_eq!(
         board.console,
@@ -106,7 +130,7 @@ fn pi4_with_disabled_bluetooth_talks_on_the_first_pl011() {
     let mut tree = device_tree::parse(&pi4()).unwrap();
     device_tree::set_chosen(&mut tree, "stdout-path", "serial0:115200n8").unwrap();
     let blob = tree.to_dtb();
-    let board = Board::read(&Tree::new(&blob).unwrap()).unwrap();
+    let board = read(&blob);
     assert_eq!(
         board.console,
         Some(Console {
@@ -119,37 +143,20 @@ fn pi4_with_disabled_bluetooth_talks_on_the_first_pl011() {
 #[test]
 fn pi4_gic_has_all_four_parts_at_the_true_addresses() {
     let blob = pi4();
-    let board = Board::read(&Tree::new(&blob).unwrap()).unwrap();
-    let Some(Gic::V2 {
-        gicd,
-        gicc,
-        gich,
-        gicv,
-    }) = board.gic
-    else {
-        panic!("not a GICv2: {:?}", board.gic);
-    };
-    let starts = [
-        gicd.start(),
-        gicc.start(),
-        gich.unwrap().start(),
-        gicv.unwrap().start(),
-    ];
+    let board = read(&blob);
+    let parts = gic(&board);
+    let starts = parts.map(AddrRange::start);
     assert_eq!(starts, [0xff84_1000, 0xff84_2000, 0xff84_4000, 0xff84_6000]);
     // The CPU interface is 8 KiB: DIR is in its second page.
-    assert_eq!(gicc.size(), 0x2000);
+    assert_eq!(parts[1].size(), 0x2000);
 }
 
 #[test]
 fn pi4_cpus_wait_in_a_spin_table_and_there_is_no_psci() {
     let blob = pi4();
-    let board = Board::read(&Tree::new(&blob).unwrap()).unwrap();
+    let board = read(&blob);
     assert_eq!(board.psci, None);
-    let cpus: Vec<_> = board
-        .cpus
-        .iter()
-        .map(|cpu| (cpu.mpidr, cpu.start))
-        .collect();
+    let cpus = cpus(&board);
     let spin = |word| StartMethod::SpinTable(word);
     assert_eq!(
         cpus,
@@ -165,7 +172,7 @@ fn pi4_cpus_wait_in_a_spin_table_and_there_is_no_psci() {
 #[test]
 fn pi4_reserves_the_page_of_the_spin_table() {
     let blob = pi4();
-    let board = Board::read(&Tree::new(&blob).unwrap()).unwrap();
+    let board = read(&blob);
     assert!(
         is_reserved(&board, range(0, 0x1000)),
         "{:?}",
@@ -176,7 +183,7 @@ fn pi4_reserves_the_page_of_the_spin_table() {
 #[test]
 fn pi4_memory_is_in_its_banks_and_el2_finds_a_place() {
     let blob = pi4();
-    let board = Board::read(&Tree::new(&blob).unwrap()).unwrap();
+    let board = read(&blob);
     let total: u64 = board.memory.as_slice().iter().map(|r| r.size()).sum();
     assert_eq!(total, 0x3b40_0000 + 0xbc00_0000 + 0x0400_0000);
     let el2 = place_el2(&board);
@@ -193,7 +200,7 @@ fn pi4_memory_is_in_its_banks_and_el2_finds_a_place() {
 #[test]
 fn pi5_console_is_the_debug_uart_behind_two_buses() {
     let blob = pi5();
-    let board = Board::read(&Tree::new(&blob).unwrap()).unwrap();
+    let board = read(&blob);
     assert_eq!(
         board.console,
         Some(Console {
@@ -206,22 +213,9 @@ fn pi5_console_is_the_debug_uart_behind_two_buses() {
 #[test]
 fn pi5_gic_is_above_4_gib() {
     let blob = pi5();
-    let board = Board::read(&Tree::new(&blob).unwrap()).unwrap();
-    let Some(Gic::V2 {
-        gicd,
-        gicc,
-        gich,
-        gicv,
-    }) = board.gic
-    else {
-        panic!("not a GICv2: {:?}", board.gic);
-    };
-    let starts = [
-        gicd.start(),
-        gicc.start(),
-        gich.unwrap().start(),
-        gicv.unwrap().start(),
-    ];
+    let board = read(&blob);
+    let parts = gic(&board);
+    let starts = parts.map(AddrRange::start);
     assert_eq!(
         starts,
         [
@@ -236,13 +230,9 @@ fn pi5_gic_is_above_4_gib() {
 #[test]
 fn pi5_cpus_are_numbered_in_aff1_and_started_by_psci() {
     let blob = pi5();
-    let board = Board::read(&Tree::new(&blob).unwrap()).unwrap();
+    let board = read(&blob);
     assert_eq!(board.psci, Some(PsciConduit::Smc));
-    let cpus: Vec<_> = board
-        .cpus
-        .iter()
-        .map(|cpu| (cpu.mpidr, cpu.start))
-        .collect();
+    let cpus = cpus(&board);
     let psci = StartMethod::Psci;
     assert_eq!(
         cpus,
@@ -253,7 +243,7 @@ fn pi5_cpus_are_numbered_in_aff1_and_started_by_psci() {
 #[test]
 fn pi5_firmware_keeps_the_first_512_kib() {
     let blob = pi5();
-    let board = Board::read(&Tree::new(&blob).unwrap()).unwrap();
+    let board = read(&blob);
     let firmware = range(0, 0x8_0000);
     assert!(
         is_reserved(&board, firmware),
@@ -272,7 +262,7 @@ fn pi5_firmware_keeps_the_first_512_kib() {
 
 /// What the host gets, read again from scratch.
 fn check_host_tree(blob: &[u8], cpus: &[u64]) {
-    let board = Board::read(&Tree::new(blob).unwrap()).unwrap();
+    let board = read(blob);
     let el2 = place_el2(&board);
     let mut buffer = vec![0; blob.len() + 8192];
     let length = patch_for_host(
@@ -286,7 +276,7 @@ fn check_host_tree(blob: &[u8], cpus: &[u64]) {
     )
     .unwrap();
     let patched = &buffer[..length];
-    let host = Board::read(&Tree::new(patched).unwrap()).unwrap();
+    let host = read(patched);
     assert_eq!(host.psci, Some(PsciConduit::Hvc));
     assert!(host.cpus.iter().all(|cpu| cpu.start == StartMethod::Psci));
     assert_eq!(
@@ -334,7 +324,7 @@ fn pi5_host_gets_the_machine_less_el2() {
 fn other_pi_4_boards_are_read_alike() {
     for name in ["bcm2711-rpi-400.dtb", "bcm2711-rpi-cm4-io.dtb"] {
         let blob = as_firmware_leaves_it(name, "/memory@0", &[0, 0, 0x3b40_0000]);
-        let board = Board::read(&Tree::new(&blob).unwrap()).unwrap();
+        let board = read(&blob);
         assert_eq!(board.cpus.len(), 4, "{name}");
         assert!(board.console.is_some() && board.gic.is_some(), "{name}");
         assert!(
