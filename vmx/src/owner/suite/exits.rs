@@ -50,20 +50,6 @@ impl Ports for Echo {
     fn input(&mut self, _port: u16, _width: Width, _now: u64) -> u32 {
         !self.0.last().map_or(0, |(_, value)| *value)
     }
-
-    fn poll(&mut self, _now: u64) {}
-
-    fn interrupting(&self) -> bool {
-        false
-    }
-
-    fn acknowledge(&mut self) -> Option<u8> {
-        None
-    }
-
-    fn deadline(&self) -> Option<u64> {
-        None
-    }
 }
 
 /// From the reset vector in a read-only slot through every exit that real mode can cause.
