@@ -13,7 +13,7 @@ use memslot::policy::{ArmCaches, ArmPolicy, EptPolicy, MemTypePolicy};
 use memslot::table::{GuestTable, LeafRun};
 use memslot::testing::{CacheModel, FakeFrames};
 use memslot::vm::{GuestMemory, VmKind};
-use stage2::testing::{Arch, FakeMachine, HighBits};
+use stage2::testing::{Arch, FakeMachine};
 use stage2::{
     ArmConfig, ArmFeatures, ArmStage2, AtomicEntry, CacheMaintenance, DetachedTable, EntryRef, Ept,
     EptConfig, Execute, ForceWriteBack, Granule, Ipa, IpaRange, Level, Offered, Pa, PaRange,
@@ -163,17 +163,12 @@ pub(crate) fn ept(policy: EptPolicy, run: u64, limit: u64) -> Real<Ept, EptPolic
         gigabyte: Offered::Yes,
         access_dirty: Offered::No,
     });
-    let arch = Arch {
-        ept: true,
-        fwb: false,
-        xnx: false,
-        high: HighBits::InPlace,
-        page_shift: 12,
-        index_bits: 9,
-        start: 0,
-        input_bits: 48,
-    };
-    build(arch, format.unwrap(), policy, FakeFrames::new(run, limit))
+    build(
+        Arch::ept_4k(),
+        format.unwrap(),
+        policy,
+        FakeFrames::new(run, limit),
+    )
 }
 
 impl<F: TableFormat, P: MemTypePolicy> Real<F, P> {

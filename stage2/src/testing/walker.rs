@@ -81,6 +81,17 @@ impl Arch {
         }
     }
 
+    /// EPT of four levels.
+    #[must_use]
+    pub const fn ept_4k() -> Self {
+        Self {
+            ept: true,
+            xnx: false,
+            high: HighBits::InPlace,
+            ..Self::arm_4k(0, 48, false)
+        }
+    }
+
     /// log2 of what an entry spans.
     #[must_use]
     pub fn shift(&self, level: i8) -> u32 {

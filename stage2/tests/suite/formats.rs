@@ -82,11 +82,7 @@ fn ept_with(access_dirty: Offered, gigabyte: Offered) -> Shape<Ept> {
         access_dirty,
     })
     .expect("a known shape");
-    let arch = Arch {
-        ept: true,
-        high: HighBits::InPlace,
-        ..Arch::arm_4k(0, 48, false)
-    };
+    let arch = Arch::ept_4k();
     Shape { format, arch }
 }
 

@@ -17,8 +17,8 @@ use stage2::arm::{ArmCache, ArmCacheFacts, ArmTlb, ArmTlbFacts, FetchPolicy, Lev
 use stage2::testing::{Event, FakeArm, FakeMachine, Mutation, Site};
 use stage2::{
     Aging, Annotation, CacheMaintenance, FaultRequest, ForceWriteBack, Granule, Importer,
-    InvalidateListener, Ipa, IpaRange, LeafAttrs, Level, Pa, PaRange, Perms, RangeOps,
-    TlbCaps, TlbInvalidate,
+    InvalidateListener, Ipa, IpaRange, LeafAttrs, Level, Pa, PaRange, Perms, RangeOps, TlbCaps,
+    TlbInvalidate,
 };
 
 use crate::kit::*;

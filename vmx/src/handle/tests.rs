@@ -10,19 +10,8 @@ use memslot::addr::Gfn;
 use memslot::edge::Dma;
 use memslot::policy::{CdQuirk, EptPolicy};
 use memslot::slot::{Memslot, SlotFlags, SlotId, SlotKind};
-use stage2::testing::{Arch, FakeMachine, HighBits};
+use stage2::testing::{Arch, FakeMachine};
 use stage2::{Ept, EptConfig, Offered, Stage2};
-
-const EPT_TABLES: Arch = Arch {
-    ept: true,
-    fwb: false,
-    xnx: false,
-    high: HighBits::InPlace,
-    page_shift: 12,
-    index_bits: 9,
-    start: 0,
-    input_bits: 48,
-};
 
 pub(crate) fn vm() -> Vm<FakeMachine> {
     with_policy(EptPolicy::TODAY)
@@ -36,7 +25,7 @@ fn with_policy(policy: EptPolicy) -> Vm<FakeMachine> {
         access_dirty: Offered::Yes,
     })
     .unwrap();
-    let machine = FakeMachine::new(EPT_TABLES, 32);
+    let machine = FakeMachine::new(Arch::ept_4k(), 32);
     let table = Stage2::new(format, machine, 0).unwrap();
     table.platform().attach(table.root());
     let settings = VmSettings {
