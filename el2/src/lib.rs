@@ -29,6 +29,7 @@ pub mod page_state;
 pub mod protection;
 pub mod psci;
 pub mod redistributor;
+pub mod rng200;
 pub mod smc;
 pub mod smmu;
 pub mod sync;
