@@ -2,8 +2,8 @@
 //!
 //! Invariant: the patched tree describes the bare machine, except that EL2's memory is reserved
 //! (`no-map`), every CPU is started by PSCI through HVC, a CPU that did not come up is marked
-//! `status = "fail"`, an IOMMU that EL2 drives is not there, and an interrupt translation service has
-//! `status = "disabled"`.
+//! `status = "fail"`, an IOMMU that EL2 drives is not there, and an interrupt translation service, like
+//! a random number generator that EL2 drives, has `status = "disabled"`.
 //!
 //! One pass copies the structure block token by token (Devicetree Specification 5.4) and leaves out,
 //! or adds, what differs. New properties stand first in their node; their names are appended to the
@@ -16,7 +16,7 @@ use dtoolkit::fdt::Fdt;
 use dtoolkit::standard::{AddressSpaceProperties, NodeStandard};
 use heapless::{String, Vec};
 
-use crate::info::{ITS, MPIDR_AFFINITY};
+use crate::info::{ITS, MPIDR_AFFINITY, RNG200};
 use crate::iommu::SMMU;
 use crate::tree::cells as number;
 use crate::{AddrRange, EditError};
@@ -51,6 +51,8 @@ pub struct HostTree<'a> {
     pub cpus: &'a [u64],
     /// Phandle of the IOMMU that EL2 drives: the host is not told that there is one.
     pub iommu: Option<u32>,
+    /// EL2 drives the random number generator: the host is told to leave it alone.
+    pub generator: bool,
 }
 
 /// Writes the host's tree into `buffer` and gives its length in bytes.
@@ -368,7 +370,7 @@ impl<'a, 'b> Copy<'a, 'b> {
         Ok(&["cpu-release-addr", "enable-method", "status"])
     }
 
-    /// Whether a node that holds `tokens` is the IOMMU that EL2 drives, or an ITS.
+    /// Whether a node that holds `tokens` is the IOMMU or the generator that EL2 drives, or an ITS.
     fn is_disabled(&self, mut tokens: Tokens<'_>) -> bool {
         let (mut compatible, mut phandle) = (None, None);
         while let Token::Prop(name, value) = tokens.next() {
@@ -384,7 +386,9 @@ impl<'a, 'b> Copy<'a, 'b> {
             names.any(|name| known.iter().any(|known| known.as_bytes() == name))
         };
         let is_iommu = self.host.iommu.is_some() && phandle == self.host.iommu.map(u64::from);
-        is_one_of(&[ITS]) || (is_iommu && is_one_of(SMMU))
+        is_one_of(&[ITS])
+            || (is_iommu && is_one_of(SMMU))
+            || (self.host.generator && is_one_of(RNG200))
     }
 
     /// Whether a property of this name says which IOMMU a device is behind, and the host is not to

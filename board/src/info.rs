@@ -164,6 +164,8 @@ pub struct Board<'a> {
     pub gic_tables_left_out: usize,
     /// Power control without firmware.
     pub power: Option<Power>,
+    /// Registers of the random number generator, an RNG200.
+    pub generator: Option<AddrRange>,
     /// The IOMMU in front of PCI devices.
     pub iommu: Option<Iommu>,
     /// Where devices send their interrupts.
@@ -217,6 +219,7 @@ impl<'a> Board<'a> {
             gic_tables: Vec::new(),
             gic_tables_left_out: 0,
             power: None,
+            generator: None,
             iommu: tree.iommu(),
             doorbells: tree.doorbells(),
             chosen: Chosen::default(),
@@ -352,8 +355,8 @@ impl<'a> Board<'a> {
             } else if is_any(node, &[ITS]) {
                 self.add_gic_tables(cpu_reg(path, 0));
             }
-            if is_any(node, BCM_PM) {
-                self.power = cpu_reg(path, 0).map(|regs| Power::BcmPm(regs.start()));
+            if is_any(node, BCM) {
+                self.read_bcm(path);
             }
             None
         });
@@ -362,6 +365,18 @@ impl<'a> Board<'a> {
 }
 
 impl Board<'_> {
+    /// A node that is one of [`BCM`].
+    fn read_bcm(&mut self, path: &Path<'_>) {
+        let registers = cpu_reg(path, 0);
+        match path.last() {
+            Some(node) if is_any(node, RNG200) => {
+                let registers = registers.filter(|_| is_enabled(node));
+                self.generator = self.generator.or(registers);
+            }
+            _ => self.power = registers.map(|registers| Power::BcmPm(registers.start())),
+        }
+    }
+
     fn add_gic_tables(&mut self, registers: Option<AddrRange>) {
         if let Some(registers) = registers
             && self.gic_tables.push(registers).is_err()
@@ -378,13 +393,19 @@ pub(crate) const ITS: &str = "arm,gic-v3-its";
 /// CPU_OFF with a reset by RMR_EL3 that does not come; CPU_ON says that it does (raspberrypi/linux 7291).
 const KEEPS_CORES: &[&str] = &["brcm,bcm2712"];
 
-/// Bindings of the power management block (brcm,bcm2835-pm.yaml).
-const BCM_PM: &[&str] = &[
+/// Bindings of the power management block (brcm,bcm2835-pm.yaml), and [`RNG200`]: no other board has them, so
+/// that a node is asked for all of them at once.
+const BCM: &[&str] = &[
     "brcm,bcm2835-pm",
     "brcm,bcm2711-pm",
     "brcm,bcm2712-pm",
     "brcm,bcm2835-pm-wdt",
+    RNG200[0],
 ];
+
+/// Binding of the random number generator (brcm,iproc-rng200.yaml) as a BCM2711 and a BCM2712 have it.
+/// Others of its family warm up differently.
+pub(crate) const RNG200: &[&str] = &["brcm,bcm2711-rng200"];
 
 /// Entries of a `reg` whose parent is the root or another identity-mapped node.
 fn regs(node: &FdtNode<'_>) -> impl Iterator<Item = AddrRange> {
@@ -512,6 +533,17 @@ impl Tree<'_> {
             "what is beyond is left out"
         );
         found
+    }
+
+    /// Registers of a random number generator that the tree says to leave alone, as
+    /// [`crate::patch_for_host`] does with EL2's.
+    #[must_use]
+    pub fn disabled_generator(&self) -> Option<AddrRange> {
+        self.find_map(|path| {
+            let node = path.last()?;
+            let is_it = is_any(node, RNG200) && !is_enabled(node);
+            is_it.then(|| cpu_reg(path, 0))?
+        })
     }
 
     /// EL2's memory, as [`crate::patch_for_host`] reserved it.

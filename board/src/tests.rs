@@ -194,6 +194,11 @@ fn pi() -> Vec<u8> {
             vec![0x7e10_0000, 0x114],
         ),
         (
+            "rng@7e104000",
+            "brcm,bcm2711-rng200",
+            vec![0x7e10_4000, 0x28],
+        ),
+        (
             "interrupt-controller@40041000",
             "arm,gic-400",
             vec![
@@ -231,6 +236,7 @@ fn host(el2: AddrRange, cpus: &[u64]) -> HostTree<'_> {
         el2,
         cpus,
         iommu: Some(0x8004),
+        generator: true,
     }
 }
 
@@ -498,4 +504,34 @@ fn the_host_is_not_told_of_the_iommu() {
     let status = prop(&tree, "/smmuv3@9050000", "status");
     assert_eq!(status, Some(&b"disabled\0"[..]));
     assert_eq!(read(&tree).iommu, None);
+}
+
+#[test]
+fn the_generator_is_found_unless_it_is_disabled() {
+    let blob = pi();
+    let registers = range(0xfe10_4000, 0xfe10_4028);
+    assert_eq!(read(&blob).generator, Some(registers));
+    assert_eq!(read(&virt(1)).generator, None);
+    // What EL2 makes of the tree is one where it is disabled.
+    let tree = patched(&blob, &[0]);
+    assert_eq!(read(&tree).generator, None);
+    let disabled = |blob| Tree::new(blob).unwrap().disabled_generator();
+    assert_eq!(disabled(&blob), None);
+    assert_eq!(disabled(&tree), Some(registers));
+}
+
+#[test]
+fn the_host_keeps_a_generator_that_el2_does_not_drive() {
+    let (blob, el2) = (pi(), range(0x5fe0_0000, 0x6000_0000));
+    let node = "/soc/rng@7e104000";
+    let disabled = Some(&b"disabled\0"[..]);
+    assert_eq!(prop(&patched(&blob, &[0]), node, "status"), disabled);
+    let mut buffer = vec![0; blob.len() + 8192];
+    let kept = HostTree {
+        generator: false,
+        ..host(el2, &[0])
+    };
+    let length = patch_for_host(Tree::new(&blob).unwrap().fdt(), &mut buffer, &kept).unwrap();
+    assert_eq!(prop(&buffer[..length], node, "status"), None);
+    assert_eq!(read(&buffer[..length]).generator, read(&blob).generator);
 }

@@ -616,6 +616,7 @@ fn load_host(boot: &Boot, hypervisor: &Hypervisor) -> StartOrder {
         iommu: iommu_of(boot)
             .filter(|iommu| hypervisor.own_devices.contains(&iommu.registers))
             .map(|iommu| iommu.phandle),
+        generator: false,
     };
     if let Err(error) = patch_for_host(boot.tree.fdt(), tree_bytes, &host) {
         fatal(format_args!("{error}"));

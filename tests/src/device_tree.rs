@@ -77,6 +77,21 @@ pub fn remove(tree: &mut DeviceTree, path: &str) -> Result<()> {
         .with_context(|| format!("the tree has no {path}"))
 }
 
+/// Adds an RNG200 to a bus; `reg` in the bus's cells.
+///
+/// # Errors
+/// There is no such bus.
+pub fn add_generator(tree: &mut DeviceTree, bus: &str, reg: &[u32]) -> Result<()> {
+    let bus = tree.find_node_mut(bus).context("no such bus")?;
+    let first = reg.first().context("no address")?;
+    let mut generator = node(&format!("rng@{first:x}"))?;
+    set(&mut generator, "compatible", "brcm,bcm2711-rng200")?;
+    let reg: Vec<_> = reg.iter().copied().flat_map(u32::to_be_bytes).collect();
+    set_bytes(&mut generator, "reg", &reg)?;
+    bus.add_child(generator);
+    Ok(())
+}
+
 /// Reserves memory that may be mapped, as firmware does for its own.
 ///
 /// # Errors

@@ -272,6 +272,7 @@ fn check_host_tree(blob: &[u8], cpus: &[u64]) {
             el2,
             cpus,
             iommu: None,
+            generator: board.generator.is_some(),
         },
     )
     .unwrap();
@@ -286,6 +287,8 @@ fn check_host_tree(blob: &[u8], cpus: &[u64]) {
     assert!(host.no_map.as_slice().iter().any(|r| r.contains_range(el2)));
     assert_eq!(host.memory.as_slice(), board.memory.as_slice());
     assert_eq!((host.console, host.gic), (board.console, board.gic));
+    // The node is there, counted below, but disabled.
+    assert_eq!(host.generator, None);
     let node = format!("/reserved-memory/ravelin@{:x}", el2.start());
     assert!(
         Fdt::new(patched)
@@ -321,12 +324,69 @@ fn pi5_host_gets_the_machine_less_el2() {
 }
 
 #[test]
+fn pi4_has_a_generator_alone_in_its_page() {
+    let blob = pi4();
+    let generator = Board::read(&Tree::new(&blob).unwrap()).unwrap().generator;
+    assert_eq!(generator, Some(range(0xfe10_4000, 0xfe10_4028)));
+    // What else were there, the host would lose, too. The bus maps 0x7e000000 to 0xfe000000.
+    assert_eq!(
+        neighbours(&blob, "/soc", 0x7e10_4000),
+        ["rng@7e104000"],
+        "by bus addresses"
+    );
+}
+
+/// Debian's tree of the Pi 5 does not name the generator, Raspberry Pi's own, which its firmware loads, does.
+#[test]
+fn pi5_has_a_generator_if_its_tree_names_it() {
+    let shipped = pi5();
+    let read = |blob| Board::read(&Tree::new(blob).unwrap()).unwrap().generator;
+    assert_eq!(read(&shipped), None);
+    let blob = with_pi5_generator(&shipped);
+    assert_eq!(read(&blob), Some(range(0x10_7d20_8000, 0x10_7d20_8028)));
+    let soc = "/soc@107c000000";
+    assert_eq!(neighbours(&blob, soc, 0x7d20_8000), ["rng@7d208000"]);
+}
+
+#[test]
+fn pi5_host_is_not_given_the_generator() {
+    check_host_tree(&with_pi5_generator(&pi5()), &[0, 0x100, 0x200, 0x300]);
+}
+
+/// The node of raspberrypi/linux, `bcm2712-ds.dtsi`, and of Linux since its `bcm2712.dtsi` has one.
+fn with_pi5_generator(blob: &[u8]) -> Vec<u8> {
+    let mut tree = device_tree::parse(blob).unwrap();
+    let reg = [0x7d20_8000, 0x28];
+    device_tree::add_generator(&mut tree, "/soc@107c000000", &reg).unwrap();
+    tree.to_dtb()
+}
+
+/// Nodes of a bus of one address and one size cell that have registers in the page at a bus address.
+fn neighbours(blob: &[u8], bus: &str, page: u32) -> Vec<String> {
+    let tree = device_tree::parse(blob).unwrap();
+    let bus = tree.find_node(bus).unwrap();
+    let is_there = |reg: &[u8]| {
+        let entries = reg.chunks_exact(8);
+        entries.into_iter().any(|entry| {
+            let word = |at: usize| u32::from_be_bytes(entry[at..at + 4].try_into().unwrap());
+            word(0) < page + 0x1000 && page < word(0) + word(4)
+        })
+    };
+    let inside = bus.children().filter(|node| {
+        let reg = node.property("reg");
+        reg.is_some_and(|reg| is_there(reg.value()))
+    });
+    inside.map(|node| node.name().to_owned()).collect()
+}
+
+#[test]
 fn other_pi_4_boards_are_read_alike() {
     for name in ["bcm2711-rpi-400.dtb", "bcm2711-rpi-cm4-io.dtb"] {
         let blob = as_firmware_leaves_it(name, "/memory@0", &[0, 0, 0x3b40_0000]);
         let board = read(&blob);
         assert_eq!(board.cpus.len(), 4, "{name}");
         assert!(board.console.is_some() && board.gic.is_some(), "{name}");
+        assert!(board.generator.is_some(), "{name}");
         assert!(
             Fdt::new(&blob)
                 .unwrap()

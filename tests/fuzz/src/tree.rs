@@ -67,7 +67,7 @@ const PROPERTIES: [&str; 33] = [
     "dma-ranges",
 ];
 
-const STRINGS: [&str; 30] = [
+const STRINGS: [&str; 31] = [
     "memory",
     "cpu",
     "arm,psci-1.0",
@@ -81,6 +81,7 @@ const STRINGS: [&str; 30] = [
     "arm,pl011",
     "brcm,bcm2835-aux-uart",
     "brcm,bcm2711-pm",
+    "brcm,bcm2711-rng200",
     "simple-bus",
     "virtio,mmio",
     "okay",
@@ -162,6 +163,7 @@ fn patch(tree: &Tree<'_>, board: &Board<'_>, blob: &[u8]) {
         el2,
         cpus: &cpus,
         iommu: board.iommu.as_ref().map(|iommu| iommu.phandle),
+        generator: board.generator.is_some(),
     };
     let Ok(length) = board::patch_for_host(tree.fdt(), &mut buffer, &host) else {
         return;
@@ -171,6 +173,7 @@ fn patch(tree: &Tree<'_>, board: &Board<'_>, blob: &[u8]) {
     let reserved = patched.reserved.as_slice();
     let holds = |range: &AddrRange| range.start() <= el2.start() && el2.end() <= range.end();
     assert!(reserved.iter().any(holds), "EL2's memory is not reserved");
+    assert_eq!(patched.generator, None, "the host has EL2's generator");
 }
 
 /// The FIT, as the shim reads it.
