@@ -250,8 +250,9 @@ fn map_all(map: &mut Map, boot: &Boot, image: &Image) -> Result<(), aarch64_pagi
         let page = device - device % PAGE_SIZE;
         map.map(range(page, page + PAGE_SIZE), mmu::DEVICE)?;
     }
-    if let Some(iommu) = iommu_of(boot) {
-        map.map(iommu.registers, mmu::DEVICE)?;
+    let iommu = iommu_of(boot).map(|iommu| iommu.registers);
+    for registers in iommu.into_iter().chain(boot.board.generator) {
+        map.map(registers.grow_to_pages(), mmu::DEVICE)?;
     }
     for registers in PhysicalGic::mapped(boot.board.gic.as_ref()) {
         map.map(registers, mmu::DEVICE)?;
@@ -435,18 +436,22 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
     };
     let gic = PhysicalGic::probe(boot.board.gic.as_ref(), boot.features.gic_sysregs);
     let firmware = boot.board.firmware.as_slice().iter().copied();
-    let registers = smmu.map(|tree| tree.registers);
+    let has_firmware = machine.psci == Some(board::PsciConduit::Smc);
+    let id = regs::id_registers();
+    let entropy = Entropy::find(id.isar0, has_firmware, boot.board.generator);
+    let generator = entropy.as_ref().and_then(Entropy::registers);
+    let driven = smmu.map(|tree| tree.registers).into_iter().chain(generator);
+    let driven: Vec<AddrRange, 2> = driven.collect();
     let tables = boot.board.gic_tables.iter().copied();
-    let devices = gic.private().into_iter().chain(registers).chain(tables);
-    for range in devices.chain(firmware) {
+    let devices = gic.private().into_iter().chain(driven.iter().copied());
+    for range in devices.chain(tables).chain(firmware) {
         if !host.hide(range) {
             fatal(format_args!("too many ranges to hide from the host"));
         }
     }
     isolate_dma(boot, smmu, pool, &mut host);
     report_gic_tables(&boot.board);
-    let has_firmware = machine.psci == Some(board::PsciConduit::Smc);
-    let id = regs::id_registers();
+    report_entropy(boot, entropy.as_ref());
     hypervisor::publish(Hypervisor {
         machine,
         features: features.with_controller(boot.board.gic.as_ref()),
@@ -459,8 +464,8 @@ fn assemble(boot: &Boot, cpus: Vec<&'static CpuData, MAX_CPUS>) -> &'static Hype
         vms: &vm::VMS,
         ids: hardware_ids(&id),
         mitigations: mitigations(has_firmware),
-        entropy: Entropy::find(id.isar0, has_firmware),
-        own_devices: own_devices(boot, &gic, registers),
+        own_devices: own_devices(boot, &gic, &driven),
+        entropy,
     })
 }
 
@@ -524,6 +529,18 @@ fn report_gic_tables(board: &Board<'_>) {
     }
 }
 
+/// Says where random numbers for guests come from; without a source their calls for some are refused.
+fn report_entropy(boot: &Boot, entropy: Option<&Entropy>) {
+    let source = match entropy {
+        Some(Entropy::Instruction) => "the core's RNDR",
+        Some(Entropy::Firmware) => "firmware's TRNG",
+        Some(Entropy::Generator(..)) => "the board's RNG200",
+        None if boot.board.generator.is_some() => "none, the board's RNG200 does not answer",
+        None => "none, this machine has no source",
+    };
+    say!(Info, "entropy for guests: {source}");
+}
+
 /// Memory that firmware says nobody may map is given to nobody. What is firmware's own the host
 /// does not reach either: from there it could change what EL2 calls.
 fn reserve_no_map(boot: &Boot, pages: &PageStates<'_>) {
@@ -572,15 +589,16 @@ fn mitigations(has_firmware: bool) -> Mitigations {
     }
 }
 
-/// Registers that no guest may be given: the interrupt controller's, and those that EL2 uses.
-fn own_devices(boot: &Boot, gic: &PhysicalGic, smmu: Option<AddrRange>) -> Vec<AddrRange, 16> {
+/// Registers that no guest may be given: the interrupt controller's, and those that EL2 uses, `driven`
+/// among them.
+fn own_devices(boot: &Boot, gic: &PhysicalGic, driven: &[AddrRange]) -> Vec<AddrRange, 16> {
     let power = boot.board.power.map(|Power::BcmPm(base)| base);
     let console = boot.board.console.map(|console| console.base);
     let pages = [power, console].into_iter().flatten();
     let pages = pages.filter_map(|at| AddrRange::with_size(at - at % PAGE_SIZE, PAGE_SIZE));
     let gic = gic.owned().into_iter().flatten();
     let tables = boot.board.gic_tables.iter().copied();
-    let regions = gic.chain(smmu).chain(tables);
+    let regions = gic.chain(driven.iter().copied()).chain(tables);
     regions.map(AddrRange::grow_to_pages).chain(pages).collect()
 }
 
@@ -616,7 +634,7 @@ fn load_host(boot: &Boot, hypervisor: &Hypervisor) -> StartOrder {
         iommu: iommu_of(boot)
             .filter(|iommu| hypervisor.own_devices.contains(&iommu.registers))
             .map(|iommu| iommu.phandle),
-        generator: false,
+        generator: hypervisor.generator().is_some(),
     };
     if let Err(error) = patch_for_host(boot.tree.fdt(), tree_bytes, &host) {
         fatal(format_args!("{error}"));

@@ -84,6 +84,12 @@ impl Hypervisor {
         self.machine.psci == Some(PsciConduit::Smc)
     }
 
+    /// The board's random number generator, if EL2 has taken it from the host.
+    pub(crate) fn generator(&self) -> Option<&Entropy> {
+        let is_ours = |source: &&Entropy| source.registers().is_some();
+        self.entropy.as_ref().filter(is_ours)
+    }
+
     /// Whether a core that is off is firmware's; else it waits in EL2.
     pub(crate) fn parks_in_firmware(&self) -> bool {
         self.has_firmware() && self.machine.psci_gives_back

@@ -7,6 +7,7 @@ use core::fmt;
 
 use abi::{Counter, SMCCC_NOT_SUPPORTED, SMCCC_SUCCESS};
 use el2::esr::{self, Abort, Access, Cause, FaultKind};
+use el2::guest::entropy;
 use el2::guest::mmio::{self, Decoded, MmioAccess};
 use el2::psci::{self, PsciError, Request, StartOrder};
 use el2::smc::{self, Verdict};
@@ -120,8 +121,16 @@ fn give(regs: &mut Regs, answer: [u64; 4]) {
     regs.x[1..5].copy_from_slice(&answer);
 }
 
-/// Hands an allow-listed call to firmware, where there is one.
+/// Hands an allow-listed call to firmware, where there is one. Calls for random numbers are EL2's where the
+/// host has lost its generator to it.
 fn forward(hypervisor: &Hypervisor, regs: &mut Regs) {
+    let [id, argument, ..] = regs.x;
+    if let (Some(source), Ok(id)) = (hypervisor.generator(), u32::try_from(id))
+        && let Some(answer) = entropy::call(id, argument, Some(source))
+    {
+        regs.x[..4].copy_from_slice(&answer);
+        return;
+    }
     if !hypervisor.has_firmware() {
         regs.x[0] = SMCCC_NOT_SUPPORTED;
         return;

@@ -17,6 +17,8 @@ pub(crate) struct Machine {
     pub(crate) board: Board<'static>,
     /// EL2's memory, as the tree reserves it.
     pub(crate) el2: Option<AddrRange>,
+    /// Registers of a random number generator that is EL2's, or disabled by firmware.
+    pub(crate) generator: Option<AddrRange>,
     /// What a core needs to turn its MMU on.
     pub(crate) settings: Settings,
     features: Features,
@@ -30,6 +32,7 @@ pub(crate) fn read(address: u64) -> Result<Machine, BoardError> {
     console::set(tree.console());
     let mut board = Board::read(&tree)?;
     let el2 = tree.reserved_by_ravelin();
+    let generator = tree.disabled_generator();
     board.reserve(tree_range)?;
     if let Some(image) = mem::image() {
         board.reserve(image)?;
@@ -40,6 +43,7 @@ pub(crate) fn read(address: u64) -> Result<Machine, BoardError> {
         tree_range,
         board,
         el2,
+        generator,
         settings,
         features,
     })

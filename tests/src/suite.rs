@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod dma;
+mod generator;
 mod guests;
 mod left_out;
 mod linux;

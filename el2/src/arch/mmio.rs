@@ -61,10 +61,10 @@ impl Mmio {
         unsafe { Self::new(base) }
     }
 
-    /// An SMMU, which the device tree names and EL2 maps.
-    pub(crate) const fn smmu(base: u64) -> Self {
-        // SAFETY: hidden from the host, so it is EL2's alone; the driver lets it at no memory but
-        // tables and queues from EL2's pool.
+    /// An SMMU or a random number generator, which the device tree names and EL2 maps.
+    pub(crate) const fn owned(base: u64) -> Self {
+        // SAFETY: hidden from the host, so it is EL2's alone; an SMMU's driver lets it at no memory
+        // but tables and queues from EL2's pool, and a generator accesses none.
         unsafe { Self::new(base) }
     }
 

@@ -19,7 +19,7 @@ impl Registers {
     /// EL2's `pool`.
     pub(crate) const fn new(base: u64, pool: &'static FramePool) -> Self {
         Self {
-            mmio: Mmio::smmu(base),
+            mmio: Mmio::owned(base),
             pool,
         }
     }

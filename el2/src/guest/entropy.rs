@@ -1,8 +1,10 @@
-//! Random numbers for guests: the TRNG firmware interface, version 1.0.
+//! Random numbers for guests, and for a host that has lost its generator to EL2: the TRNG firmware
+//! interface, version 1.0.
 //!
 //! Source: Arm True Random Number Generator Firmware Interface (DEN 0098), section 2.
 
-/// Where random numbers come from: the RNDR instruction, or firmware. Never the host.
+/// Where random numbers come from: the RNDR instruction, firmware, or the board's generator. Never the
+/// host.
 pub trait EntropySource {
     /// 64 bits of conditioned entropy; `None` if there is none right now.
     fn next(&self) -> Option<u64>;
@@ -22,7 +24,8 @@ const NO_ENTROPY: u64 = u64::MAX - 2;
 const UUID: [u64; 4] = [0x4a3c_9f6e, 0xf147_0b2d, 0x1e5c_369a, 0xe2b7_d088];
 
 /// Answers `id` with `x1`; `None` if it is no call of this interface or there is no source.
-pub(super) fn call(id: u32, argument: u64, source: Option<&dyn EntropySource>) -> Option<[u64; 4]> {
+#[must_use]
+pub fn call(id: u32, argument: u64, source: Option<&dyn EntropySource>) -> Option<[u64; 4]> {
     let source = source?;
     match id {
         VERSION => Some([VERSION_1_0, 0, 0, 0]),

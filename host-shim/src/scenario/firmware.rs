@@ -3,16 +3,22 @@
 use abi::{Counter, Features};
 
 use super::kit::expect;
+use crate::arch::fault;
 use crate::call::{self, Conduit, raw};
 use crate::machine::Machine;
 use crate::report::Report;
 
 const NOT_SUPPORTED: u64 = abi::SMCCC_NOT_SUPPORTED;
+/// Random numbers (Arm DEN 0098).
+const TRNG_VERSION: u32 = 0x8400_0050;
+const TRNG_RND64: u32 = 0xc400_0053;
+/// None right now.
+const NO_ENTROPY: u64 = u64::MAX - 2;
 
 /// MEM_PROTECT and MEM_PROTECT_CHECK_RANGE (DEN 0022 5.1).
 const MEM_PROTECT: [u32; 3] = [0x8400_0013, 0x8400_0014, 0xc400_0014];
 
-pub(super) fn run(_: &Machine, report: &mut Report) {
+pub(super) fn run(machine: &Machine, report: &mut Report) {
     report.check("psci_is_1_1_by_hvc_and_by_smc", psci_version());
     report.check("psci_features_lists_what_is_served", psci_features());
     report.check("psci_migrate_info_needs_no_migration", migrate());
@@ -22,6 +28,7 @@ pub(super) fn run(_: &Machine, report: &mut Report) {
     report.check("smc_with_wide_id_is_not_supported", wide());
     report.check("smc_is_trapped_and_counted", counted());
     report.check("smc_on_the_list_is_answered", listed());
+    report.check("el2s_generator_is_out_of_reach", generator(machine));
 }
 
 fn psci_version() -> Result<(), &'static str> {
@@ -113,13 +120,34 @@ fn counted() -> Result<(), &'static str> {
     expect(after == before + 7, "the count is wrong")
 }
 
-/// TRNG_VERSION: firmware's answer where there is firmware, else NOT_SUPPORTED; never a hang.
+/// TRNG_VERSION: firmware's answer where there is firmware, EL2's where the generator is EL2's, else
+/// NOT_SUPPORTED; never a hang.
 fn listed() -> Result<(), &'static str> {
-    let answer = raw(Conduit::Smc, 0x8400_0050, [0; 3])[0];
+    let answer = raw(Conduit::Smc, TRNG_VERSION, [0; 3])[0];
     let firmware = call::features().contains(Features::FIRMWARE_CALLS);
     let refusal = answer as u32 == u32::MAX;
     expect(
-        firmware || refusal,
-        "someone answered although there is no firmware",
+        firmware || refusal || answer == 0x1_0000,
+        "someone else answered although there is no firmware",
     )
+}
+
+/// What EL2 has taken is not mapped, and TRNG gives what comes out of it, or says that there is none
+/// right now.
+fn generator(machine: &Machine) -> Result<(), &'static str> {
+    let Some(registers) = machine.generator else {
+        return Ok(());
+    };
+    for register in (registers.start()..registers.end()).step_by(4) {
+        let refused = [fault::load, fault::store].map(|access| fault::expect(|| access(register)));
+        expect(refused.iter().all(Option::is_some), "it was accessed")?;
+    }
+    for conduit in [Conduit::Hvc, Conduit::Smc] {
+        let version = raw(conduit, TRNG_VERSION, [0; 3])[0];
+        expect(version == 0x1_0000, "there is no TRNG in its place")?;
+        let [status, _, _, word] = raw(conduit, TRNG_RND64, [64, 0, 0]);
+        let is_honest = status == 0 || (status == NO_ENTROPY && word == 0);
+        expect(is_honest, "TRNG_RND64 says something else")?;
+    }
+    Ok(())
 }

@@ -11,18 +11,22 @@ use crate::machine::Machine;
 /// TRNG_RND64 (Arm DEN 0098).
 const TRNG_RND64: u32 = 0xc400_0053;
 
+/// Status of a source that has none right now.
+const NO_ENTROPY: u64 = u64::MAX - 2;
+
 static GENERATOR: Mutex<Option<Random>> = Mutex::new(None);
 
-/// Keys the generator: by the core's RNDR, by firmware, by the boot loader's seed.
+/// Keys the generator: by the core's RNDR, by TRNG, by the boot loader's seed.
 pub(super) fn start(machine: &Machine) {
     let mut sources = Sources::default();
     sources.add(machine.board.chosen.rng_seed);
+    // A board's generator that EL2 drives warms up for half a second.
+    let deadline = arch::ticks().saturating_add(arch::ticks_per_second());
     for _ in 0..KEY / 8 {
         if let Some(word) = (0..16).find_map(|_| arch::random()) {
             sources.add(&word.to_le_bytes());
         }
-        let [status, _, _, word] = raw(Conduit::Smc, TRNG_RND64, [64, 0, 0]);
-        if status == 0 {
+        if let Some(word) = from_trng(deadline) {
             sources.add(&word.to_le_bytes());
         }
     }
@@ -34,6 +38,17 @@ pub(super) fn start(machine: &Machine) {
         ));
     }
     *GENERATOR.lock() = generator;
+}
+
+/// 64 bits from firmware or EL2, until `deadline` as soon as it has some.
+fn from_trng(deadline: u64) -> Option<u64> {
+    loop {
+        match raw(Conduit::Smc, TRNG_RND64, [64, 0, 0]) {
+            [0, _, _, word] => return Some(word),
+            [NO_ENTROPY, ..] if arch::ticks() < deadline => core::hint::spin_loop(),
+            _ => return None,
+        }
+    }
 }
 
 /// Whether there are random numbers.

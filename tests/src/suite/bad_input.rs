@@ -43,7 +43,11 @@ pub(super) fn no_tree(machine: Machine, x0: u32) -> Scenario {
 }
 
 /// Starts the image through a launcher: QEMU itself would repair or refuse a bad tree.
-fn launch(machine: &Machine, context: &Context, argument: Argument<'_>) -> Result<Transcript> {
+pub(super) fn launch(
+    machine: &Machine,
+    context: &Context,
+    argument: Argument<'_>,
+) -> Result<Transcript> {
     let image = files::read(&emulate::ravelin_image(), "run `make build`")?;
     let kernel = context.folder.join("launcher.img");
     files::write(&kernel, &launcher(&image, argument)?)?;

@@ -1,7 +1,7 @@
 //! QEMU's `virt`: every CPU with every interrupt controller.
 
 use super::vm_linux::{self, DEFAULT, Reset, Setting};
-use super::{bad_input, dma, guests, left_out, linux, reset, shim};
+use super::{bad_input, dma, generator, guests, left_out, linux, reset, shim};
 use crate::device_tree::Damage;
 use crate::machine::{CPUS, Clock, Gic, Machine};
 use crate::payload::Payloads;
@@ -59,6 +59,8 @@ pub(super) fn scenarios(payloads: &Arc<Payloads>) -> Vec<Scenario> {
     all.push(guests::talking(&a76(Gic::V3, 4), payloads));
     all.push(guests::talking(&Machine::virt("max", Gic::V2, 2), payloads));
     all.extend(bad_inputs(payloads));
+    all.push(generator::silent(Machine::virt("cortex-a72", Gic::V2, 2)));
+    all.push(generator::failing(Machine::virt("cortex-a72", Gic::V2, 2)));
     all.push(left_out::too_big(&a76(Gic::V3, 2)));
     all.push(left_out::without_kernel(&a76(Gic::V3, 2)));
     all.push(left_out::without_iommu(&a76(Gic::V3, 2)));
