@@ -12,6 +12,7 @@ extern crate std;
 pub mod core_interrupts;
 pub mod counters;
 pub mod esr;
+pub mod exits;
 pub mod features;
 pub mod fine_grained;
 pub mod guest;

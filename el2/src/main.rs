@@ -26,8 +26,6 @@ mod console;
 #[cfg(target_os = "none")]
 mod entropy;
 #[cfg(target_os = "none")]
-mod exits;
-#[cfg(target_os = "none")]
 mod host;
 #[cfg(target_os = "none")]
 mod hypervisor;
@@ -39,6 +37,8 @@ mod panic;
 mod power;
 #[cfg(target_os = "none")]
 mod protect;
+#[cfg(target_os = "none")]
+mod running;
 #[cfg(target_os = "none")]
 mod slice;
 #[cfg(target_os = "none")]

@@ -2,6 +2,7 @@
 
 use abi::{ErrorCode, Exit, VmCounter};
 use core::sync::atomic::{AtomicU64, Ordering};
+use el2::exits::{self, Next, PendingLoad};
 use el2::features::Features;
 use el2::guest::PHYSICAL_TIMER_PPI;
 use el2::guest::psci::Turn;
@@ -19,7 +20,6 @@ use crate::arch::controls::HostControls;
 use crate::arch::cpu::CpuData;
 use crate::arch::world::{self, Context, HostWorld, hcr};
 use crate::arch::{cpu, firmware, regs, windows};
-use crate::exits;
 use crate::hypervisor::Hypervisor;
 use crate::slice::Slice;
 use crate::vm::Vm;
@@ -42,7 +42,7 @@ pub(crate) struct VcpuState {
     pub(crate) gic: CpuInterface,
     pub(crate) caches: VcpuCaches,
     /// The load that the host is asked to complete.
-    pub(crate) load: Option<exits::PendingLoad>,
+    pub(crate) load: Option<PendingLoad>,
     /// The physical timer that the guest sees.
     pub(crate) physical_timer: EmulatedTimer,
     /// The list registers hold what the virtual GIC gave.
@@ -79,17 +79,6 @@ impl Counts {
             .get(counter as usize)
             .map_or(0, |value| value.load(Ordering::Relaxed))
     }
-}
-
-/// How the guest goes on after an exception.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Next {
-    /// At once.
-    Resume,
-    /// After its interrupts have been looked at again.
-    Refresh,
-    /// Not before the host has done something: [`Running::exit`] says what.
-    Leave,
 }
 
 /// A vCPU that is loaded on this CPU.
@@ -167,7 +156,7 @@ impl Vcpu {
             Turn::GoesOn | Turn::IsOff => return Ok(Exit::VcpuOff),
         }
         if let Some(load) = state.load.take() {
-            load.complete(&mut state.context.regs, loaded);
+            state.context.regs.complete(load, loaded);
         }
         // Seen too late by the run before.
         if let Some(intid) = vm.vgic.take_ended() {

@@ -202,6 +202,11 @@ pub(crate) fn syndrome() -> Syndrome {
     }
 }
 
+/// FAR_EL2 and HPFAR_EL2 alone.
+pub(crate) fn fault_addresses() -> (u64, u64) {
+    (FAR_EL2.get(), HPFAR_EL2.get())
+}
+
 /// Where the exception returns to, and as what: ELR_EL2 and SPSR_EL2.
 pub(crate) fn return_state() -> (u64, u64) {
     (ELR_EL2.get(), SPSR_EL2.get())

@@ -9,7 +9,7 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use el2::esr;
+use el2::exits::{PendingLoad, Registers};
 use el2::features::Features;
 
 use super::controls::{CPTR_GUEST, CPTR_GUEST_WITH_FP, HostControls, Parts};
@@ -24,7 +24,7 @@ use super::tlb::{MMU_ON, NO_WALKS};
 #[repr(C, align(16))]
 pub(crate) struct GuestRegs {
     /// x0 to x30.
-    pub(crate) x: [u64; 31],
+    pub(crate) x: Registers,
     /// While the vCPU is not loaded; else it is in ELR_EL2.
     pc: u64,
     /// While the vCPU is not loaded; else it is in SPSR_EL2.
@@ -37,21 +37,11 @@ const _: () = assert!(core::mem::offset_of!(GuestRegs, x) == 0);
 const _: () = assert!(core::mem::offset_of!(GuestRegs, el2_sp) == 264);
 
 impl GuestRegs {
-    /// Register `number` as an instruction names it: 31 is the zero register.
-    pub(crate) fn get(&self, number: u8) -> u64 {
-        self.x.get(usize::from(number)).copied().unwrap_or(0)
-    }
-
-    /// Writes it.
-    pub(crate) fn set(&mut self, number: u8, value: u64) {
-        if let Some(register) = self.x.get_mut(usize::from(number)) {
-            *register = value;
-        }
-    }
-
-    /// Makes a vCPU that is not loaded step over the instruction that trapped with this syndrome.
-    pub(crate) fn skip(&mut self, esr: u64) {
-        (self.pc, self.pstate) = esr::behind(self.pc, self.pstate, esr);
+    /// Completes a load of a vCPU that is not loaded, with the host's value.
+    #[inline]
+    pub(crate) fn complete(&mut self, load: PendingLoad, value: u64) {
+        let at = (self.pc, self.pstate);
+        (self.pc, self.pstate) = load.complete(&mut self.x, at, value);
     }
 
     /// Loads PC and PSTATE for the next entry.
@@ -295,7 +285,7 @@ impl Context {
     /// Starts over at `entry` with `x0`, as CPU_ON does.
     pub(crate) fn restart(&mut self, features: &Features, entry: u64, x0: u64) {
         *self = Self::new(features);
-        self.regs.x[0] = x0;
+        self.regs.x.set(0, x0);
         self.regs.pc = entry;
         self.regs.pstate = PSTATE_START;
     }
@@ -568,6 +558,22 @@ pub(crate) fn enter(guest: &mut Context) -> u64 {
 /// Writes HCR_EL2 of the guest that is loaded.
 pub(crate) fn set_hcr(value: u64) {
     regs::set_hcr(value);
+}
+
+/// Makes a virtual SError pending for the guest that is loaded.
+pub(crate) fn pend_serror(guest: &mut Context) {
+    guest.hcr |= hcr::VSE;
+    set_hcr(guest.hcr);
+}
+
+/// Makes the guest that is loaded trap when it writes SCTLR_EL1 and the like, or not.
+pub(crate) fn trap_vm_registers(guest: &mut Context, trap: bool) {
+    note_serror(guest);
+    guest.hcr &= !hcr::TVM;
+    if trap {
+        guest.hcr |= hcr::TVM;
+    }
+    set_hcr(guest.hcr);
 }
 
 /// Notes whether the virtual SError of the guest that is loaded is still pending: the core clears
