@@ -20,6 +20,12 @@ mod gic;
 mod interrupt;
 mod loaded;
 mod register;
+#[cfg(any(test, feature = "testing"))]
+#[cfg(not(loom))]
+pub mod testing;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests;
 
 use abi::VmCounter;
 
