@@ -4,6 +4,7 @@ use abi::{Exit, VmCounter};
 use memslot::addr::Gfn;
 use memslot::frames::FrameSource;
 use memslot::policy::MemTypePolicy;
+use memslot::slot::SlotKind;
 use memslot::table::GuestTable;
 use memslot::vm::GuestMemory;
 
@@ -14,13 +15,14 @@ use crate::guest::psci::Action as PowerAction;
 use crate::guest::smccc::{self, Action};
 use crate::guest_memory::Moved;
 
-/// Whether an IPA is in a slot of the guest's memory.
+/// Whether an IPA is in a slot of memory, not of a device.
 #[must_use]
 pub fn is_memory<T: GuestTable, P: MemTypePolicy, S: FrameSource>(
     memory: &GuestMemory<T, P, S>,
     ipa: u64,
 ) -> bool {
-    Gfn::try_new(ipa >> 12).is_some_and(|gfn| memory.find_slot(gfn).is_some())
+    let slot = Gfn::try_new(ipa >> 12).and_then(|gfn| memory.find_slot(gfn));
+    slot.is_some_and(|(slot, _)| slot.kind == SlotKind::Ram)
 }
 
 /// HVC.

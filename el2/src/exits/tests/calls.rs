@@ -4,7 +4,7 @@ use abi::{Exit, VmCounter};
 
 use super::*;
 use crate::exits::Registers;
-use crate::exits::testing::OWNED_PAGES;
+use crate::exits::testing::{DEVICE, OWNED_PAGES};
 use crate::guest::psci::Turn;
 use crate::measure::{Measurer, Start};
 use crate::psci::StartOrder;
@@ -76,12 +76,15 @@ fn a_cpu_that_is_turned_on_is_the_hosts_to_run() {
 
 #[test]
 fn a_cpu_does_not_start_outside_memory() {
-    on(PLAIN, |vcpu| {
-        assert_eq!(call(vcpu, [CPU_ON, 1, UART, 9]), Next::Resume);
-        // INVALID_ADDRESS.
-        assert_eq!(answer(vcpu)[0].cast_signed(), -9);
-        assert_eq!(vcpu.vm.power.turn(1), Turn::IsOff);
-    });
+    // Of the host, and of the VM.
+    for device in [UART, DEVICE] {
+        on(PLAIN, |vcpu| {
+            assert_eq!(call(vcpu, [CPU_ON, 1, device, 9]), Next::Resume);
+            // INVALID_ADDRESS.
+            assert_eq!(answer(vcpu)[0].cast_signed(), -9);
+            assert_eq!(vcpu.vm.power.turn(1), Turn::IsOff);
+        });
+    }
 }
 
 #[test]
