@@ -9,6 +9,7 @@
 //! * `src/bin/fuzz.rs`, part of `make soak`: libFuzzer, guided by coverage.
 #![forbid(unsafe_code)]
 
+mod exits;
 mod guest_exit;
 mod host_call;
 mod mutate;
@@ -32,7 +33,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     Target {
         name: "host_call",
         run: host_call::run,
@@ -40,6 +41,10 @@ pub const TARGETS: [Target; 6] = [
     Target {
         name: "guest_exit",
         run: guest_exit::run,
+    },
+    Target {
+        name: "exits",
+        run: exits::run,
     },
     Target {
         name: "vgic",

@@ -76,6 +76,11 @@ fn guest_exits() {
 }
 
 #[test]
+fn whole_exits() {
+    replay("exits");
+}
+
+#[test]
 fn virtual_interrupt_controller() {
     replay("vgic");
 }
@@ -101,6 +106,7 @@ fn every_target_is_replayed() {
     let replayed = [
         "host_call",
         "guest_exit",
+        "exits",
         "vgic",
         "board_tree",
         "fit",
