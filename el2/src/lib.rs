@@ -9,8 +9,11 @@ extern crate alloc;
 #[cfg(any(test, feature = "testing"))]
 extern crate std;
 
+mod call_args;
+pub mod calls;
 pub mod core_interrupts;
 pub mod counters;
+pub mod devices;
 pub mod esr;
 pub mod exits;
 pub mod features;
@@ -23,6 +26,7 @@ pub mod hvc;
 pub mod inject;
 pub mod kick;
 pub mod layout;
+pub mod machine;
 pub mod measure;
 pub mod overwrite;
 pub mod ownership;
@@ -31,10 +35,14 @@ pub mod protection;
 pub mod psci;
 pub mod redistributor;
 pub mod rng200;
+pub mod slice;
 pub mod smc;
 pub mod smmu;
 pub mod sync;
+#[cfg(all(any(test, feature = "testing"), not(loom)))]
+pub mod testing;
 pub mod vgic;
 pub mod vm_counters;
 pub mod vm_error;
+pub mod vm_state;
 pub mod vm_table;

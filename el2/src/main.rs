@@ -20,8 +20,6 @@ mod arch;
 #[cfg(target_os = "none")]
 mod boot;
 #[cfg(target_os = "none")]
-mod calls;
-#[cfg(target_os = "none")]
 mod console;
 #[cfg(target_os = "none")]
 mod entropy;
@@ -32,6 +30,8 @@ mod hypervisor;
 #[cfg(target_os = "none")]
 mod iommu;
 #[cfg(target_os = "none")]
+mod on_board;
+#[cfg(target_os = "none")]
 mod panic;
 #[cfg(target_os = "none")]
 mod power;
@@ -39,8 +39,6 @@ mod power;
 mod protect;
 #[cfg(target_os = "none")]
 mod running;
-#[cfg(target_os = "none")]
-mod slice;
 #[cfg(target_os = "none")]
 mod smp;
 #[cfg(target_os = "none")]

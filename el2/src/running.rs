@@ -34,7 +34,7 @@ struct Calling<'a>(&'static Hypervisor, &'a Vm);
 impl Caller for Calling<'_> {
     #[inline]
     fn power(&self) -> &Power {
-        &self.1.power
+        &self.1.state.power
     }
 
     fn ids(&self) -> &GuestIds {
@@ -51,11 +51,11 @@ impl Caller for Calling<'_> {
     }
 
     fn guard(&self) -> Option<&MmioGuard> {
-        self.1.protection.as_ref().map(|p| &p.guard)
+        self.1.state.protection.as_ref().map(|p| &p.guard)
     }
 
     fn is_memory(&self, ipa: u64) -> bool {
-        exits::is_memory(&self.1.memory, ipa)
+        exits::is_memory(&self.1.state.memory, ipa)
     }
 }
 
@@ -221,12 +221,12 @@ impl Guest for Running<'_> {
 
     #[inline]
     fn vcpus(&self) -> u8 {
-        self.vm.config.vcpus
+        self.vm.state.config.vcpus
     }
 
     #[inline]
     fn memory(&self) -> &GuestMemory<Self::Table, ArmPolicy, Self::Frames> {
-        &self.vm.memory
+        &self.vm.state.memory
     }
 
     #[inline]
@@ -246,12 +246,12 @@ impl Guest for Running<'_> {
 
     #[inline]
     fn power(&self) -> &Power {
-        &self.vm.power
+        &self.vm.state.power
     }
 
     #[inline]
     fn protection(&self) -> Option<&Protection> {
-        self.vm.protection.as_ref()
+        self.vm.state.protection.as_ref()
     }
 
     #[inline]
@@ -302,7 +302,7 @@ impl Guest for Running<'_> {
     }
 
     fn report(&self, oddity: Oddity) {
-        let vm = self.vm.index;
+        let vm = self.vm.state.index;
         match oddity {
             Oddity::SError => say!(Warn, "VM {vm}: SError, ESR {:#x}", regs::esr()),
             Oddity::Fault(code) => {

@@ -11,14 +11,14 @@ use el2::guest::entropy;
 use el2::guest::mmio::{self, Decoded, MmioAccess};
 use el2::psci::{self, PsciError, Request, StartOrder};
 use el2::smc::{self, Verdict};
-use el2::{hvc, inject};
+use el2::{calls, hvc, inject};
 
 use crate::arch::exceptions::Regs;
 use crate::arch::regs::{self, Syndrome};
 use crate::arch::{cpu, firmware};
 use crate::console::{self, say};
 use crate::hypervisor::{self, Hypervisor};
-use crate::{calls, iommu, panic, power, smp};
+use crate::{iommu, panic, power, smp};
 
 /// Vectors of synchronous exceptions from AArch64 and AArch32.
 const SYNC_64: u64 = 8;
@@ -74,7 +74,7 @@ fn hypercall(hypervisor: &'static Hypervisor, regs: &mut Regs, immediate: u16) {
     if immediate == 0 && regs.x[0] == abi::Call::VcpuRun as u64 {
         let [_, a, b, c, d, e, f, ..] = regs.x;
         iommu::poll();
-        let answer = calls::run_vcpu(hypervisor, [a, b, c, d, e, f]);
+        let answer = calls::run_vcpu(hypervisor, hypervisor.vms, [a, b, c, d, e, f]);
         return give(regs, answer);
     }
     call(hypervisor, regs, immediate, false);
@@ -110,7 +110,7 @@ fn call(hypervisor: &'static Hypervisor, regs: &mut Regs, immediate: u16, by_smc
 fn about_vms(hypervisor: &'static Hypervisor, regs: &mut Regs, call: abi::Call) {
     let [_, a, b, c, d, e, f, ..] = regs.x;
     iommu::poll();
-    let answer = calls::perform(hypervisor, call, [a, b, c, d, e, f]);
+    let answer = calls::perform(hypervisor, hypervisor.vms, call, [a, b, c, d, e, f]);
     give(regs, answer);
 }
 

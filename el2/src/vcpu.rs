@@ -9,6 +9,7 @@ use el2::guest::psci::Turn;
 use el2::guest::timer::EmulatedTimer;
 use el2::kick::{Kick, Whereabouts};
 use el2::psci::StartOrder;
+use el2::slice::Slice;
 use el2::sync::SpinLock;
 use el2::vgic::{CpuInterface, Kicks};
 use el2::vm_error::Refusal;
@@ -21,7 +22,6 @@ use crate::arch::cpu::CpuData;
 use crate::arch::world::{self, Context, HostWorld, hcr};
 use crate::arch::{cpu, firmware, regs, windows};
 use crate::hypervisor::Hypervisor;
-use crate::slice::Slice;
 use crate::vm::Vm;
 
 /// A virtual CPU.
@@ -133,7 +133,7 @@ impl Vcpu {
         hypervisor.gic.kick(cpu);
     }
 
-    /// Runs it.
+    /// Runs it; its VM may run.
     pub(crate) fn run(
         &self,
         hypervisor: &'static Hypervisor,
@@ -141,12 +141,9 @@ impl Vcpu {
         loaded: u64,
         wait_here: bool,
     ) -> Result<Exit, Refusal> {
-        if vm.protection.as_ref().is_some_and(|p| !p.is_sealed()) {
-            return Err(ErrorCode::NotPermitted.into());
-        }
         let mut state = self.state.try_lock().ok_or(ErrorCode::Busy)?;
         let cpu = cpu::running().ok_or(ErrorCode::Invalid)?;
-        match vm.power.turn(self.index) {
+        match vm.state.power.turn(self.index) {
             Turn::GoesOn if !state.off => {}
             Turn::Starts(order) => {
                 vm.world.start_time();
@@ -162,8 +159,8 @@ impl Vcpu {
         if let Some(intid) = vm.vgic.take_ended() {
             return Ok(Exit::IrqDone { intid });
         }
-        let mut slice = Slice::new();
-        let pass = match vm.memory.enter_in_steps(|| slice.go_on()) {
+        let mut slice = Slice::new(regs::interrupt_pending);
+        let pass = match vm.state.memory.enter_in_steps(|| slice.go_on()) {
             Ok(Some(pass)) => pass,
             Ok(None) => return Ok(Exit::Interrupted),
             Err(Error::InUse(_)) => return Err(ErrorCode::Again.into()),
@@ -179,7 +176,7 @@ impl Vcpu {
         drop(state);
         if exit == Exit::VcpuOff {
             // Only now: whoever turns it on again may run it elsewhere at once.
-            vm.power.off(self.index);
+            vm.state.power.off(self.index);
         }
         Ok(exit)
     }
