@@ -25,7 +25,7 @@ use std::panic::resume_unwind;
 use std::thread;
 
 use model::{BORROWERS, GUESTS, Key, Model, Said, Step};
-use world::{Ground, World};
+use world::World;
 
 /// Whether there is time.
 pub(crate) fn soak() -> bool {
@@ -66,9 +66,9 @@ impl Drop for At<'_> {
 
 /// Does the steps of a path, which have been compared before, and then some more.
 fn follow(pages: usize, path: &[Step], more: &[Step]) -> Result<Model, String> {
-    let ground = Ground::new(pages);
+    let ground = world::ground(pages);
     let ownership = ground.ownership();
-    let world = World::new(&ground, &ownership);
+    let world = World::new(&ground, &ownership, pages);
     let mut model = Model::new(pages);
     let _at = At(path, more);
     for step in path {
@@ -278,9 +278,9 @@ fn any_step(random: &mut Random, pages: usize) -> Step {
 
 /// So many steps in one world, compared after each.
 fn wander(seed: u64, pages: usize, steps: usize) -> Result<(), String> {
-    let ground = Ground::new(pages);
+    let ground = world::ground(pages);
     let ownership = ground.ownership();
-    let world = World::new(&ground, &ownership);
+    let world = World::new(&ground, &ownership, pages);
     let mut model = Model::new(pages);
     let mut random = Random(seed);
     for number in 0..steps {

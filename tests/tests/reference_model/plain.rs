@@ -118,6 +118,8 @@ impl Plain {
             (Some(Half::Deleted), Step::Delete) => true,
             (Some(Half::MovedTo(to)), Step::Move(place)) => to == place,
             (Some(Half::Logged), Step::Log(_)) => true,
+            // The call that created it goes on.
+            (Some(Half::Logged), Step::Create(place, true)) => self.place == Some(place),
             (Some(Half::Reset | Half::ResetWhole), Step::Reset) => true,
             _ => false,
         };
@@ -143,6 +145,9 @@ impl Plain {
     }
 
     fn create(&mut self, place: usize, logged: bool) -> Result<Said, Said> {
+        if self.half == Some(Half::Logged) {
+            return self.log(true);
+        }
         if self.place.is_some() {
             return Err(Said::No(ErrorCode::Exists));
         }

@@ -3,7 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 
 use super::plain::{PLACES, Plain, Step};
-use super::plain_world::{PlainGround, PlainWorld};
+use super::plain_world::{PlainWorld, ground};
 use super::{Random, soak};
 
 /// Does the last step of a path, or all of them, in both, and compares.
@@ -19,9 +19,9 @@ fn compare(world: &PlainWorld<'_>, model: &mut Plain, step: Step) -> Result<(), 
 
 /// Does the steps in both; the model in the end.
 fn replay(pages: usize, steps: &[Step]) -> Result<Plain, String> {
-    let ground = PlainGround::new(pages);
-    let states = ground.states();
-    let world = PlainWorld::new(&ground, &states);
+    let ground = ground(pages);
+    let ownership = ground.ownership();
+    let world = PlainWorld::new(&ground, &ownership, pages);
     let mut model = Plain::new(pages);
     let context = |what: String| format!("{what}\nafter {steps:?}");
     let (last, before) = steps.split_last().expect("at least one");
@@ -125,9 +125,9 @@ fn any_step(random: &mut Random, pages: usize) -> Step {
 
 /// So many steps in one world, compared after each.
 fn wander(seed: u64, pages: usize, steps: usize) -> Result<(), String> {
-    let ground = PlainGround::new(pages);
-    let states = ground.states();
-    let world = PlainWorld::new(&ground, &states);
+    let ground = ground(pages);
+    let ownership = ground.ownership();
+    let world = PlainWorld::new(&ground, &ownership, pages);
     let mut model = Plain::new(pages);
     let mut random = Random(seed);
     for number in 0..steps {

@@ -1,102 +1,93 @@
-//! The library's memory of an unprotected VM over fake tables, driven by the steps of [`super::plain`].
+//! An unprotected VM over fake tables, driven by the steps of [`super::plain`]: what the host does goes
+//! through its registers, as on the board.
 
-use std::sync::atomic::AtomicU32;
-
-use abi::ErrorCode;
-use board::{AddrRange, RangeList};
-use el2::guest_frames::GuestFrames;
+use abi::{Call, SlotWord, VmConfig};
 use el2::guest_memory::VmMemory;
-use el2::page_state::PageStates;
+use el2::machine::VirtualMachine;
+use el2::ownership::Ownership;
+use el2::testing::{FakeBoard, Ground, NoContents, RAM, page_range};
 use el2::vm_error::Refusal;
+use el2::vm_table::FIRST_HANDLE;
 use memslot::addr::Gfn;
-use memslot::edge::Dma;
-use memslot::error::Error;
 use memslot::fault::{Access, FaultKind, FaultOutcome, Stage2Fault};
-use memslot::policy::{ArmCaches, ArmPolicy};
-use memslot::slot::{Memslot, SlotFlags, SlotId, SlotKind};
-use memslot::steps::Progress;
-use memslot::vm::{GuestMemory, VmConfig, VmKind};
-use stage2::testing::{Arch, FakeMachine, RawLeaf};
-use stage2::{Aging, Ipa, Perms, Stage2};
+use stage2::Ipa;
+use stage2::testing::{FakeMachine, RawLeaf};
 
 use super::plain::{PLACES, Plain, Said, Step};
-use super::world::format;
 
-const GIB: u64 = 1 << 30;
 const PAGE: u64 = 4096;
-const SLOT: SlotId = SlotId(0);
+/// The only VM.
+const VM: u64 = FIRST_HANDLE;
+/// Its slot.
+const SLOT: u64 = 0;
 /// Pages of the largest step: where nothing is mapped that owes cleaning.
 const STEP: u64 = 32 * 512;
 
-/// What lives as long as a world.
-pub(crate) struct PlainGround {
-    machine: FakeMachine,
-    words: Vec<AtomicU32>,
-}
-
-impl PlainGround {
-    pub(crate) fn new(pages: usize) -> Self {
-        Self {
-            machine: FakeMachine::new(Arch::arm_4k(1, 39, false), 16),
-            words: (0..pages).map(|_| AtomicU32::new(0)).collect(),
-        }
-    }
-
-    pub(crate) fn states(&self) -> PageStates<'_> {
-        let mut memory = RangeList::new();
-        let size = self.words.len() as u64 * PAGE;
-        let ram = AddrRange::with_size(GIB, size).expect("not empty");
-        memory.insert(ram, "ram").expect("one");
-        PageStates::new(memory, &self.words).expect("as many words as pages")
-    }
+/// Memory for so many pages of the slot; EL2's and the VM's state are behind them.
+pub(crate) fn ground(pages: usize) -> Ground {
+    Ground::new(pages + 2, pages, 1)
 }
 
 /// The library's state.
 pub(crate) struct PlainWorld<'a> {
-    machine: &'a FakeMachine,
-    memory: VmMemory<'a, &'a FakeMachine>,
+    ground: &'a Ground,
+    board: FakeBoard<'a, NoContents, 1>,
     pages: u64,
 }
 
-fn refused(error: Error) -> Said {
-    Said::No(Refusal::from(error).code)
-}
-
-fn value(result: Result<u64, Error>) -> Said {
-    result.map_or_else(refused, Said::Value)
-}
-
-fn unit(result: Result<(), Error>) -> Said {
-    value(result.map(|()| 0))
-}
-
-fn step(result: Result<Progress, Error>) -> Said {
-    match result {
-        Ok(Progress::More) => Said::No(ErrorCode::Again),
-        other => unit(other.map(drop)),
+/// What an answer says: the value in its first register, or in the second one.
+fn said(answer: [u64; 4]) -> Said {
+    match answer {
+        [value, 0, 0, 0] => abi::from_register(value).map_or_else(Said::No, Said::Value),
+        [0, value, 0, 0] => Said::Value(value),
+        other => panic!("{other:?}"),
     }
 }
 
+/// The slot's word.
+fn word(logged: bool) -> u64 {
+    let word = SlotWord {
+        id: SLOT as u16,
+        device: false,
+        flags: logged.into(),
+    };
+    word.bits()
+}
+
 impl<'a> PlainWorld<'a> {
-    pub(crate) fn new(ground: &'a PlainGround, states: &'a PageStates<'a>) -> Self {
-        let machine = &ground.machine;
-        let table = Stage2::new(format(), machine, Default::default()).expect("there are tables");
-        machine.attach(table.root());
+    pub(crate) fn new(ground: &'a Ground, ownership: &'a Ownership<'a>, pages: usize) -> Self {
+        let world = Self {
+            ground,
+            board: FakeBoard::new(ground, ownership, NoContents),
+            pages: pages as u64,
+        };
+        assert_eq!(world.ask(Call::VmReserve, []), [VM, 0, 0, 0]);
         let config = VmConfig {
-            max_slots: 64,
-            gfn_limit: 1 << 27,
-            kind: VmKind::Unprotected,
+            vcpus: 1,
+            protected: false,
+            devices: false,
         };
-        let policy = ArmPolicy {
-            caches: ArmCaches::Maintenance,
-        };
-        let memory = GuestMemory::new(config, policy, GuestFrames::leased(states), table);
-        let pages = ground.words.len() as u64;
-        Self {
-            machine,
-            memory,
-            pages,
-        }
+        let state = page_range(pages + 1, 1).start();
+        let created = world.ask(Call::VmCreate, [VM, state, 1, config.bits()]);
+        assert_eq!(created, [1, 0, 0, 0]);
+        world
+    }
+
+    /// A call of the host.
+    fn ask<const N: usize>(&self, call: Call, args: [u64; N]) -> [u64; 4] {
+        let mut registers = [0; 6];
+        registers[..N].copy_from_slice(&args);
+        self.board.call(call, registers)
+    }
+
+    /// The VM's memory, for what the guest does.
+    fn with<R>(&self, act: impl FnOnce(&VmMemory<'a, &'a FakeMachine>) -> R) -> R {
+        let lent = self.board.vms.with(VM, |vm| Ok(act(&vm.state().memory)));
+        lent.expect("nobody ends it")
+    }
+
+    fn machine(&self) -> &FakeMachine {
+        self.ground.guest(0).expect("it has been created")
     }
 
     /// The first page of a place: half of the slot lies before a boundary.
@@ -105,16 +96,8 @@ impl<'a> PlainWorld<'a> {
         Gfn::try_new(boundary - self.pages / 2).expect("small")
     }
 
-    fn create(&self, place: usize, logged: bool) -> Said {
-        let flags = if logged {
-            SlotFlags::DIRTY_LOG
-        } else {
-            SlotFlags::empty()
-        };
-        let kind = SlotKind::Ram;
-        let slot = Memslot::new(SLOT, self.base(place), self.pages, GIB / PAGE, flags, kind);
-        let slot = slot.expect("a slot");
-        step(self.memory.create_in_steps(slot, || false))
+    fn address(&self, place: usize) -> u64 {
+        self.base(place).get() * PAGE
     }
 
     /// The guest's access: through a leaf that allows it, or by a fault.
@@ -129,10 +112,8 @@ impl<'a> PlainWorld<'a> {
         };
         let access = if writes { Access::Write } else { Access::Read };
         let ipa = Ipa::new(gfn * PAGE);
-        match self
-            .memory
-            .handle_fault(&Stage2Fault { ipa, access, kind }, &())
-        {
+        let fault = Stage2Fault { ipa, access, kind };
+        match self.with(|memory| memory.handle_fault(&fault, &())) {
             Ok(FaultOutcome::Resolved) => Said::Value(0),
             Ok(FaultOutcome::NoFrame(_)) => Said::Missing,
             Ok(FaultOutcome::Mmio) => Said::Device,
@@ -142,46 +123,47 @@ impl<'a> PlainWorld<'a> {
     }
 
     fn leaf(&self, gfn: u64) -> Option<RawLeaf> {
-        let leaves = self.machine.leaves();
+        let leaves = self.machine().leaves();
         let leaf = leaves.into_iter().find(|(start, ..)| *start == gfn * PAGE);
         leaf.map(|(_, _, leaf)| leaf)
     }
 
     /// Does a step.
     pub(crate) fn step(&self, what: Step) -> Said {
-        let memory = &self.memory;
-        let once = || false;
-        match what {
-            Step::Create(place, logged) => self.create(place, logged),
-            Step::Touch(place, page, writes) => self.touch(place, page, writes),
-            Step::Enter => unit(memory.enter().map(drop)),
-            Step::Unshare(first, count) => {
-                unit(memory.unshare_pages(SLOT, first as u64, count as u64))
+        said(match what {
+            Step::Touch(place, page, writes) => return self.touch(place, page, writes),
+            Step::Enter => {
+                let entered = self.with(|memory| memory.enter().map(drop));
+                return entered.map_or_else(
+                    |error| Said::No(Refusal::from(error).code),
+                    |()| Said::Value(0),
+                );
             }
-            Step::Share(first, count) => unit(memory.share_pages(SLOT, first as u64, count as u64)),
+            Step::Create(place, logged) => {
+                let args = [VM, word(logged), self.address(place), self.pages, RAM];
+                self.ask(Call::SlotCreate, args)
+            }
+            Step::Unshare(first, count) => {
+                self.ask(Call::SlotUnshare, [VM, SLOT, first as u64, count as u64])
+            }
+            Step::Share(first, count) => {
+                self.ask(Call::SlotShare, [VM, SLOT, first as u64, count as u64])
+            }
             Step::Young(first, count, clear) => {
-                let aging = if clear { Aging::Clear } else { Aging::Test };
-                value(memory.age_pages(SLOT, first as u64, count as u64, aging))
+                let args = [VM, SLOT, first as u64, count as u64, clear.into()];
+                self.ask(Call::SlotYoung, args)
             }
             Step::Relax(page, writes) => {
-                let add = if writes { Perms::RW } else { Perms::READ };
-                unit(memory.relax_page(SLOT, page as u64, add))
+                let permissions = if writes { 3 } else { 1 };
+                self.ask(Call::SlotRelax, [VM, SLOT, page as u64, permissions])
             }
-            Step::Dirty => value(memory.take_dirty_word(SLOT, 0)),
-            Step::Delete => match memory.delete_in_steps(SLOT, once) {
-                Ok(None) => Said::No(ErrorCode::Again),
-                other => unit(other.map(drop)),
-            },
-            Step::Move(place) => step(memory.move_in_steps(SLOT, self.base(place), once)),
-            Step::Log(on) => {
-                let log = SlotFlags::DIRTY_LOG;
-                let flags = if on { log } else { SlotFlags::empty() };
-                step(memory.set_flags_in_steps(SLOT, flags, once))
-            }
-            Step::Reset => step(memory.reset_in_steps(once)),
-            Step::Device(true) => step(memory.register_in_steps(Dma::Snooping, once)),
-            Step::Device(false) => step(memory.unregister_in_steps(Dma::Snooping, once)),
-        }
+            Step::Dirty => self.ask(Call::SlotDirty, [VM, SLOT, 0]),
+            Step::Delete => self.ask(Call::SlotDelete, [VM, SLOT]),
+            Step::Move(place) => self.ask(Call::SlotMove, [VM, SLOT, self.address(place)]),
+            Step::Log(on) => self.ask(Call::SlotFlags, [VM, word(on)]),
+            Step::Reset => self.ask(Call::VmReset, [VM]),
+            Step::Device(comes) => self.ask(Call::DmaDevice, [VM, 0, comes.into()]),
+        })
     }
 
     /// Compares every mapping with the model, by an independent walk.
@@ -191,7 +173,7 @@ impl<'a> PlainWorld<'a> {
             let Some(wanted) = page.leaf else { continue };
             let place = model.place.unwrap_or(PLACES);
             let found = self.leaf(self.base(place).get() + number as u64);
-            let pa = GIB + number as u64 * PAGE;
+            let pa = RAM + number as u64 * PAGE;
             let same = found.is_some_and(|leaf| {
                 (leaf.pa, leaf.write, leaf.young) == (pa, wanted.writable, wanted.young)
             });
@@ -200,7 +182,7 @@ impl<'a> PlainWorld<'a> {
             }
             expected += 1;
         }
-        let found = self.machine.leaves();
+        let found = self.machine().leaves();
         if found.len() == expected {
             Ok(())
         } else {
@@ -210,12 +192,7 @@ impl<'a> PlainWorld<'a> {
 
     /// What the protocol checker of the tables found wrong.
     pub(crate) fn violations(&self) -> Vec<String> {
-        self.machine.finish()
-    }
-}
-
-impl Drop for PlainWorld<'_> {
-    fn drop(&mut self) {
-        self.machine.detach();
+        let machines = self.ground.machines();
+        machines.flat_map(FakeMachine::finish).collect()
     }
 }

@@ -1,68 +1,55 @@
-//! The hypervisor's library over fake memory, driven by the same steps.
+//! The board's hypercalls over fake memory, driven by the same steps.
 //!
-//! What runs is the board's code: the VM table with the life of each VM, transitions, ownership, page states,
-//! guests' memory and tables, the host's map. What stands here in place of the binary: which call leads where
-//! and the checks of its arguments (`calls.rs`), what a VM consists of besides its memory (`vm.rs`; its end
-//! takes two steps here), that only a sealed VM runs (`vcpu.rs`), and what is in a page.
+//! What the host does goes through its registers: [`FakeBoard::call`] is where the image's calls go, too. So
+//! what runs is the board's code: which call leads where, the checks of its arguments, the VM table with the
+//! life of each VM, transitions, ownership, page states, guests' memory and tables, the host's map. What
+//! stands here, or in `el2::testing`, in place of the binary: where a VM's parts lie (`vm.rs`; its end takes
+//! two steps here), a run of a vCPU (`vcpu.rs`), and what is in a page. What guests do has no registers here.
 
-use std::cell::RefCell;
-use std::sync::atomic::AtomicU32;
+use std::cell::{Cell, RefCell};
 
-use abi::{DonationKind, ErrorCode, Exit};
-use board::{AddrRange, RangeList};
-use el2::features::{Features, IdRegisters};
+use abi::{Call, DonationKind, ErrorCode, Exit, SlotWord, VmConfig};
+use board::AddrRange;
 use el2::guest::protected::MemoryCall;
-use el2::guest_frames::GuestFrames;
-use el2::guest_memory::{Contents, GuestPages, Moved, VmMemory};
+use el2::guest_memory::{Contents, GuestPages, Moved};
 use el2::host_map::{self, HostMap};
-use el2::measure::Start;
+use el2::machine::{Machine, VirtualMachine};
 use el2::ownership::Ownership;
-use el2::page_state::{self, PageStates};
+use el2::page_state;
 use el2::protection::Protection;
+use el2::testing::{FakeBoard, Ground, PageContents, RAM, page_range as range};
 use el2::vm_error::Refusal;
-use el2::vm_table::{Estate, FIRST_HANDLE, Teardown, VmTable};
-use memslot::addr::Gfn;
+use el2::vm_table::FIRST_HANDLE;
 use memslot::fault::{Access, FaultKind, FaultOutcome, Stage2Fault};
-use memslot::policy::{ArmCaches, ArmPolicy};
-use memslot::slot::{Memslot, SlotFlags, SlotId, SlotKind};
-use memslot::steps::Progress;
-use memslot::vm::{GuestMemory, VmConfig, VmKind};
-use stage2::testing::{Arch, FakeMachine};
-use stage2::{
-    ArmConfig, ArmFeatures, ArmStage2, Execute, ForceWriteBack, Granule, Ipa, Pa, Stage2,
-    WideAddresses,
-};
+use stage2::testing::{Arch, FakeMachine, RawLeaf};
+use stage2::{ArmStage2, Ipa, Stage2};
 
 use super::model::{BORROWERS, Content, GUESTS, Life, Model, Note, Owner, Said, Step};
 
-const GIB: u64 = 1 << 30;
 const PAGE: u64 = 4096;
 /// First address of each guest's slot.
 const IPA: u64 = 0x4000_0000;
-/// Index of the first unprotected VM that leases.
-const UNPROTECTED: u8 = 9;
-const _: () = assert!(UNPROTECTED as usize + BORROWERS <= 255);
+/// Pages of each address of an unprotected VM's slot: more than a step lends.
+const STRIDE: u64 = 64;
+/// A slot that no unprotected VM has.
+const NO_SLOT: u16 = 62;
+/// Each has a handle from the start, so that the next free one is a guest's: unprotected VMs, then guests.
+const VMS: usize = BORROWERS + GUESTS;
 
-/// Tables of the host and of the guests.
-pub(crate) struct Machines {
-    host: FakeMachine,
-    guests: Vec<FakeMachine>,
-}
-
-impl Machines {
-    pub(crate) fn new() -> Self {
-        let guest = || FakeMachine::new(Arch::arm_4k(1, 39, false), 8);
-        Self {
-            host: FakeMachine::new(Arch::arm_4k(1, 40, false), 16),
-            guests: (0..GUESTS).map(|_| guest()).collect(),
-        }
-    }
+/// Memory for so many pages of the model; EL2's and the state of unprotected VMs are behind them.
+pub(crate) fn ground(pages: usize) -> Ground {
+    Ground::new(pages + 1 + BORROWERS, pages, VMS)
 }
 
 /// What is in each page, instead of bytes; and whether caches may hold what the host left there.
 struct Tags(RefCell<Vec<Content>>, RefCell<Vec<bool>>);
 
 impl Tags {
+    fn new(pages: usize) -> Self {
+        let (contents, unsettled) = (vec![Content::Zero; pages], vec![true; pages]);
+        Self(RefCell::new(contents), RefCell::new(unsettled))
+    }
+
     fn set(&self, page: usize, content: Content) {
         self.0.borrow_mut()[page] = content;
     }
@@ -78,6 +65,18 @@ impl Tags {
 
     fn is_settled(&self, page: usize) -> bool {
         !self.1.borrow()[page]
+    }
+}
+
+impl PageContents for Tags {
+    fn use_for_el2(&self, pages: AddrRange) {
+        for page in numbers(pages) {
+            assert!(
+                self.is_settled(page),
+                "EL2 uses page {page}, but caches may hold the host's lines"
+            );
+            self.set(page, Content::El2s);
+        }
     }
 }
 
@@ -105,183 +104,138 @@ impl Contents for Tags {
 }
 
 fn numbers(pages: AddrRange) -> std::ops::Range<usize> {
-    let number = |address: u64| ((address - GIB) / PAGE) as usize;
+    let number = |address: u64| ((address - RAM) / PAGE) as usize;
     number(pages.start())..number(pages.end())
-}
-
-fn range(first: usize, count: usize) -> AddrRange {
-    AddrRange::with_size(GIB + first as u64 * PAGE, count as u64 * PAGE).expect("not empty")
 }
 
 const fn ipa(page: usize) -> u64 {
     IPA + page as u64 * PAGE
 }
 
-type Table<'a> = Stage2<ArmStage2, &'a FakeMachine>;
-type Answer = Result<u64, Refusal>;
-type Pages<'p, 'a> = GuestPages<'p, 'a, Table<'a>, HostMap<&'a FakeMachine>, Tags>;
+type Board<'a> = FakeBoard<'a, Tags, VMS>;
+type Pages<'p, 'a> =
+    GuestPages<'p, 'a, Stage2<ArmStage2, &'a FakeMachine>, HostMap<&'a FakeMachine>, Tags>;
 
-struct Vm<'a> {
-    protection: Protection,
-    memory: VmMemory<'a, &'a FakeMachine>,
-    machine: &'a FakeMachine,
-}
-
-impl Teardown for Vm<'_> {
-    /// Whether the first step is still to come.
-    type Left = bool;
-
-    fn begin(&self) -> bool {
-        true
-    }
-
-    fn go_on(&self, first: &mut bool) -> Progress {
-        if core::mem::take(first) {
-            return Progress::More;
-        }
-        self.machine.detach();
-        Progress::Done
-    }
-}
-
-/// What lives as long as a world.
-pub(crate) struct Ground {
-    machines: Machines,
-    words: Vec<AtomicU32>,
-    pages: usize,
-}
-
-impl Ground {
-    pub(crate) fn new(pages: usize) -> Self {
-        let words = (0..=pages).map(|_| AtomicU32::new(0)).collect();
-        let machines = Machines::new();
-        Self {
-            machines,
-            words,
-            pages,
-        }
-    }
-
-    fn memory(&self) -> RangeList<{ board::MAX_MEMORY }> {
-        let mut memory = RangeList::new();
-        memory.insert(range(0, self.pages + 1), "ram").expect("one");
-        memory
-    }
-
-    /// States of all pages; the one behind the last is EL2's.
-    pub(crate) fn ownership(&self) -> Ownership<'_> {
-        let pages = PageStates::new(self.memory(), &self.words).expect("as many words as pages");
-        let (host, el2) = (page_state::Owner::Host, page_state::Owner::Hypervisor);
-        assert!(pages.transfer(range(self.pages, 1), host, el2));
-        Ownership::new(pages)
-    }
-}
+/// A slot of an unprotected VM, by which it reaches pages: the VM, first page and number, and its number.
+type Lent = (usize, usize, usize, u16);
 
 /// The library's state.
 pub(crate) struct World<'a> {
     ground: &'a Ground,
-    ownership: &'a Ownership<'a>,
-    host: HostMap<&'a FakeMachine>,
-    tags: Tags,
-    vms: VmTable<Vm<'a>, GUESTS>,
+    board: Board<'a>,
+    pages: usize,
+    /// Unprotected VMs are created when they first reach something.
+    exists: [Cell<bool>; BORROWERS],
+    lent: RefCell<Vec<Lent>>,
+}
+
+/// What a call's answer says that has no other value than its first.
+fn said([value, rest @ ..]: [u64; 4]) -> Said {
+    assert_eq!(rest, [0; 3], "nobody asked for that");
+    match abi::from_register(value) {
+        Ok(value) => Said::Done(value as usize),
+        Err(code) => Said::No(code),
+    }
 }
 
 impl<'a> World<'a> {
-    pub(crate) fn new(ground: &'a Ground, ownership: &'a Ownership<'a>) -> Self {
-        let features = Features::decode(&IdRegisters {
-            mmfr0: 0x10_1122,
-            mmfr1: 0x1021_2122,
-            ..IdRegisters::default()
-        });
-        let format = host_map::format(&features).expect("a usual core");
-        let machine = &ground.machines.host;
-        let el2 = range(ground.pages, 1);
-        let host = HostMap::new(format, machine, Default::default(), ground.memory(), el2);
-        let host = host.expect("there are tables");
-        machine.attach(Pa::new(host.root()));
+    pub(crate) fn new(ground: &'a Ground, ownership: &'a Ownership<'a>, pages: usize) -> Self {
+        let tags = Tags::new(pages + 1 + BORROWERS);
+        let board = FakeBoard::new(ground, ownership, tags);
+        for vm in 0..BORROWERS {
+            let reserved = board.call(Call::VmReserve, [0; 6]);
+            assert_eq!(reserved, [borrower(vm), 0, 0, 0]);
+        }
         Self {
             ground,
-            ownership,
-            host,
-            tags: Tags(
-                RefCell::new(vec![Content::Zero; ground.pages]),
-                RefCell::new(vec![true; ground.pages]),
-            ),
-            vms: VmTable::new(),
+            board,
+            pages,
+            exists: Default::default(),
+            lent: RefCell::default(),
         }
     }
 
-    fn estate(&self) -> Estate<'_, 'a, HostMap<&'a FakeMachine>, Tags> {
-        Estate {
-            ownership: self.ownership,
-            host: &self.host,
-            contents: &self.tags,
-        }
+    /// A call of the host.
+    fn ask<const N: usize>(&self, call: Call, args: [u64; N]) -> [u64; 4] {
+        let mut registers = [0; 6];
+        registers[..N].copy_from_slice(&args);
+        self.board.call(call, registers)
     }
 
-    /// EL2 makes objects in pages that were the host's.
-    fn use_for_el2(&self, pages: AddrRange) {
-        for page in numbers(pages) {
-            assert!(
-                self.tags.is_settled(page),
-                "EL2 uses page {page}, but caches may hold the host's lines"
-            );
-            self.tags.set(page, Content::El2s);
-        }
-    }
-
-    fn build(&self, guest: usize) -> Vm<'a> {
-        let machine = &self.ground.machines.guests[guest];
-        let table = Stage2::new(format(), machine, Default::default()).expect("there are tables");
-        machine.attach(table.root());
+    /// A VM with its state in a page.
+    fn create_vm(&self, handle: u64, page: usize, protected: bool) -> [u64; 4] {
         let config = VmConfig {
-            max_slots: 64,
-            gfn_limit: 1 << 27,
-            kind: VmKind::Protected,
+            vcpus: 1,
+            protected,
+            devices: false,
         };
-        let frames = GuestFrames::owned(self.ownership.pages(), guest as u8);
-        let policy = ArmPolicy {
-            caches: ArmCaches::Maintenance,
+        let page = range(page, 1).start();
+        self.ask(Call::VmCreate, [handle, page, 1, config.bits()])
+    }
+
+    /// A slot of RAM.
+    fn create_slot(&self, handle: u64, id: u16, ipa: u64, memory: AddrRange) -> [u64; 4] {
+        let word = SlotWord {
+            id,
+            device: false,
+            flags: 0,
         };
-        let memory = GuestMemory::new(config, policy, frames, table);
-        let slot = Memslot::new(
-            SlotId(0),
-            Gfn::try_new(IPA / PAGE).expect("small"),
-            self.ground.pages as u64,
-            GIB / PAGE,
-            SlotFlags::empty(),
-            SlotKind::Ram,
-        );
-        memory
-            .create_slot(slot.expect("a slot"))
-            .expect("the first one");
-        Vm {
-            protection: Protection::new(),
-            memory,
-            machine,
+        let (word, count) = (word.bits(), memory.size() / PAGE);
+        self.ask(Call::SlotCreate, [handle, word, ipa, count, memory.start()])
+    }
+
+    /// A guest with a slot of all pages, and a vCPU.
+    fn create(&self, guest: usize, page: usize) -> Said {
+        let created = said(self.create_vm(handle(guest), page, true));
+        if created == Said::Done(1) {
+            let slot = self.create_slot(handle(guest), 0, IPA, range(0, self.pages));
+            assert_eq!(slot, [0; 4], "an empty slot");
+            let vcpu = self.ask(Call::VcpuCreate, [handle(guest), 0]);
+            assert_eq!(vcpu, [0; 4], "the first vCPU");
         }
+        created
     }
 
-    fn create(&self, guest: usize, page: usize) -> Answer {
-        let memory = range(page, 1);
-        let create = |index: u8| {
-            assert_eq!(usize::from(index), guest, "a handle is an index");
-            self.use_for_el2(memory);
-            Some((self.build(guest), 1))
-        };
-        self.vms
-            .create(&self.estate(), handle(guest), (memory, 1), create)
+    /// Lends pages to an unprotected VM, by a slot.
+    fn lease(&self, vm: usize, first: usize, count: usize) -> Said {
+        if !self.exists[vm].replace(true) {
+            let created = self.create_vm(borrower(vm), self.pages + 1 + vm, false);
+            assert_eq!(created, [1, 0, 0, 0], "there is a page for it");
+        }
+        let mut lent = self.lent.borrow_mut();
+        let is_free = |id: &u16| !lent.iter().any(|(of, .., its)| (*of, *its) == (vm, *id));
+        let id = (0..NO_SLOT).find(is_free).expect("not so many slots");
+        let ipa = IPA + u64::from(id) * STRIDE * PAGE;
+        let done = said(self.create_slot(borrower(vm), id, ipa, range(first, count)));
+        if done == Said::Done(0) {
+            lent.push((vm, first, count, id));
+        }
+        done
     }
 
-    fn top_up(&self, guest: usize, memory: AddrRange) -> Answer {
-        let add = |_: &Vm<'a>| self.use_for_el2(memory);
-        self.vms.top_up(&self.estate(), handle(guest), memory, add)
+    fn end_lease(&self, vm: usize, first: usize, count: usize) -> Said {
+        let mut lent = self.lent.borrow_mut();
+        let is_it = |(a, b, c, _): &Lent| (*a, *b, *c) == (vm, first, count);
+        let at = lent.iter().position(is_it);
+        let id = at.map_or(NO_SLOT, |at| lent.remove(at).3);
+        said(self.ask(Call::SlotDelete, [borrower(vm), id.into()]))
     }
 
-    fn donate_heap(&self, memory: AddrRange) -> Answer {
-        self.estate().donate(memory)?;
-        self.use_for_el2(memory);
-        Ok(0)
+    /// The end of an unprotected VM; another one gets its handle.
+    fn end_leases(&self, vm: usize) -> Said {
+        if !self.exists[vm].replace(false) {
+            return Said::Done(0);
+        }
+        self.lent.borrow_mut().retain(|(other, ..)| *other != vm);
+        let destroy = || said(self.ask(Call::VmDestroy, [borrower(vm)]));
+        assert_eq!(destroy(), Said::No(ErrorCode::Again));
+        let done = destroy();
+        let reclaim = || self.ask(Call::VmReclaim, [borrower(vm)]);
+        let state = range(self.pages + 1 + vm, 1).start();
+        assert_eq!([reclaim(), reclaim()], [[state, 1, 0, 0], [0; 4]]);
+        let reserved = self.ask(Call::VmReserve, []);
+        assert_eq!(reserved, [borrower(vm), 0, 0, 0]);
+        done
     }
 
     /// The library's transitions for a guest that exists.
@@ -290,19 +244,11 @@ impl<'a> World<'a> {
         guest: usize,
         act: impl FnOnce(&Pages<'_, 'a>, &Protection) -> Result<R, Refusal>,
     ) -> Result<R, Refusal> {
-        self.vms.with(handle(guest), |vm| {
-            act(&self.pages(guest, vm), &vm.protection)
+        let board = &self.board;
+        board.vms.with(handle(guest), |vm| {
+            let (state, estate) = (vm.state(), board.estate());
+            act(&state.pages(&estate), state.protection()?)
         })
-    }
-
-    fn pages<'p>(&'p self, guest: usize, vm: &'p Vm<'a>) -> Pages<'p, 'a> {
-        GuestPages {
-            memory: &vm.memory,
-            ownership: self.ownership,
-            host: &self.host,
-            contents: &self.tags,
-            index: guest as u8,
-        }
     }
 
     /// A call of a guest, which runs only behind its seal.
@@ -321,47 +267,25 @@ impl<'a> World<'a> {
         };
         if let (Said::Done(count), false) = (said, call == MemoryCall::Relinquish) {
             for page in first..first + count {
-                if matches!(self.tags.get(page), Content::Secret(_) | Content::Measured) {
-                    self.tags.set(page, Content::Public);
+                if matches!(
+                    self.board.contents.get(page),
+                    Content::Secret(_) | Content::Measured
+                ) {
+                    self.board.contents.set(page, Content::Public);
                 }
             }
         }
         said
     }
 
-    fn donate(&self, guest: usize, first: usize, count: usize, keep: bool) -> Answer {
+    fn donate(&self, guest: usize, first: usize, count: usize, keep: bool) -> Said {
         let kind = if keep {
             DonationKind::Contents
         } else {
             DonationKind::Zeros
         };
-        self.vms.donate_memory(handle(guest), |vm| {
-            let pages = self.pages(guest, vm);
-            let mut stage = vm.protection.stage();
-            let memory = pages.donate(&mut stage, ipa(first), count as u64, kind)?;
-            assert_eq!(memory, range(first, count));
-            Ok(memory)
-        })
-    }
-
-    fn seal(&self, guest: usize) -> Answer {
-        let start = Start {
-            vcpus: 1,
-            entry: IPA,
-            context: 0,
-        };
-        self.with(guest, |_, protection| protection.seal(&start, || Ok(())))
-    }
-
-    fn reclaim(&self, page: usize) -> Answer {
-        let page = range(page, 1);
-        self.vms.with_owner(self.ownership, page, |vm| {
-            let owner = self.ownership.pages().owner(page.start());
-            let Some(page_state::Owner::Guest(guest)) = owner else {
-                panic!("nobody has moved it meanwhile");
-            };
-            self.pages(guest.into(), vm).reclaim_page(page)
-        })
+        let args = [handle(guest), ipa(first), count as u64, kind as u64];
+        said(self.ask(Call::MemoryDonate, args))
     }
 
     fn guest_writes(&self, guest: usize, page: usize) -> Said {
@@ -390,7 +314,7 @@ impl<'a> World<'a> {
 
     fn written_by_guest(&self, guest: usize, page: usize) {
         assert!(self.guest_leaf(guest, page), "resolved, but not mapped");
-        let found = self.tags.get(page);
+        let found = self.board.contents.get(page);
         let mine = [
             Content::Zero,
             Content::Measured,
@@ -401,68 +325,71 @@ impl<'a> World<'a> {
             mine.contains(&found),
             "guest {guest} finds {found:?} in page {page}"
         );
-        let states = self.ownership.pages();
-        let owner = page_state::Owner::Guest(guest as u8);
+        let states = self.board.ownership.pages();
+        let owner = page_state::Owner::Guest(index(guest));
         let content = if states.all_shared(range(page, 1), owner, true) {
             Content::Public
         } else {
             assert!(
-                self.tags.is_settled(page),
+                self.board.contents.is_settled(page),
                 "guest {guest} has page {page} to itself, but caches may hold the host's lines"
             );
             Content::Secret(guest)
         };
-        self.tags.set(page, content);
+        self.board.contents.set(page, content);
     }
 
     fn host_writes(&self, page: usize) -> Said {
-        if self.host.fault(range(page, 1).start()) == host_map::Answer::Refused {
+        if self.board.host.fault(range(page, 1).start()) == host_map::Answer::Refused {
             return Said::Refused;
         }
-        let found = self.tags.get(page);
+        let found = self.board.contents.get(page);
         assert!(
             !matches!(found, Content::Secret(_) | Content::El2s),
             "the host finds {found:?} in page {page}"
         );
-        self.tags.unsettle(page);
-        let owner = self.ownership.pages().owner(range(page, 1).start());
+        self.board.contents.unsettle(page);
+        let owner = self.board.ownership.pages().owner(range(page, 1).start());
         let content = if owner == Some(page_state::Owner::Host) {
             Content::Hosts
         } else {
             Content::Public
         };
-        self.tags.set(page, content);
+        self.board.contents.set(page, content);
         Said::Done(1)
     }
 
-    /// The same while a vCPU runs.
-    fn destroy_in_use(&self, guest: usize) -> Answer {
-        self.with(guest, |_, _| {
-            self.vms.destroy(self.ownership, handle(guest))
-        })
+    /// The same while somebody uses the VM.
+    fn destroy_in_use(&self, guest: usize) -> Said {
+        let destroy = |_: &Pages<'_, '_>, _: &Protection| {
+            Ok(said(self.ask(Call::VmDestroy, [handle(guest)])))
+        };
+        let done = self.with(guest, destroy);
+        done.unwrap_or_else(|refusal| Said::No(refusal.code))
     }
 
     fn take_back(&self, guest: usize) -> Said {
         // What has come back before is passed over, so much of it at a time.
+        let again = [ErrorCode::Again.to_register(), 0, 0, 0];
         let back = loop {
-            match self.vms.reclaim(&self.estate(), handle(guest)) {
-                Err(refusal) if refusal.code == ErrorCode::Again => {}
+            match self.ask(Call::VmReclaim, [handle(guest)]) {
+                answer if answer == again => {}
                 other => break other,
             }
         };
         match back {
-            Ok(Some(pages)) => {
+            [start, count, 0, 0] if count > 0 => {
+                let pages = AddrRange::with_size(start, count * PAGE).expect("pages");
                 let numbers = numbers(pages);
                 Said::Back(numbers.start, numbers.len())
             }
-            Ok(None) => Said::Done(0),
-            Err(refusal) => Said::No(refusal.code),
+            other => said(other),
         }
     }
 
     /// Does a step.
     pub(crate) fn step(&self, step: Step) -> Said {
-        let borrower = |vm: usize| UNPROTECTED + vm as u8;
+        let address = |first| range(first, 1).start();
         let answer = match step {
             Step::Share(guest, first, count) => {
                 return self.call(guest, MemoryCall::Share, first, count);
@@ -476,41 +403,42 @@ impl<'a> World<'a> {
             Step::GuestWrites(guest, page) => return self.guest_writes(guest, page),
             Step::HostWrites(page) => return self.host_writes(page),
             Step::TakeBack(guest) => return self.take_back(guest),
+            Step::Create(guest, page) => return self.create(guest, page),
+            Step::Donate(guest, first, count, keep) => {
+                return self.donate(guest, first, count, keep);
+            }
+            Step::Lease(vm, first, count) => return self.lease(vm, first, count),
+            Step::EndLease(vm, first, count) => return self.end_lease(vm, first, count),
+            Step::EndLeases(vm) => return self.end_leases(vm),
+            Step::DestroyInUse(guest) => return self.destroy_in_use(guest),
             Step::Reserve => {
-                let reserved = self.vms.reserve().map(|handle| handle - FIRST_HANDLE);
-                reserved.map_err(Refusal::from)
+                return match said(self.ask(Call::VmReserve, [])) {
+                    Said::Done(number) => Said::Done(number - handle(0) as usize),
+                    other => other,
+                };
             }
-            Step::Create(guest, page) => self.create(guest, page),
-            Step::TopUp(guest, first, count) => self.top_up(guest, range(first, count)),
-            Step::DonateHeap(first, count) => self.donate_heap(range(first, count)),
-            Step::Donate(guest, first, count, keep) => self.donate(guest, first, count, keep),
-            Step::Seal(guest) => self.seal(guest),
-            Step::Reclaim(page) => self.reclaim(page),
-            Step::Lease(vm, first, count) => {
-                let lent = self.ownership.lease(range(first, count), borrower(vm));
-                lent.map(|progress| u64::from(progress == Progress::More))
-                    .map_err(Refusal::from)
+            Step::TopUp(guest, first, count) => {
+                let args = [handle(guest), address(first), count as u64];
+                self.ask(Call::VmTopUp, args)
             }
-            Step::EndLease(vm, first, count) => {
-                let ended = self.ownership.end_lease(range(first, count), borrower(vm));
-                ended.map(|()| 0).map_err(Refusal::from)
+            Step::DonateHeap(first, count) => {
+                self.ask(Call::DonateHeap, [address(first), count as u64])
             }
-            Step::EndLeases(vm) => {
-                self.ownership.end_all_leases(borrower(vm));
-                Ok(0)
-            }
-            Step::Destroy(guest) => self.vms.destroy(self.ownership, handle(guest)),
-            Step::DestroyInUse(guest) => self.destroy_in_use(guest),
+            Step::Seal(guest) => self.ask(Call::VmSeal, [handle(guest), IPA, 0]),
+            Step::Reclaim(page) => self.ask(Call::MemoryReclaim, [address(page)]),
+            Step::Destroy(guest) => self.ask(Call::VmDestroy, [handle(guest)]),
         };
-        answer.map_or_else(
-            |refusal| Said::No(refusal.code),
-            |value| Said::Done(value as usize),
-        )
+        said(answer)
+    }
+
+    /// Leaves of a guest, read from memory.
+    fn leaves(&self, guest: usize) -> Vec<(u64, i8, RawLeaf)> {
+        let machine = self.ground.guest(BORROWERS + guest);
+        machine.map_or_else(Vec::new, FakeMachine::leaves)
     }
 
     fn guest_leaf(&self, guest: usize, page: usize) -> bool {
-        let machine = &self.ground.machines.guests[guest];
-        machine.leaves().iter().any(|(start, level, raw)| {
+        self.leaves(guest).iter().any(|(start, level, raw)| {
             let size = 1u64 << Arch::arm_4k(1, 39, false).shift(*level);
             let inside = (*start..*start + size).contains(&ipa(page));
             inside && raw.pa + (ipa(page) - start) == range(page, 1).start()
@@ -519,13 +447,13 @@ impl<'a> World<'a> {
 
     /// Compares everything with the model, the tables by an independent walk.
     pub(crate) fn agrees(&self, model: &Model) -> Result<(), String> {
-        let states = self.ownership.pages();
+        let states = self.board.ownership.pages();
         for (number, page) in model.pages.iter().enumerate() {
             let here = range(number, 1);
             let owner = match page.owner {
                 Owner::Host => page_state::Owner::Host,
                 Owner::Heap | Owner::State(_) => page_state::Owner::Hypervisor,
-                Owner::Guest(guest) => page_state::Owner::Guest(guest as u8),
+                Owner::Guest(guest) => page_state::Owner::Guest(index(guest)),
             };
             if !states.all_shared(here, owner, page.shared) {
                 let found = states.owner(here.start());
@@ -533,11 +461,11 @@ impl<'a> World<'a> {
                     "page {number}: {page:?}, but the library says {found:?}"
                 ));
             }
-            if self.tags.get(number) != page.content {
-                let found = self.tags.get(number);
+            if self.board.contents.get(number) != page.content {
+                let found = self.board.contents.get(number);
                 return Err(format!("page {number}: {page:?}, but it holds {found:?}"));
             }
-            let refused = self.host.fault(here.start()) == host_map::Answer::Refused;
+            let refused = self.board.host.fault(here.start()) == host_map::Answer::Refused;
             if refused == model.host_reaches(number) {
                 return Err(format!(
                     "page {number}: {page:?}, but refused to the host: {refused}"
@@ -552,7 +480,7 @@ impl<'a> World<'a> {
     /// What later steps hang on, and this one may not have shown: else worlds that differ would pass for one.
     fn has_the_same_vms(&self, model: &Model) -> Result<(), String> {
         for (number, page) in model.pages.iter().enumerate() {
-            let found = self.ownership.may_donate(range(number, 1));
+            let found = self.board.ownership.may_donate(range(number, 1));
             let found = found.map_err(|error| Refusal::from(error).code);
             if found != model.may_leave_the_host(number, 1) {
                 return Err(format!("page {number}: {page:?}, its donation: {found:?}"));
@@ -580,7 +508,7 @@ impl<'a> World<'a> {
 
     fn walk_host(&self, model: &Model) -> Result<(), String> {
         let arch = Arch::arm_4k(1, 40, false);
-        for (start, level, raw) in self.ground.machines.host.leaves() {
+        for (start, level, raw) in self.ground.host().leaves() {
             let size = 1u64 << arch.shift(level);
             if raw.pa != start {
                 return Err(format!("the host's {start:#x} leads to {:#x}", raw.pa));
@@ -597,7 +525,7 @@ impl<'a> World<'a> {
     }
 
     fn walk_guest(&self, guest: usize, model: &Model) -> Result<(), String> {
-        for (start, _, raw) in self.ground.machines.guests[guest].leaves() {
+        for (start, _, raw) in self.leaves(guest) {
             let page = ((start - IPA) / PAGE) as usize;
             // Nobody walks the tables of one that ends, but they are there until it has ended.
             let ends = model.guests[guest].life == Life::Dying;
@@ -612,35 +540,20 @@ impl<'a> World<'a> {
 
     /// What the protocol checker of the tables found wrong.
     pub(crate) fn violations(&self) -> Vec<String> {
-        let machines = &self.ground.machines;
-        let all = machines.guests.iter().chain([&machines.host]);
-        all.flat_map(FakeMachine::finish).collect()
+        let machines = self.ground.machines();
+        machines.flat_map(FakeMachine::finish).collect()
     }
 }
 
-impl Drop for World<'_> {
-    fn drop(&mut self) {
-        let machines = &self.ground.machines;
-        machines.guests.iter().for_each(FakeMachine::detach);
-        machines.host.detach();
-    }
+/// Index of a guest in the VM table.
+const fn index(guest: usize) -> u8 {
+    (BORROWERS + guest) as u8
 }
 
 const fn handle(guest: usize) -> u64 {
-    FIRST_HANDLE + guest as u64
+    FIRST_HANDLE + index(guest) as u64
 }
 
-pub(crate) fn format() -> ArmStage2 {
-    ArmStage2::new(&ArmConfig {
-        granule: Granule::K4,
-        input_bits: 39,
-        output_bits: 40,
-        features: ArmFeatures {
-            fwb: ForceWriteBack::Off,
-            execute: Execute::Split,
-            wide: WideAddresses::Off,
-        },
-        start: None,
-    })
-    .expect("a usual format")
+const fn borrower(vm: usize) -> u64 {
+    FIRST_HANDLE + vm as u64
 }
