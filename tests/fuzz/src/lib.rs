@@ -16,6 +16,7 @@ mod mutate;
 mod tree;
 mod vgic;
 mod virtio;
+mod vm_call;
 
 pub use mutate::Mutator;
 
@@ -33,10 +34,14 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
     Target {
         name: "host_call",
         run: host_call::run,
+    },
+    Target {
+        name: "vm_call",
+        run: vm_call::run,
     },
     Target {
         name: "guest_exit",

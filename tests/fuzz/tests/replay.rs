@@ -71,6 +71,11 @@ fn host_calls() {
 }
 
 #[test]
+fn calls_about_vms() {
+    replay("vm_call");
+}
+
+#[test]
 fn guest_exits() {
     replay("guest_exit");
 }
@@ -105,6 +110,7 @@ fn every_target_is_replayed() {
     let names = TARGETS.map(|target| target.name);
     let replayed = [
         "host_call",
+        "vm_call",
         "guest_exit",
         "exits",
         "vgic",
