@@ -9,23 +9,25 @@ pub(super) fn markdown(measurements: &[Measurement], image_kib: usize) -> String
         "# Boot: instructions from reset to Linux's user space\n\n\
          Written by `make bench-boot`. One CPU, 1 GiB, GICv3, Debian's arm64 kernel with the project's initramfs; QEMU with\n\
          `-icount shift=0,sleep=off`, so the counter that a program reads in user space counts instructions since reset.\n\
-         Instructions are repeatable; they are blind to what caches and TLBs cost. Linux's own boot moves by up to\n\
-         three percent when anything about the payload moves in memory, bare or not: read the rows together.\n\n\
+         Instructions are repeatable; they are blind to what caches and TLBs cost. Linux's own boot moves with\n\
+         where things lie in memory, bare or not: each figure is the median over nine sizes of RAM from 1,024 MiB on, and the last\n\
+         column is how far the nine are apart. A difference of much less than that says little.\n\n\
          ![chart](boot.svg)\n\n\
-         | million instructions | bare, entered at EL1 | bare, entered at EL2 | under Ravelin | more than bare at EL1 | more than bare at EL2 |\n\
-         | --- | --- | --- | --- | --- | --- |\n",
+         | million instructions | bare, entered at EL1 | bare, entered at EL2 | under Ravelin | more than bare at EL1 | more than bare at EL2 | spread |\n\
+         | --- | --- | --- | --- | --- | --- | --- |\n",
     );
     for m in measurements {
         // Writing to a String cannot fail.
         let _ = writeln!(
             text,
-            "| {} | {} | {} | {} | {:+.2} % | {:+.2} % |",
+            "| {} | {} | {} | {} | {:+.2} % | {:+.2} % | {:.1} % |",
             m.cpu,
             millions(m.bare_el1),
             millions(m.bare_el2),
             millions(m.under),
             m.overhead_percent(),
-            percent_more(m.bare_el2, m.under)
+            percent_more(m.bare_el2, m.under),
+            m.spread_percent
         );
     }
     text.push_str("\n| | target | measured |\n| --- | --- | --- |\n");
@@ -124,6 +126,7 @@ mod tests {
             under: 1_010_000_000,
             el2_boot: 3_000_000,
             resident_kib: 2500,
+            spread_percent: 2.25,
         }
     }
 
@@ -131,7 +134,7 @@ mod tests {
     fn table_has_figures_and_percentages() {
         let text = markdown(&[sample()], 200);
         assert!(
-            text.contains("| max | 1000.0 | 1100.0 | 1010.0 | +1.00 % | -8.18 % |"),
+            text.contains("| max | 1000.0 | 1100.0 | 1010.0 | +1.00 % | -8.18 % | 2.2 % |"),
             "{text}"
         );
         assert!(text.contains("| image, KiB | – | 200 |"));

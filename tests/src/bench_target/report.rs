@@ -67,7 +67,7 @@ pub(super) fn markdown(measurements: &[Measurement]) -> String {
 
 fn boots(text: &mut String, measurements: &[Measurement]) {
     text.push_str(
-        "\nLinux (Debian's arm64 kernel) from its entry to user space, one vCPU, locked memory; the median over three sizes of RAM.\n\
+        "\nLinux (Debian's arm64 kernel) from its entry to user space, one vCPU, locked memory; the median over nine sizes of RAM.\n\
          Most of what a guest adds is its console: some 15,000 characters, two accesses each that the host emulates.\n\n\
          | million instructions | bare, at EL1 | guest | more than bare | target |\n| --- | --- | --- | --- | --- |\n",
     );
