@@ -96,7 +96,7 @@ impl Vm {
             Ok(()) => Ok(vm),
             Err(refused) => {
                 vm.destroy()?;
-                vm.reclaim()?;
+                while vm.reclaim()?.is_some() {}
                 Err(refused)
             }
         }
