@@ -91,7 +91,7 @@ pub struct Lines {
     pub kick: bool,
     /// That one is the host's.
     pub host_kick: bool,
-    /// Any interrupt is pending.
+    /// Any other interrupt is pending.
     pub pending: bool,
 }
 
@@ -311,7 +311,7 @@ impl Interrupts for FakeVcpu<'_, '_> {
     }
 
     fn interrupt_pending(&self) -> bool {
-        self.lines.pending
+        self.lines.pending || self.lines.kick
     }
 
     fn save_interrupts(&mut self) {

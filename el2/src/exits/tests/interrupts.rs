@@ -126,6 +126,15 @@ fn wait(vcpu: &mut FakeVcpu<'_, '_>) -> Next {
 }
 
 #[test]
+fn a_wait_looks_at_the_list_registers_first() {
+    on(PLAIN, |vcpu| {
+        vcpu.refresh_interrupts();
+        assert_eq!(wait(vcpu), Next::Leave);
+        assert!(!vcpu.lists_loaded, "what is in them may end the wait");
+    });
+}
+
+#[test]
 fn a_wait_goes_to_the_host_until_the_next_timer() {
     on(PLAIN, |vcpu| {
         vcpu.virtual_deadline = 700;

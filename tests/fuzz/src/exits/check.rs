@@ -2,7 +2,7 @@
 
 use abi::Exit;
 use el2::exits::Next;
-use el2::exits::testing::{Did, FakeVcpu, RAM, RAM_PAGES};
+use el2::exits::testing::{Did, FakeVcpu, RAM, RAM_PAGES, READ_ONLY, READ_ONLY_PAGES};
 
 use super::PAGE;
 use super::oracle::{Before, Fate, loaded};
@@ -166,7 +166,7 @@ pub(super) fn call(before: &Before, vcpu: &FakeVcpu<'_, '_>, next: Next) {
             vcpu.exit,
             None | Some(Exit::WaitForInterrupt { .. } | Exit::Interrupted)
         );
-        assert!(waits, "{context}");
+        assert!(waits && starts_in_memory(before, vcpu), "{context}");
         return;
     }
     assert_eq!(vcpu.registers.0[4..], before.registers.0[4..], "{context}");
@@ -181,6 +181,7 @@ pub(super) fn call(before: &Before, vcpu: &FakeVcpu<'_, '_>, next: Next) {
         }
         Some(Exit::VcpuOn { index }) => {
             assert!(index < vcpu.vm.shape.vcpus && at == behind, "{context}");
+            assert!(starts_in_memory(before, vcpu), "{context}");
             return;
         }
         None
@@ -204,6 +205,20 @@ pub(super) fn call(before: &Before, vcpu: &FakeVcpu<'_, '_>, next: Next) {
         "{context}"
     );
     assert_eq!(did, [Did::Repeat], "{context}");
+}
+
+/// Whether the entry point of a PSCI call, its third argument, is in a slot of memory, not in a device's.
+fn starts_in_memory(before: &Before, vcpu: &FakeVcpu<'_, '_>) -> bool {
+    let [id, _, entry, ..] = before.registers.0;
+    // Without SMCCC's bit 30 only the lower halves count.
+    let entry = if id & 1 << 30 == 0 {
+        entry & 0xffff_ffff
+    } else {
+        entry
+    };
+    let within = |(start, pages): (u64, u64)| (start..start + pages * PAGE).contains(&entry);
+    let read_only = !vcpu.vm.shape.protected && within((READ_ONLY, READ_ONLY_PAGES));
+    within((RAM, RAM_PAGES)) || read_only
 }
 
 /// A wait steps over its instruction, and shows the host when a timer ends it.
