@@ -164,7 +164,7 @@ pub struct Board<'a> {
     pub gic_tables_left_out: usize,
     /// Power control without firmware.
     pub power: Option<Power>,
-    /// Registers of the random number generator, an RNG200.
+    /// Registers of the random number generator, an RNG200: all of them, 4-aligned.
     pub generator: Option<AddrRange>,
     /// The IOMMU in front of PCI devices.
     pub iommu: Option<Iommu>,
@@ -371,6 +371,7 @@ impl Board<'_> {
         match path.last() {
             Some(node) if is_any(node, RNG200) => {
                 let registers = registers.filter(|_| is_enabled(node));
+                let registers = registers.filter(|range| has_rng200_registers(*range));
                 self.generator = self.generator.or(registers);
             }
             _ => self.power = registers.map(|registers| Power::BcmPm(registers.start())),
@@ -406,6 +407,14 @@ const BCM: &[&str] = &[
 /// Binding of the random number generator (brcm,iproc-rng200.yaml) as a BCM2711 and a BCM2712 have it.
 /// Others of its family warm up differently.
 pub(crate) const RNG200: &[&str] = &["brcm,bcm2711-rng200"];
+
+/// Size of an RNG200's registers in bytes: the last one is FIFO_COUNT, at 0x24.
+const RNG200_SIZE: u64 = 0x28;
+
+/// Whether all registers of an RNG200, of 4 bytes each, are in `range`, and can be accessed there.
+const fn has_rng200_registers(range: AddrRange) -> bool {
+    range.size() >= RNG200_SIZE && range.start().is_multiple_of(4)
+}
 
 /// Entries of a `reg` whose parent is the root or another identity-mapped node.
 fn regs(node: &FdtNode<'_>) -> impl Iterator<Item = AddrRange> {

@@ -521,6 +521,26 @@ fn the_generator_is_found_unless_it_is_disabled() {
 }
 
 #[test]
+fn a_generator_without_room_for_its_registers_is_none() {
+    let node = |reg: [u32; 2]| {
+        let mut blob = pi();
+        let big_endian = |reg: [u32; 2]| reg.map(u32::to_be_bytes).concat();
+        let old = big_endian([0x7e10_4000, 0x28]);
+        let at = blob.windows(8).position(|bytes| bytes == old).unwrap();
+        blob[at..at + 8].copy_from_slice(&big_endian(reg));
+        read(&blob).generator
+    };
+    for reg in [[0x7e10_4000, 0x24], [0x7e10_4000, 0x27], [0x7e10_4000, 0]] {
+        assert_eq!(node(reg), None);
+    }
+    for start in [0x7e10_4001, 0x7e10_4002] {
+        assert_eq!(node([start, 0x28]), None);
+    }
+    let registers = range(0xfe10_4004, 0xfe10_4104);
+    assert_eq!(node([0x7e10_4004, 0x100]), Some(registers));
+}
+
+#[test]
 fn the_host_keeps_a_generator_that_el2_does_not_drive() {
     let (blob, el2) = (pi(), range(0x5fe0_0000, 0x6000_0000));
     let node = "/soc/rng@7e104000";
