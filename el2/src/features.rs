@@ -433,14 +433,17 @@ mod tests {
             gicv: None,
         };
         let v3 = Gic::V3 { gicd, gicr };
-        let uses = |gic| features.with_controller(gic).gic_sysregs;
-        assert!(!uses(Some(&v2)));
-        assert!(uses(Some(&v3)) && uses(None));
-        assert!(
-            !Features::decode(&A72)
-                .with_controller(Some(&v3))
-                .gic_sysregs
-        );
+        // Which registers EL2 uses, and which it only leaves to the host, disabled.
+        let uses = |features: Features, gic| {
+            let features = features.with_controller(gic);
+            (features.gic_sysregs, features.gic_legacy)
+        };
+        assert_eq!(uses(features, Some(&v2)), (false, true));
+        assert_eq!(uses(features, Some(&v3)), (true, false));
+        assert_eq!(uses(features, None), (true, false));
+        for gic in [Some(&v2), Some(&v3), None] {
+            assert_eq!(uses(Features::decode(&A72), gic), (false, false));
+        }
     }
 
     #[test]
