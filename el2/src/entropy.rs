@@ -52,15 +52,22 @@ impl Entropy {
 }
 
 impl EntropySource for Entropy {
-    fn next(&self) -> Option<u64> {
+    fn fill(&self, words: &mut [u64]) -> bool {
         match self {
             // It may fail for a moment; who asks again does so by a call of its own.
-            Self::Instruction => (0..16).find_map(|_| regs::random()),
-            Self::Firmware => {
+            Self::Instruction => each(words, || (0..16).find_map(|_| regs::random())),
+            Self::Firmware => each(words, || {
                 let [status, _, _, word] = firmware::call(TRNG_RND_64, [64, 0, 0, 0, 0, 0, 0]);
                 (status == 0).then_some(word)
-            }
-            Self::Generator(generator, _) => generator.next(regs::ticks()),
+            }),
+            Self::Generator(generator, _) => generator.fill(regs::ticks(), words),
         }
     }
+}
+
+/// Fills one word after the other; `false` if `next` has none.
+fn each(words: &mut [u64], next: impl Fn() -> Option<u64>) -> bool {
+    words
+        .iter_mut()
+        .all(|word| next().map(|fresh| *word = fresh).is_some())
 }

@@ -42,9 +42,34 @@ const FAILURES: u32 = 1 << 31 | 1 << 5 | 1 << 1;
 /// TOTAL_BIT_COUNT that Linux waits to be exceeded.
 const FIRST_BITS: u32 = 16;
 /// Words for 64 bits. A call of TRNG wants at most three times as many: 12 of the 16 that the FIFO holds.
-const WORDS: u32 = 4;
-/// Register accesses of a call, at most: status, bit count, word count, and as many words as may be told.
-pub const MAX_ACCESSES: u32 = 3 + FIFO_WORDS;
+const WORDS: usize = 4;
+/// How the generator is stopped, emptied and started anew: registers and values, in order.
+const RESET: [(usize, u32); 10] = [
+    (CTRL, 0),
+    (INT_ENABLE, 0),
+    (RBG_SOFT_RESET, 1),
+    (RNG_SOFT_RESET, 1),
+    (RNG_SOFT_RESET, 0),
+    (RBG_SOFT_RESET, 0),
+    (INT_STATUS, u32::MAX),
+    (TOTAL_BIT_COUNT_THRESHOLD, WARM_UP_BITS),
+    (FIFO_COUNT, FIFO_LEVEL),
+    (CTRL, START),
+];
+/// Register accesses of a call, at most: status, bit count, word count, as many words as may be told, status once more,
+/// and a reset. All but the first call of a warm generator end after 12 words, and a held one, at most.
+pub const MAX_ACCESSES: usize = 4 + FIFO_WORDS as usize + RESET.len();
+
+/// Words that are not to be given, since they were made before the generator was warm.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Cold {
+    /// All of the FIFO, and one more.
+    Fifo,
+    /// The next word: one that was complete when the FIFO was full may have been held back until there was room.
+    Next,
+    /// There are none.
+    None,
+}
 
 /// The generator, shared by all cores.
 #[derive(Debug)]
@@ -59,8 +84,8 @@ pub struct Rng200<R> {
 struct State {
     /// When the generator is warm, in ticks.
     warm_at: u64,
-    /// The FIFO may hold words from before that.
-    is_stale: bool,
+    /// Where words from before that may be.
+    cold: Cold,
     /// The last word: two equal ones in a row are refused. That is the repetition count test (SP 800-90B 4.4.1) with the
     /// least cutoff, 2. A good generator, of 16 bits of entropy in a word, fails it once in 2^16 words, and then
     /// warms up once more.
@@ -83,44 +108,70 @@ impl<R: UartRegs> Rng200<R> {
         })
     }
 
-    /// 64 bits that nobody has had; `None` if there are none right now, or another core is here. After a failed test
-    /// there are none for half a second. `now` is the time in ticks.
-    pub fn next(&self, now: u64) -> Option<u64> {
-        let mut state = self.state.try_lock()?;
-        let word = self.draw(&mut state, now);
-        if word.is_err() {
+    /// Fills `words` with bits that nobody has had; `false`, and zeros, if there are not enough for all of them right
+    /// now, or another core is here. What there is stays for later then. After a failed test there are none for half a
+    /// second. `now` is the time in ticks.
+    ///
+    /// More than four words are never there at once.
+    pub fn fill(&self, now: u64, words: &mut [u64]) -> bool {
+        let Some(mut state) = self.state.try_lock() else {
+            words.fill(0);
+            return false;
+        };
+        let drawn = self.draw(&mut state, now, words);
+        if drawn.is_err() {
             *state = reset(&self.registers, now, self.warm_up);
         }
-        word.unwrap_or_default()
+        let is_filled = drawn.unwrap_or(false);
+        if !is_filled {
+            words.fill(0);
+        }
+        is_filled
     }
 
     /// The same, or that a test has failed.
-    fn draw(&self, state: &mut State, now: u64) -> Result<Option<u64>, TestFailed> {
+    fn draw(&self, state: &mut State, now: u64, words: &mut [u64]) -> Result<bool, TestFailed> {
         self.check()?;
         if now < state.warm_at || self.registers.read(TOTAL_BIT_COUNT) <= FIRST_BITS {
-            return Ok(None);
+            return Ok(false);
         }
         let count = self.registers.read(FIFO_COUNT) & FIFO_WORDS;
-        if state.is_stale {
-            (0..count).for_each(|_| _ = self.registers.read(FIFO_DATA));
-            state.is_stale = false;
-            return Ok(None);
+        let count = self.drop_cold(&mut state.cold, count);
+        if (count as usize) < words.len().saturating_mul(WORDS) {
+            return Ok(false);
         }
-        if count < WORDS {
-            return Ok(None);
+        for word in words {
+            *word = self.condition(&mut state.last)?;
         }
+        // What failed while they were read speaks against them, too.
+        self.check()?;
+        Ok(true)
+    }
+
+    /// Reads away what is cold of `count` words; gives how many are left. A FIFO that is empty is never read.
+    fn drop_cold(&self, cold: &mut Cold, count: u32) -> u32 {
+        let (dropped, then) = match *cold {
+            Cold::Fifo => (count, Cold::Next),
+            Cold::Next if count > 0 => (1, Cold::None),
+            other => (0, other),
+        };
+        (0..dropped).for_each(|_| _ = self.registers.read(FIFO_DATA));
+        *cold = then;
+        count - dropped
+    }
+
+    /// 64 bits of the next words.
+    fn condition(&self, last: &mut Option<u32>) -> Result<u64, TestFailed> {
         let mut hash = Sha256::new();
         for _ in 0..WORDS {
             let word = self.registers.read(FIFO_DATA);
-            if state.last.replace(word) == Some(word) {
+            if last.replace(word) == Some(word) {
                 return Err(TestFailed);
             }
             hash.update(word.to_le_bytes());
         }
-        // What failed while they were read speaks against them, too.
-        self.check()?;
         let [a, b, c, d, e, f, g, h, ..] = <[u8; 32]>::from(hash.finalize());
-        Ok(Some(u64::from_le_bytes([a, b, c, d, e, f, g, h])))
+        Ok(u64::from_le_bytes([a, b, c, d, e, f, g, h]))
     }
 
     /// The generator's own tests.
@@ -138,23 +189,12 @@ struct TestFailed;
 
 /// Stops the generator, empties it and starts it anew.
 fn reset(registers: &impl UartRegs, now: u64, warm_up: u64) -> State {
-    for (register, value) in [
-        (CTRL, 0),
-        (INT_ENABLE, 0),
-        (RBG_SOFT_RESET, 1),
-        (RNG_SOFT_RESET, 1),
-        (RNG_SOFT_RESET, 0),
-        (RBG_SOFT_RESET, 0),
-        (INT_STATUS, u32::MAX),
-        (TOTAL_BIT_COUNT_THRESHOLD, WARM_UP_BITS),
-        (FIFO_COUNT, FIFO_LEVEL),
-        (CTRL, START),
-    ] {
+    for (register, value) in RESET {
         registers.write(register, value);
     }
     State {
         warm_at: now.saturating_add(warm_up),
-        is_stale: true,
+        cold: Cold::Fifo,
         last: None,
     }
 }

@@ -6,8 +6,10 @@
 /// Where random numbers come from: the RNDR instruction, firmware, or the board's generator. Never the
 /// host.
 pub trait EntropySource {
-    /// 64 bits of conditioned entropy; `None` if there is none right now.
-    fn next(&self) -> Option<u64>;
+    /// Fills all of `words`, three at most, with conditioned entropy; `false` if there is not enough for all of them
+    /// right now. What they hold then is of no use. One call is for all that is asked, so that a source can say no
+    /// before it has used up what it has.
+    fn fill(&self, words: &mut [u64]) -> bool;
 }
 
 const VERSION: u32 = 0x8400_0050;
@@ -49,21 +51,22 @@ fn feature(argument: u64) -> u64 {
 
 /// `bits` (1 to three times `width`) of entropy: the lowest word in `x3`, the highest in `x1`; what
 /// was not asked for is zero.
-fn random(bits: u64, width: u64, source: &dyn EntropySource) -> [u64; 4] {
+fn random(bits: u64, width: u32, source: &dyn EntropySource) -> [u64; 4] {
+    let bits = u32::try_from(bits).unwrap_or(0);
     if bits == 0 || bits > 3 * width {
         return [INVALID_PARAMETERS, 0, 0, 0];
     }
+    let mut fresh = [0; 3];
+    let wanted = fresh.get_mut(..bits.div_ceil(width) as usize);
+    if !wanted.is_some_and(|words| source.fill(words)) {
+        return [NO_ENTROPY, 0, 0, 0];
+    }
     let mut answer = [0; 4];
     let mut left = bits;
-    for word in answer.iter_mut().skip(1).rev() {
+    for (word, fresh) in answer.iter_mut().skip(1).rev().zip(fresh) {
         let take = left.min(width);
-        if take == 0 {
-            break;
-        }
-        let Some(fresh) = source.next() else {
-            return [NO_ENTROPY, 0, 0, 0];
-        };
-        *word = fresh >> (64 - take);
+        // Nothing is taken of a word that was not asked for: it is zero.
+        *word = fresh.checked_shr(64 - take).unwrap_or(0);
         left -= take;
     }
     answer
@@ -82,10 +85,11 @@ mod tests {
     struct Ones(Cell<u32>);
 
     impl EntropySource for Ones {
-        fn next(&self) -> Option<u64> {
-            let left = self.0.get().checked_sub(1)?;
-            self.0.set(left);
-            Some(u64::MAX)
+        fn fill(&self, words: &mut [u64]) -> bool {
+            let left = self.0.get().checked_sub(words.len() as u32);
+            self.0.set(left.unwrap_or(self.0.get()));
+            words.fill(u64::MAX);
+            left.is_some()
         }
     }
 

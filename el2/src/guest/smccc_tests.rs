@@ -6,8 +6,8 @@ use crate::guest::idregs::{HardwareIds, Model};
 struct Never;
 
 impl EntropySource for Never {
-    fn next(&self) -> Option<u64> {
-        None
+    fn fill(&self, _: &mut [u64]) -> bool {
+        false
     }
 }
 

@@ -28,9 +28,12 @@ struct Guest {
 struct Entropy(std::cell::Cell<u64>);
 
 impl EntropySource for Entropy {
-    fn next(&self) -> Option<u64> {
-        self.0.set(self.0.get().wrapping_add(1));
-        (!self.0.get().is_multiple_of(7)).then_some(self.0.get())
+    fn fill(&self, words: &mut [u64]) -> bool {
+        words.iter_mut().all(|word| {
+            self.0.set(self.0.get().wrapping_add(1));
+            *word = self.0.get();
+            !self.0.get().is_multiple_of(7)
+        })
     }
 }
 

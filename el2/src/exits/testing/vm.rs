@@ -146,9 +146,12 @@ impl Contents for Unseen {
 struct Count(Cell<u64>);
 
 impl EntropySource for Count {
-    fn next(&self) -> Option<u64> {
-        self.0.set(self.0.get() + 1);
-        Some(self.0.get())
+    fn fill(&self, words: &mut [u64]) -> bool {
+        for word in words {
+            self.0.set(self.0.get() + 1);
+            *word = self.0.get();
+        }
+        true
     }
 }
 
