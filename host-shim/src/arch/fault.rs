@@ -216,6 +216,14 @@ access!(
     store, "mov x10, #-1", "str x10, [x9]"
 );
 access!(
+    /// Loads a word, as a device's register.
+    load_register, "ldr w10, [x9]"
+);
+access!(
+    /// Stores a word, as a device's register.
+    store_register, "mov w10, #-1", "str w10, [x9]"
+);
+access!(
     /// Loads two doublewords: no syndrome that a hypervisor could decode.
     load_pair, "ldp x10, x11, [x9]"
 );

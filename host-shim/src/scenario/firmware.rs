@@ -5,13 +5,19 @@ use abi::{Counter, Features};
 use super::kit::expect;
 use crate::arch::fault;
 use crate::call::{self, Conduit, raw};
+use crate::console::line;
 use crate::machine::Machine;
 use crate::report::Report;
 
 const NOT_SUPPORTED: u64 = abi::SMCCC_NOT_SUPPORTED;
 /// Random numbers (Arm DEN 0098).
 const TRNG_VERSION: u32 = 0x8400_0050;
+const TRNG_GET_UUID: u32 = 0x8400_0052;
 const TRNG_RND64: u32 = 0xc400_0053;
+/// EL2's own TRNG, as opposed to firmware's: 6e9f3c4a-2d0b-47f1-9a36-5c1e88d0b7e2, little-endian words.
+const UUID: [u64; 4] = [0x4a3c_9f6e, 0xf147_0b2d, 0x1e5c_369a, 0xe2b7_d088];
+/// CTRL and FIFO_COUNT of an RNG200: a load from them changes nothing.
+const UNCHANGED_BY_LOADS: [u64; 2] = [0x00, 0x24];
 /// None right now.
 const NO_ENTROPY: u64 = u64::MAX - 2;
 
@@ -27,8 +33,9 @@ pub(super) fn run(machine: &Machine, report: &mut Report) {
     report.check("memory_protection_is_not_the_hosts", mem_protect());
     report.check("smc_with_wide_id_is_not_supported", wide());
     report.check("smc_is_trapped_and_counted", counted());
-    report.check("smc_on_the_list_is_answered", listed());
+    report.check("smc_on_the_list_is_answered", listed(machine));
     report.check("el2s_generator_is_out_of_reach", generator(machine));
+    report.check("the_hosts_generator_is_within_reach", kept(machine));
 }
 
 fn psci_version() -> Result<(), &'static str> {
@@ -122,24 +129,32 @@ fn counted() -> Result<(), &'static str> {
 
 /// TRNG_VERSION: firmware's answer where there is firmware, EL2's where the generator is EL2's, else
 /// NOT_SUPPORTED; never a hang.
-fn listed() -> Result<(), &'static str> {
+fn listed(machine: &Machine) -> Result<(), &'static str> {
     let answer = raw(Conduit::Smc, TRNG_VERSION, [0; 3])[0];
     let firmware = call::features().contains(Features::FIRMWARE_CALLS);
     let refusal = answer as u32 == u32::MAX;
+    let is_el2s = machine.generator.is_some() && answer == 0x1_0000;
     expect(
-        firmware || refusal || answer == 0x1_0000,
+        firmware || refusal || is_el2s,
         "someone else answered although there is no firmware",
     )
 }
 
 /// What EL2 has taken is not mapped, and TRNG gives what comes out of it, or says that there is none
-/// right now.
+/// right now. A node that firmware has disabled is not EL2's, and not touched: TRNG is not EL2's then. The line is for
+/// who knows which it has to be.
 fn generator(machine: &Machine) -> Result<(), &'static str> {
     let Some(registers) = machine.generator else {
         return Ok(());
     };
+    if raw(Conduit::Smc, TRNG_GET_UUID, [0; 3]) != UUID {
+        line(format_args!("host: a generator is disabled, and not EL2's"));
+        return Ok(());
+    }
+    line(format_args!("host: a generator is EL2's"));
     for register in (registers.start()..registers.end()).step_by(4) {
-        let refused = [fault::load, fault::store].map(|access| fault::expect(|| access(register)));
+        let refused = [fault::load_register, fault::store_register]
+            .map(|access| fault::expect(|| access(register)));
         expect(refused.iter().all(Option::is_some), "it was accessed")?;
     }
     for conduit in [Conduit::Hvc, Conduit::Smc] {
@@ -149,5 +164,18 @@ fn generator(machine: &Machine) -> Result<(), &'static str> {
         let is_honest = status == 0 || (status == NO_ENTROPY && word == 0);
         expect(is_honest, "TRNG_RND64 says something else")?;
     }
+    Ok(())
+}
+
+/// One that the tree names as enabled is the host's.
+fn kept(machine: &Machine) -> Result<(), &'static str> {
+    let Some(registers) = machine.board.generator else {
+        return Ok(());
+    };
+    for offset in UNCHANGED_BY_LOADS {
+        let fault = fault::expect(|| fault::load_register(registers.start() + offset));
+        expect(fault.is_none(), "it is not mapped")?;
+    }
+    line(format_args!("host: a generator is the host's"));
     Ok(())
 }

@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use std::time::Duration;
 
 /// Checks that `shim.run=all` makes at least, on a machine without an IOMMU.
-pub(super) const SCENARIO_CHECKS: u32 = 104;
+pub(super) const SCENARIO_CHECKS: u32 = 105;
 /// Checks of a machine that is given nothing to run.
 const REPORT_CHECKS: u32 = 2;
 /// Refused accesses of the host that EL2 says at its usual level.
