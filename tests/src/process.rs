@@ -138,7 +138,8 @@ fn watch(
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => break,
         }
-        if let Some(text) = console.next_reply()
+        // Several cues may have come at once, and after the last one nothing more before it is answered.
+        while let Some(text) = console.next_reply()
             && let Some(stdin) = &mut stdin
         {
             // A machine that is just ending closes its console: its end says all there is to say.
@@ -346,6 +347,23 @@ mod tests {
                 .unwrap()
                 .ends_with("got 1 2")
         );
+    }
+
+    #[test]
+    fn cues_that_come_at_once_are_all_answered() {
+        let mut talk = shell("printf 'one two '; read a; read b; echo \"got $a $b\"");
+        talk.replies = vec![
+            Reply {
+                cue: "one ".into(),
+                send: "1\n".into(),
+            },
+            Reply {
+                cue: "two ".into(),
+                send: "2\n".into(),
+            },
+        ];
+        let transcript = run(talk).unwrap();
+        assert!(transcript.lines.last().unwrap().ends_with("got 1 2"));
     }
 
     #[test]
