@@ -82,18 +82,18 @@ mod tests {
     use super::*;
 
     /// Gives all ones, a limited number of times.
-    struct Ones(Cell<u32>);
+    struct Ones(Cell<usize>);
 
     impl EntropySource for Ones {
         fn fill(&self, words: &mut [u64]) -> bool {
-            let left = self.0.get().checked_sub(words.len() as u32);
+            let left = self.0.get().checked_sub(words.len());
             self.0.set(left.unwrap_or(self.0.get()));
             words.fill(u64::MAX);
             left.is_some()
         }
     }
 
-    fn ask(id: u32, argument: u64, words: u32) -> Option<[u64; 4]> {
+    fn ask(id: u32, argument: u64, words: usize) -> Option<[u64; 4]> {
         call(id, argument, Some(&Ones(Cell::new(words))))
     }
 
@@ -135,7 +135,7 @@ mod tests {
     proptest! {
         /// Never more bits than were asked for, and failures carry none.
         #[test]
-        fn no_bit_too_many(bits: u64, words in 0u32..4) {
+        fn no_bit_too_many(bits: u64, words in 0usize..4) {
             let [status, high, middle, low] = ask(0xc400_0053, bits, words).unwrap();
             let given = high.count_ones() + middle.count_ones() + low.count_ones();
             prop_assert_eq!(u64::from(given), if status == 0 { bits } else { 0 });
