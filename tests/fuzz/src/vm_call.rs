@@ -238,13 +238,16 @@ impl World<'_, '_> {
             *arg = argument(input, kind)?;
         }
         let vcpu = (FIRST_HANDLE + input.int_in_range(0..=1u64)?, 0);
-        let ask = || self.board.call(call, args);
-        let answer = if while_running {
-            self.board
-                .while_it_runs(vcpu, ask)
-                .unwrap_or_else(|_| ask())
+        let (answer, changed) = if while_running {
+            // Its way in does what is pending, which is not the call's doing; and that it runs can be seen.
+            let inside = self.board.while_it_runs(vcpu, || {
+                *before = self.digest();
+                self.ask(call, args, before)
+            });
+            *before = self.digest();
+            inside.unwrap_or_else(|_| self.ask(call, args, before))
         } else {
-            ask()
+            self.ask(call, args, before)
         };
         let context = || format!("{call:?} {args:x?}: {answer:x?}");
         let mut surplus = args.iter().zip(kinds);
@@ -252,7 +255,6 @@ impl World<'_, '_> {
             let invalid = ErrorCode::Invalid.to_register();
             assert_eq!(answer, [invalid, 0, 0, 0], "{}", context());
         }
-        let changed = self.changes(before);
         if let Err(code) = abi::from_register(answer[0]) {
             let lacks = code == ErrorCode::NoMemory;
             assert!(answer[1] == 0 || lacks, "{}", context());
@@ -260,6 +262,12 @@ impl World<'_, '_> {
             assert!(!changed || may_have_begun(code), "{}", context());
         }
         Ok(())
+    }
+
+    /// The answer to a call, and whether it has changed anything.
+    fn ask(&self, call: Call, args: [u64; 6], before: &mut String) -> ([u64; 4], bool) {
+        let answer = self.board.call(call, args);
+        (answer, self.changes(before))
     }
 
     /// An access of a guest that runs, in one of its slots or beside them.
