@@ -5,7 +5,10 @@ use super::*;
 use crate::guest_memory::HOST_SLOTS;
 use crate::measure::{Measurer, Start};
 use crate::testing::{FakeBoard, Ground, NoContents, RAM, page_range};
+use crate::vgic::Kicks;
 use crate::vm_table::FIRST_HANDLE;
+use memslot::fault::{Access, FaultKind, Stage2Fault};
+use stage2::Ipa;
 
 /// Pages of RAM; the last one is EL2's.
 const PAGES: usize = 32;
@@ -513,8 +516,24 @@ fn a_vcpu_is_started_once_and_runs_from_then() {
         let again = ask(board, Call::VcpuStart, [VM, 0, IPA, 1]);
         assert_eq!(again, Err(ErrorCode::Exists));
         assert_eq!(ask(board, Call::VcpuState, [VM, 0]), Ok(1));
+        assert_eq!(board.started.get(), None);
         assert_eq!(raw(board, Call::VcpuRun, [VM, 0]), [0; 4]);
+        assert_eq!(board.started.get(), order(IPA, 1));
         assert_eq!(ask(board, Call::VmReset, [VM]), Err(ErrorCode::Again));
+    });
+}
+
+fn order(entry: u64, context: u64) -> Option<StartOrder> {
+    Some(StartOrder { entry, context })
+}
+
+#[test]
+fn a_run_is_told_what_was_loaded_and_whether_to_wait() {
+    with_a_vm(|board| {
+        for (loaded, wait) in [(0x1234, 1), (1, 0), (u64::MAX, 1)] {
+            let _: [u64; 4] = raw(board, Call::VcpuRun, [VM, 0, loaded, wait]);
+            assert_eq!(board.run_with.get(), Some((loaded, wait == 1)));
+        }
     });
 }
 
@@ -526,8 +545,30 @@ fn a_protected_vm_runs_only_behind_its_seal() {
             Err(ErrorCode::NotPermitted)
         );
         assert_eq!(ask(board, Call::VcpuRun, [VM, 1]), Err(ErrorCode::NotFound));
-        assert_eq!(ask(board, Call::VmSeal, [VM, IPA, 0]), Ok(0));
+        assert_eq!(ask(board, Call::VmSeal, [VM, IPA, 7]), Ok(0));
         assert_eq!(raw(board, Call::VcpuRun, [VM, 0]), [0; 4]);
+        assert_eq!(board.started.get(), order(IPA, 7));
+    });
+}
+
+#[test]
+fn a_vm_is_not_sealed_while_a_slot_is_locked_in_part() {
+    with_a_protected_vm(|board| {
+        // Steps end where the address is a multiple of their size, whatever that is.
+        let first = 2 * IPA - PAGE_SIZE;
+        let slot = [VM, slot(1, 0), first, 2, page(12)];
+        assert_eq!(ask(board, Call::SlotCreate, slot), Ok(0));
+        for ipa in [first, first + PAGE_SIZE] {
+            assert_eq!(ask(board, Call::MemoryDonate, [VM, ipa, 1, 0]), Ok(0));
+        }
+        let lock = || ask(board, Call::SlotLock, [VM, 1, 1, 3]);
+        assert_eq!(lock(), Err(ErrorCode::Again));
+        let unfinished = abi::SlotState::Unfinished as u64;
+        assert_eq!(ask(board, Call::SlotState, [VM, 1]), Ok(unfinished));
+        let seal = || ask(board, Call::VmSeal, [VM, IPA, 7]);
+        assert_eq!(seal(), Err(ErrorCode::Busy));
+        while lock() == Err(ErrorCode::Again) {}
+        assert_eq!(seal(), Ok(0));
     });
 }
 
@@ -547,13 +588,75 @@ fn who_runs_is_neither_run_twice_nor_reset_nor_destroyed() {
     });
 }
 
+/// What a guest does first to get the shared interrupt 32, which goes to vCPU 0 then.
+fn enable_interrupt_32(board: &Board<'_>) {
+    let enabled = board.vms.with(VM, |vm| {
+        let (ctlr, isenabler1) = (0, 0x104);
+        let _: Kicks = vm.vgic().dist_write(0, ctlr, 4, 3);
+        let _: Kicks = vm.vgic().dist_write(0, isenabler1, 4, 1);
+        Ok(())
+    });
+    assert_eq!(enabled, Ok(()));
+}
+
 #[test]
-fn a_reset_turns_all_vcpus_off() {
+fn a_line_that_is_high_is_pending_and_kicks_its_vcpu() {
     with_a_vm(|board| {
+        enable_interrupt_32(board);
+        let state = || ask(board, Call::VcpuState, [VM, 0]);
+        for high in [1, 2] {
+            assert_eq!(ask(board, Call::IrqLine, [VM, 32, 0]), Ok(0));
+            assert_eq!((state(), board.kicked.take()), (Ok(0), None));
+            assert_eq!(ask(board, Call::IrqLine, [VM, 32, high]), Ok(0));
+            assert_eq!((state(), board.kicked.take()), (Ok(2), Some(0)));
+        }
+    });
+}
+
+#[test]
+fn a_reset_turns_all_vcpus_off_and_forgets_interrupts() {
+    with_a_vm(|board| {
+        enable_interrupt_32(board);
         assert_eq!(ask(board, Call::VcpuStart, [VM, 0, IPA, 1]), Ok(0));
-        assert_eq!(ask(board, Call::IrqLine, [VM, 32, 2]), Ok(0));
+        assert_eq!(ask(board, Call::IrqLine, [VM, 32, 1]), Ok(0));
+        assert_eq!(ask(board, Call::VcpuState, [VM, 0]), Ok(3));
         while ask(board, Call::VmReset, [VM]) == Err(ErrorCode::Again) {}
         assert_eq!(ask(board, Call::VcpuState, [VM, 0]), Ok(0));
+    });
+}
+
+#[test]
+fn unlocking_one_slot_leaves_the_others_locked() {
+    with_a_vm(|board| {
+        let second = [VM, slot(1, 0), IPA + 0x10_0000, 4, page(12)];
+        assert_eq!(ask(board, Call::SlotCreate, second), Ok(0));
+        for id in [0, 1] {
+            while ask(board, Call::SlotLock, [VM, 1, id, 3]) == Err(ErrorCode::Again) {}
+        }
+        while ask(board, Call::SlotLock, [VM, 2, 0, 0]) == Err(ErrorCode::Again) {}
+        let states = [0, 1].map(|id| ask(board, Call::SlotState, [VM, id]));
+        let locked = abi::SlotState::LockedDirty as u64;
+        assert_eq!(states, [Ok(0), Ok(locked)]);
+    });
+}
+
+#[test]
+fn looking_for_young_pages_leaves_them_young_and_clearing_does_not() {
+    with_a_vm(|board| {
+        let touched = board.vms.with(VM, |vm| {
+            let fault = Stage2Fault {
+                ipa: Ipa::new(IPA),
+                access: Access::Read,
+                kind: FaultKind::Translation,
+            };
+            let _outcome = vm.state().memory.handle_fault(&fault, &())?;
+            Ok(())
+        });
+        assert_eq!(touched, Ok(()));
+        let young = |clear: u64| ask(board, Call::SlotYoung, [VM, 0, 0, 1, clear]);
+        let (test, clear) = (0, 1);
+        let found = [test, test, clear, test, clear].map(young);
+        assert_eq!(found, [Ok(1), Ok(1), Ok(1), Ok(0), Ok(0)]);
     });
 }
 

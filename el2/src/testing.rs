@@ -29,6 +29,7 @@ use crate::host_map::{self, HostMap};
 use crate::machine::{Machine, VirtualMachine};
 use crate::ownership::Ownership;
 use crate::page_state::{Owner, PageStates};
+use crate::psci::StartOrder;
 use crate::smmu::{Port, Smmu, Walk};
 use crate::sync::AtomicU32;
 use crate::vgic::{GicVersion, Vgic};
@@ -311,6 +312,10 @@ pub struct FakeBoard<'a, C, const N: usize> {
     pub interrupted: Cell<bool>,
     /// The vCPU that was kicked last.
     pub kicked: Cell<Option<u8>>,
+    /// What the vCPU that was started last began with.
+    pub started: Cell<Option<StartOrder>>,
+    /// The value to load and whether to wait, of the last run that was asked for.
+    pub run_with: Cell<Option<(u64, bool)>>,
     ground: &'a Ground,
 }
 
@@ -345,6 +350,8 @@ impl<'a, C: PageContents, const N: usize> FakeBoard<'a, C, N> {
             has_guests: Cell::new(true),
             interrupted: Cell::new(true),
             kicked: Cell::new(None),
+            started: Cell::new(None),
+            run_with: Cell::new(None),
             ground,
         }
     }
@@ -443,12 +450,21 @@ impl<'a, C: PageContents, const N: usize> Machine<'a> for &FakeBoard<'a, C, N> {
         made.map_err(|_| ErrorCode::Exists.into())
     }
 
-    fn run(self, vm: &FakeVm<'a>, vcpu: &FakeVcpu, _: u64, _: bool) -> Result<Exit, Refusal> {
+    fn run(
+        self,
+        vm: &FakeVm<'a>,
+        vcpu: &FakeVcpu,
+        loaded: u64,
+        wait: bool,
+    ) -> Result<Exit, Refusal> {
+        self.run_with.set(Some((loaded, wait)));
         if vcpu.runs.get() {
             return Err(ErrorCode::Busy.into());
         }
-        if vm.state.power.turn(vcpu.index) == Turn::IsOff {
-            return Ok(Exit::VcpuOff);
+        match vm.state.power.turn(vcpu.index) {
+            Turn::IsOff => return Ok(Exit::VcpuOff),
+            Turn::Starts(order) => self.started.set(Some(order)),
+            Turn::GoesOn => {}
         }
         let interrupted = self.interrupted.get();
         match vm.state.memory.enter_in_steps(|| !interrupted) {
